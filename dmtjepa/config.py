@@ -1,0 +1,326 @@
+"""The settings of a run: the released YAML schema, typed and validated, with overrides from the command line.
+
+A released I-JEPA or DMT-JEPA file runs unchanged: its sections `data`, `logging`, `mask`, `patch`, `meta` and
+`optimization` keep their names and meanings. `runtime` and `evaluation` are this project's, and optional.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+ModelName = Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"]
+
+
+class ConfigError(ValueError):
+    """A settings file or override that cannot be used; the message names every key at fault and the remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+def _check_range(name: str, low: float, high: float) -> None:
+    if low > high:
+        raise ValueError(f"{name}: the first value ({low}) is larger than the second ({high})")
+
+
+class DataSettings(Section):
+    """Where images come from and how they are cropped."""
+
+    batch_size: int = Field(256, ge=1, description="images per step on each device")
+    color_jitter_strength: float = Field(0.0, ge=0, description="strength of the colour distortion")
+    crop_scale: tuple[Fraction, Fraction] = Field((0.3, 1.0), description="area of the random crop, of the image's")
+    crop_size: int | tuple[int, int] = Field(224, description="side of the crop in pixels, or [height, width]")
+    image_folder: str = Field("", description="folder of the images, below root_path")
+    num_workers: int = Field(10, ge=0, le=512, description="loader processes (or DALI threads) of each device")
+    pin_mem: bool = Field(True, description="copy batches to CUDA devices from pinned memory")
+    root_path: str = Field("", description="folder that holds image_folder; ~ and $VARIABLES are expanded")
+    use_color_distortion: bool = Field(False, description="random colour jitter and greyscale")
+    use_gaussian_blur: bool = Field(False, description="random Gaussian blur")
+    use_horizontal_flip: bool = Field(False, description="random horizontal flip")
+    dataset: Literal["folder", "shapes"] = Field("folder", description="a folder of images, or the drawn set `shapes`")
+    loader: Literal["auto", "torchvision", "dali"] = Field("auto", description="auto: DALI when it is installed")
+    max_broken: float = Field(0.01, ge=0, le=1, description="share of unreadable images above which a run stops")
+
+    @field_validator("crop_size")
+    @classmethod
+    def _positive_crop(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if min(value if isinstance(value, tuple) else (value,)) < 1:
+            raise ValueError("must be at least 1 pixel")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
+        _check_range("crop_scale", *value)
+        return value
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of a crop, in pixels."""
+        return self.crop_size if isinstance(self.crop_size, tuple) else (self.crop_size, self.crop_size)
+
+    @property
+    def path(self) -> Path:
+        """The folder of the images, with ~ and environment variables expanded."""
+        return Path(os.path.expandvars(self.root_path)).expanduser() / os.path.expandvars(self.image_folder)
+
+
+class LoggingSettings(Section):
+    """Where the run is written."""
+
+    folder: str = Field("runs/dmtjepa", description="the run folder; created when missing")
+    write_tag: str = Field("jepa", pattern=r"^[\w.-]+$", description="first part of the file names in it")
+
+
+class MaskSettings(Section):
+    """Multi-block masks (I-JEPA section 3; the quirks of the released sampler are in docs/differences.md)."""
+
+    allow_overlap: bool = Field(False, description="whether context and target blocks may share patches")
+    aspect_ratio: tuple[float, float] = Field((0.75, 1.5), description="height over width of a target block")
+    enc_mask_scale: tuple[Fraction, Fraction] = Field((0.85, 1.0), description="area of the context block")
+    min_keep: int = Field(10, ge=0, description="a block must keep more patches than this")
+    num_enc_masks: Literal[1] = Field(1, description="context blocks of an image")
+    num_pred_masks: int = Field(4, ge=1, le=32, description="target blocks of an image")
+    patch_size: int = Field(16, ge=1, le=128, description="side of a patch in pixels")
+    pred_mask_scale: tuple[Fraction, Fraction] = Field((0.15, 0.2), description="area of a target block")
+    sampler: Literal["released", "corrected"] = Field(
+        "released", description="released: the published distribution; corrected: without its quirks"
+    )
+    context_cut: Literal["rank", "global"] = Field(
+        "rank", description="cut contexts to the shortest of the rank's batch (published), or of the global batch"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> MaskSettings:
+        for name in ("aspect_ratio", "enc_mask_scale", "pred_mask_scale"):
+            _check_range(name, *getattr(self, name))
+        if self.aspect_ratio[0] <= 0:
+            raise ValueError("aspect_ratio: must be larger than 0")
+        return self
+
+
+class PatchSettings(Section):
+    """The aggregation head, which makes DMT-JEPA of I-JEPA."""
+
+    local_agg_head: bool = Field(True, description="false trains plain I-JEPA")
+    patch_k_num: int = Field(4, ge=1, le=8, description="neighbours aggregated into a target")
+    patch_k_size: Literal[3, 5, 7] = Field(3, description="side of the window the neighbours come from")
+    context_attn: Literal["cross-attn"] = Field("cross-attn", description="attention of the context head")
+    target_attn: Literal["cross-attn"] = Field("cross-attn", description="attention of the target head")
+    border: Literal["wrap", "clip"] = Field("wrap", description="wrap: windows go round the grid (released)")
+
+
+class MetaSettings(Section):
+    """The model, and what it starts from."""
+
+    copy_data: bool = Field(False, description="copy the images to node-local storage first ($SLURM_TMPDIR or $TMPDIR)")
+    load_checkpoint: bool = Field(False, description="start from read_checkpoint, or fail when it is not there")
+    model_name: ModelName = Field("vit_base", description="encoder")
+    pred_depth: int = Field(6, ge=1, le=64, description="blocks of the predictor")
+    pred_emb_dim: int = Field(384, ge=8, description="width of the predictor")
+    read_checkpoint: str | None = Field(None, description="checkpoint to start from, a file or below logging.folder")
+    use_bfloat16: bool = Field(True, description="compute in bfloat16 on CUDA")
+
+
+class OptimizationSettings(Section):
+    """AdamW and its schedules, all functions of the step."""
+
+    ema: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = Field(
+        (0.996, 1.0), description="teacher momentum, first and last"
+    )
+    epochs: int = Field(300, ge=1, description="epochs to train")
+    final_lr: float = Field(1e-6, ge=0, description="learning rate at the end")
+    final_weight_decay: float = Field(0.4, ge=0, description="weight decay at the end")
+    ipe_scale: float = Field(1.0, gt=0, description="length of the schedules over the length of training")
+    lr: float = Field(1e-3, gt=0, description="learning rate after warm-up")
+    start_lr: float = Field(2e-4, ge=0, description="learning rate at the first step")
+    warmup: float = Field(40, ge=0, description="epochs of warm-up")
+    weight_decay: float = Field(0.04, ge=0, description="weight decay at the start")
+    loss: Literal["smooth_l1", "l2"] = Field("smooth_l1", description="smooth_l1: the published code; l2: the paper")
+    lr_batch_size: int | None = Field(
+        None, ge=1, description="global batch the learning rates are meant for: they scale linearly with the batch"
+    )
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> OptimizationSettings:
+        if self.warmup > self.epochs * self.ipe_scale:
+            raise ValueError(
+                f"warmup: {self.warmup} epochs do not fit into the schedule of epochs*ipe_scale = "
+                f"{self.epochs * self.ipe_scale:g} epochs; shorten warmup"
+            )
+        return self
+
+
+class RuntimeSettings(Section):
+    """How the run is computed; none of these changes what is trained."""
+
+    seed: int = Field(0, ge=0, lt=2**31, description="of weights, sample order, crops and masks")
+    attention: Literal["auto", "xformers", "sdpa"] = Field("auto", description="attention backend on CUDA")
+    kernels: Literal["triton", "torch"] = Field("triton", description="operators on CUDA; a CPU always runs torch's")
+
+
+class EvaluationSettings(Section):
+    """What the report measures."""
+
+    batch_size: int = Field(256, ge=1, description="images per batch of feature extraction")
+    neighbors: tuple[int, ...] = Field((5, 10, 20), description="k of the k-NN accuracies")
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    data: DataSettings = Field(default_factory=DataSettings)
+    logging: LoggingSettings = Field(default_factory=LoggingSettings)
+    mask: MaskSettings = Field(default_factory=MaskSettings)
+    # A released I-JEPA file has no `patch` section: without one, I-JEPA is what is trained.
+    patch: PatchSettings = Field(default_factory=lambda: PatchSettings(local_agg_head=False))
+    meta: MetaSettings = Field(default_factory=MetaSettings)
+    optimization: OptimizationSettings = Field(default_factory=OptimizationSettings)
+    runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Config:
+        patch = self.mask.patch_size
+        for side, size in zip(("height", "width"), self.data.image_size, strict=True):
+            if size < patch:
+                raise ValueError(
+                    f"data.crop_size: {side} {size} is smaller than a patch (mask.patch_size {patch}); "
+                    f"enlarge the crop or take smaller patches"
+                )
+            if size % patch:
+                raise ValueError(
+                    f"data.crop_size: {side} {size} is not a multiple of mask.patch_size {patch}; "
+                    f"the nearest are {size // patch * patch} and {(size // patch + 1) * patch}"
+                )
+        if self.patch.local_agg_head and self.patch.patch_k_size > min(self.grid_size):
+            raise ValueError(
+                f"patch.patch_k_size: a window of {self.patch.patch_k_size} is larger than the grid of "
+                f"{self.grid_size[0]}x{self.grid_size[1]} patches"
+            )
+        if self.patch.local_agg_head and self.patch.patch_k_num > self.patch.patch_k_size**2 - 1:
+            raise ValueError(
+                f"patch.patch_k_num: {self.patch.patch_k_num} neighbours do not fit into a window of "
+                f"{self.patch.patch_k_size}x{self.patch.patch_k_size}, which holds {self.patch.patch_k_size**2 - 1}"
+            )
+        return self
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches in a crop."""
+        height, width = self.data.image_size
+        return height // self.mask.patch_size, width // self.mask.patch_size
+
+    def to_yaml(self) -> str:
+        """The settings as YAML which `load_config` reads back to an equal `Config`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
+    """Read a settings file and apply `section.key=value` overrides (values in YAML).
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or keys are unknown (the nearest valid name is given),
+            or values have a wrong type or lie out of range (the range is given). All faults are listed at once.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        similar = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.with_stem(similar[0])}?" if similar else ""
+        raise ConfigError(f"cannot read the settings file {path}: {error.strerror}{hint}") from None
+    try:
+        values = yaml.load(text, Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of settings")
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: dict[str, Any], source: str = "settings") -> Config:
+    """Validate a tree of settings; `source` names it in errors. Raises `ConfigError` as `load_config`."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
+        raise ConfigError(f"{source}:\n{faults}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that also reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`)."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(rules) for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in the tree."""
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r}: write it as section.key=value, e.g. data.batch_size=64")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+    node = values
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+    node[parts[-1]] = value
+
+
+def _explain(fault: dict[str, Any]) -> str:
+    """One fault of pydantic's as a line that names the key and the remedy."""
+    place = [str(part) for part in fault["loc"]]
+    if fault["type"] == "extra_forbidden":
+        valid = _keys(place[:-1])
+        near = difflib.get_close_matches(place[-1], valid, n=1) or _elsewhere(place[-1])
+        remedy = f"did you mean {near[0]}?" if near else f"valid are {', '.join(valid)}"
+        return f"{'.'.join(place)}: unknown key; {remedy}"
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if not place:
+        return message
+    last = place[-1]
+    if message.startswith(last):  # a section's own check already names its key
+        return f"{'.'.join(place[:-1])}.{message}"
+    given = "" if isinstance(fault["input"], (dict, Section)) else f" (it is {fault['input']!r})"
+    separator = "." if len(place) == 1 and message.split(":")[0] in _keys(place) else ": "
+    return f"{'.'.join(place)}{separator}{message}{given if separator == ': ' else ''}"
+
+
+def _keys(place: list[str]) -> list[str]:
+    """Valid keys at a place in the tree."""
+    model: Any = Config
+    for part in place:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if get_origin(annotation) is Union:
+            annotation = get_args(annotation)[0]
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _elsewhere(key: str) -> list[str]:
+    """The `section.key` of a key that was put into the wrong section."""
+    names = {name: f"{section}.{name}" for section in Config.model_fields for name in _keys([section])}
+    return [names[name] for name in difflib.get_close_matches(key, names, n=1)]

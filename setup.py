@@ -1,0 +1,41 @@
+"""Packaging of the DMT-JEPA trainer; `pip install -e .` takes what it needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = next(
+    line.split('"')[1] for line in Path("dmtjepa/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="dmtjepa",
+    version=version,
+    description="High-performance trainer for DMT-JEPA: self-supervised pretraining of vision transformers",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # dmtjepa/kernels is a link to the folder kernels at the top: a PyPI package is already called `kernels`.
+    packages=find_packages(include=["dmtjepa", "dmtjepa.*"]),
+    install_requires=[
+        "torch>=2.10",
+        "torchvision>=0.25",
+        "triton>=3.6; platform_system == 'Linux'",
+        "xformers>=0.0.35; platform_system == 'Linux'",
+        "numpy",
+        "pillow",
+        "pydantic>=2.7",
+        "pyyaml",
+        "submitit>=1.5",
+        "tqdm",
+        "tensorboard",
+        "safetensors",
+        "matplotlib",
+        "scikit-learn",
+    ],
+    extras_require={
+        "dali": ["nvidia-dali-cuda130>=2.4"],
+        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff"],
+    },
+)
