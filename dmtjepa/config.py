@@ -150,6 +150,10 @@ class OptimizationSettings(Section):
     lr_batch_size: int | None = Field(
         None, ge=1, description="global batch the learning rates are meant for: they scale linearly with the batch"
     )
+    clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient; null: not clipped")
+    max_skipped_steps: int = Field(
+        0, ge=0, description="steps with a non-finite loss or gradient that are skipped before the run stops"
+    )
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> OptimizationSettings:
@@ -167,6 +171,22 @@ class RuntimeSettings(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, sample order, crops and masks")
     attention: Literal["auto", "xformers", "sdpa"] = Field("auto", description="attention backend on CUDA")
     kernels: Literal["triton", "torch"] = Field("triton", description="operators on CUDA; a CPU always runs torch's")
+    accumulation: int = Field(1, ge=1, description="batches of a device whose gradients are summed into one step")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of each block; auto: on CUDA")
+    activation_checkpointing: bool = Field(False, description="recompute the student's blocks in the backward pass")
+    shard_size: int | None = Field(
+        None, ge=1, description="devices that one copy of the model is sharded over (HSDP); null: all of them (FSDP)"
+    )
+    reshard_after_forward: bool = Field(
+        True, description="free the student's gathered weights between forward and backward; false: faster, larger"
+    )
+    log_every: int = Field(10, ge=1, description="steps between two reads of the losses, when rows are written")
+    save_every_steps: int | None = Field(None, ge=1, description="steps between checkpoints, besides those of epochs")
+    save_every_epochs: int = Field(1, ge=1, description="epochs between checkpoints, each with {tag}-latest.pth.tar")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep_every_epochs: int = Field(50, ge=1, description="checkpoints kept for good, each with {tag}-ep{N}.pth.tar")
+    start_timeout: float = Field(300, gt=0, description="seconds within which all processes must have joined")
+    hang_timeout: float = Field(1800, gt=0, description="seconds without progress after which a run reports and stops")
 
 
 class EvaluationSettings(Section):
