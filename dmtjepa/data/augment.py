@@ -1,0 +1,96 @@
+"""Colour distortion and blur of the released schema, on whole batches, with the random numbers of each sample.
+
+Both loaders call these after cropping, so that they give the same pictures. Parameters as in SimCLR (Chen et al.,
+arXiv 2002.05709, appendix A), which I-JEPA's settings follow.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dmtjepa.data.sampling import BLUR_DRAW, COLOR_DRAW
+
+_ORDERS = list(itertools.permutations(range(4)))
+_LUMA = (0.299, 0.587, 0.114)
+_BLUR_RADIUS = 6  # three standard deviations of the widest blur
+
+
+def distort_colors(images: torch.Tensor, uniforms: np.ndarray, strength: float) -> torch.Tensor:
+    """Colour jitter (4 in 5 images) in a random order of its four parts, then greyscale (1 in 5).
+
+    images [B,3,H,W] uint8, uniforms [B,NUM_DRAWS] in [0, 1) -> [B,3,H,W] uint8. Brightness, contrast and saturation
+    factors are uniform in 1 +- 0.8*strength (not below 0), the hue turns by up to 0.2*strength of the circle.
+    """
+    draws = uniforms[:, COLOR_DRAW : COLOR_DRAW + 7]
+    spread = 0.8 * strength
+    low, high = max(0.0, 1 - spread), 1 + spread
+    factors = np.concatenate(
+        [low + draws[:, 1:4] * (high - low), (2 * draws[:, 4:5] - 1) * min(0.2 * strength, 0.5)], 1
+    )
+    orders = np.array(_ORDERS)[(draws[:, 5] * len(_ORDERS)).astype(int)]
+    jittered = draws[:, 0] < 0.8
+    operations = (_scale_brightness, _scale_contrast, _scale_saturation, _turn_hue)
+
+    pixels = images.float()
+    for place, (number, operation) in itertools.product(range(4), enumerate(operations)):
+        chosen = np.flatnonzero(jittered & (orders[:, place] == number))
+        if len(chosen):
+            rows = torch.from_numpy(chosen).to(images.device)
+            factor = torch.from_numpy(factors[chosen, number]).to(images.device, torch.float32).view(-1, 1, 1, 1)
+            pixels[rows] = operation(pixels[rows], factor).clamp_(0, 255)
+    grey = torch.from_numpy(draws[:, 6] < 0.2).to(images.device).view(-1, 1, 1, 1)
+    return torch.where(grey, _luma(pixels), pixels).round_().to(torch.uint8)
+
+
+def blur(images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
+    """Gaussian blur, standard deviation uniform in 0.1 to 2 pixels, of half the images; [B,3,H,W] uint8 in and out."""
+    chosen = np.flatnonzero(uniforms[:, BLUR_DRAW] < 0.5)
+    if not len(chosen):
+        return images
+    rows = torch.from_numpy(chosen).to(images.device)
+    sigma = torch.from_numpy(0.1 + 1.9 * uniforms[chosen, BLUR_DRAW + 1]).to(images.device, torch.float32)
+    distance = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=images.device, dtype=torch.float32)
+    kernel = torch.softmax(-0.5 * (distance / sigma[:, None]) ** 2, dim=1)  # [n, 13], sums to 1
+    kernel = kernel.repeat_interleave(3, dim=0)[:, None]  # [3n, 1, 13]: one filter per image and channel
+    count, channels, height, width = images[rows].shape
+    pixels = images[rows].float().view(1, count * channels, height, width)
+    padded = F.pad(pixels, (_BLUR_RADIUS,) * 4, mode="replicate")
+    pixels = F.conv2d(padded, kernel[:, :, None, :], groups=count * channels)
+    pixels = F.conv2d(pixels, kernel[:, :, :, None], groups=count * channels)
+    blurred = images.clone()
+    blurred[rows] = pixels.view(count, channels, height, width).round_().clamp_(0, 255).to(torch.uint8)
+    return blurred
+
+
+def _luma(pixels: torch.Tensor) -> torch.Tensor:
+    red, green, blue = pixels.unbind(1)
+    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(1)
+
+
+def _scale_brightness(pixels: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return pixels * factor
+
+
+def _scale_contrast(pixels: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return torch.lerp(_luma(pixels).mean((2, 3), keepdim=True), pixels, factor)
+
+
+def _scale_saturation(pixels: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return torch.lerp(_luma(pixels), pixels, factor)
+
+
+def _turn_hue(pixels: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Turn the hue of the HSV hexcone by a share of the circle: [B,3,H,W] in 0..255."""
+    value = pixels.amax(1, keepdim=True)
+    chroma = value - pixels.amin(1, keepdim=True)
+    red, green, blue = pixels.unbind(1)
+    peak = pixels.argmax(1)
+    sixths = torch.where(peak == 0, green - blue, torch.where(peak == 1, blue - red, red - green)).unsqueeze(1)
+    sixths = sixths / chroma.clamp(min=1e-6) + 2 * peak.unsqueeze(1) + 6 * turn
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=pixels.device).view(1, 3, 1, 1)
+    k = (offsets + sixths) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)

@@ -1,0 +1,82 @@
+"""Images for measuring features: each once, in order, resized and cut at the centre."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dmtjepa.data.images import BrokenImage, decode_image
+from dmtjepa.data.sources import ImageSource
+
+logger = logging.getLogger(__name__)
+
+
+class _Center(Dataset):
+    """Image -> (uint8 [3,S,S] or None where broken, number, reason)."""
+
+    def __init__(self, source: ImageSource, image_size: tuple[int, int]) -> None:
+        self._source, self._size = source, image_size
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, image: int) -> tuple[torch.Tensor | None, int, str]:
+        try:
+            picture = decode_image(self._source.read(image))
+        except (BrokenImage, OSError) as error:
+            return None, image, str(error)
+        return torch.from_numpy(crop_center(picture, self._size)).permute(2, 0, 1), image, ""
+
+
+def crop_center(picture: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
+    """Shorter side to 256/224 of the crop's, then the central crop: uint8 [H,W,3]."""
+    height, width = image_size
+    scale = max(width / picture.width, height / picture.height) * 256 / 224
+    resized_width = max(width, round(picture.width * scale))
+    resized_height = max(height, round(picture.height * scale))
+    left, top = round((resized_width - width) / 2), round((resized_height - height) / 2)
+    picture = picture.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
+    return np.array(picture.crop((left, top, left + width, top + height)))
+
+
+def _collate(samples: list) -> tuple[torch.Tensor, list[int], list[tuple[int, str]]]:
+    good = [(pixels, image) for pixels, image, _ in samples if pixels is not None]
+    broken = [(image, reason) for pixels, image, reason in samples if pixels is None]
+    images = torch.stack([pixels for pixels, _ in good]) if good else torch.empty(0)
+    return images, [image for _, image in good], broken
+
+
+class EvaluationLoader:
+    """Iterates (images uint8 [B,3,S,S], labels [B] int64 or None, names [B]); the last batch may be smaller.
+
+    Broken images are left out, named in the log, and listed in `broken` as (name, reason).
+    """
+
+    def __init__(
+        self, source: ImageSource, image_size: tuple[int, int], batch_size: int, *, num_workers: int = 0
+    ) -> None:
+        self.source, self.broken = source, []
+        self.class_names = source.class_names
+        self._loader = DataLoader(_Center(source, image_size), batch_size, num_workers=num_workers, collate_fn=_collate)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.source)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, list[str]]]:
+        self.broken = []
+        for images, numbers, broken in self._loader:
+            for image, reason in broken:
+                self.broken.append((self.source.name(image), reason))
+                logger.warning("left out a broken image: %s: %s", *self.broken[-1])
+            if numbers:
+                labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[numbers])
+                yield images, labels, [self.source.name(image) for image in numbers]
