@@ -1,0 +1,158 @@
+"""embed_patches: uint8 images to normalised patch rows, at the kept patches only.
+
+    images  [B, 3, H, W] or [B, H, W, 3]   uint8, any strides
+    index   [B, K]                         int32 or int64 in [0, N), N = (H / p) * (W / p); None keeps all N in order
+    output  [B, K, 3*p*p]                  columns in (channel, row, column) order, the order of conv.weight.flatten(1)
+
+    output[b, k, c, i, j] = (images[b, c, p*r + i, p*s + j] / 255 - mean[c]) / std[c], (r, s) = divmod(index[b, k], W/p)
+
+The patch embedding is then one matrix product, `rows @ conv.weight.flatten(1).T + conv.bias`, and neither a float image
+nor the embedding of a dropped patch ever exists.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import FLOAT_DTYPES, INDEX_DTYPES, accumulation_dtype, check_same_device, check_tensor, debug_check_index
+
+
+def embed_patches_reference(
+    images: Tensor,
+    patch_size: int,
+    index: Tensor | None = None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The definition, one patch at a time."""
+    if images.shape[1] != 3:
+        images = images.permute(0, 3, 1, 2)
+    num_images, _, height, width = images.shape
+    cols = width // patch_size
+    if index is None:
+        index = torch.arange(height // patch_size * cols).expand(num_images, -1)
+    wide = accumulation_dtype(dtype)
+    mean, std = (torch.tensor(values, dtype=wide).view(3, 1, 1) for values in (mean, std))
+    rows = []
+    for image, image_index in zip(images.cpu(), index.tolist(), strict=True):
+        for n in image_index:
+            top, left = n // cols * patch_size, n % cols * patch_size
+            patch = image[:, top : top + patch_size, left : left + patch_size].to(wide)
+            rows.append(((patch / 255 - mean) / std).flatten())
+    row_size = 3 * patch_size * patch_size
+    stacked = torch.stack(rows) if rows else torch.empty(0, row_size)
+    return stacked.view(*index.shape, row_size).to(images.device, dtype)
+
+
+def embed_patches_plain(
+    images: Tensor,
+    patch_size: int,
+    index: Tensor | None = None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Vectorised PyTorch on any device: the bytes are gathered first, so only kept patches become floats."""
+    if images.shape[1] != 3:
+        images = images.permute(0, 3, 1, 2)
+    num_images, _, height, width = images.shape
+    rows, cols = height // patch_size, width // patch_size
+    # [B, 3, rows, p, cols, p] -> [B, rows, cols, 3, p, p], a view
+    patches = images.unflatten(3, (cols, patch_size)).unflatten(2, (rows, patch_size)).permute(0, 2, 4, 1, 3, 5)
+    if index is None:
+        patches = patches.reshape(num_images, rows * cols, 3, patch_size * patch_size)
+    else:
+        image = torch.arange(num_images, device=images.device)[:, None]
+        patches = patches[image, index // cols, index % cols].flatten(3)
+    wide = accumulation_dtype(dtype)
+    scale, shift = (
+        torch.tensor(values, dtype=wide, device=images.device).view(3, 1) for values in scale_and_shift(mean, std)
+    )
+    return (patches.to(wide) * scale + shift).to(dtype).flatten(2)
+
+
+def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """(x / 255 - mean) / std written as x * scale + shift, per channel."""
+    scale = [1.0 / (255.0 * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    return scale, shift
+
+
+@torch.library.custom_op("dmtjepa::embed_patches", mutates_args=(), device_types="cpu")
+def _embed_patches(
+    images: Tensor, patch_size: int, index: Tensor | None, mean: list[float], std: list[float], dtype: torch.dtype
+) -> Tensor:
+    if index is not None:
+        debug_check_index("index", index, _num_patches(images, patch_size))
+    return embed_patches_plain(images, patch_size, index, mean=mean, std=std, dtype=dtype)
+
+
+@_embed_patches.register_fake
+def _(
+    images: Tensor, patch_size: int, index: Tensor | None, mean: list[float], std: list[float], dtype: torch.dtype
+) -> Tensor:
+    num_kept = _num_patches(images, patch_size) if index is None else index.shape[1]
+    return images.new_empty(images.shape[0], num_kept, 3 * patch_size * patch_size, dtype=dtype)
+
+
+def _num_patches(images: Tensor, patch_size: int) -> int:
+    height, width = images.shape[2:] if images.shape[1] == 3 else images.shape[1:3]
+    return (height // patch_size) * (width // patch_size)
+
+
+def check_arguments(
+    images: Tensor,
+    patch_size: int,
+    index: Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> None:
+    check_tensor("images", images, 4, (torch.uint8,))
+    if images.shape[1] != 3 and images.shape[3] != 3:
+        raise ValueError(f"images must be [B, 3, H, W] or [B, H, W, 3], got {list(images.shape)}")
+    height, width = images.shape[2:] if images.shape[1] == 3 else images.shape[1:3]
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"an image of {height} x {width} pixels does not divide into patches of {patch_size}")
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean and std must be three numbers each, std positive, got {mean} and {std}")
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be a float dtype, got {dtype}")
+    if index is not None:
+        check_tensor("index", index, 2, INDEX_DTYPES)
+        check_same_device("images", images, index=index)
+        if index.shape[0] != images.shape[0]:
+            raise ValueError(f"index has {index.shape[0]} rows but there are {images.shape[0]} images")
+
+
+def embed_patches(
+    images: Tensor,
+    patch_size: int,
+    index: Tensor | None = None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Normalised rows of the patches `index` of each image, ready for the patch embedding's matrix product.
+
+    Args:
+        images: uint8 [B, 3, H, W] or [B, H, W, 3], H and W multiples of `patch_size`; a channel count of 3 in the
+            second dimension is read as the former.
+        patch_size: pixels of a patch's side, p.
+        index: [B, K], int32 or int64 in [0, N); None keeps all patches in raster order.
+        mean, std: per channel, of pixels scaled to [0, 1].
+        dtype: of the result; the arithmetic is float32 (float64 for float64).
+
+    Returns:
+        [B, K or N, 3*p*p]. Not differentiable: the input is bytes.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device. IndexError: in debug mode, an index out of range.
+    """
+    check_arguments(images, patch_size, index, mean, std, dtype)
+    return _embed_patches(images, patch_size, index, list(mean), list(std), dtype)
