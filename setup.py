@@ -4,9 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-version = next(
-    line.split('"')[1] for line in Path("dmtjepa/__init__.py").read_text().splitlines() if line.startswith("__version__")
-)
+init = Path("dmtjepa/__init__.py").read_text()
+version = init.split('__version__ = "')[1].split('"')[0]
 
 setup(
     name="dmtjepa",

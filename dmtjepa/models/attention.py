@@ -1,0 +1,103 @@
+"""Attention behind one function, chosen once when a model is built.
+
+Every backend maps queries, keys and values [B, L, H, E] (E is the head size) to [B, L, H, E]: softmax(q k / sqrt(E)) v.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# Measurements that overrule the default of `auto`: (compute capability, head size) -> backend. A row belongs to a
+# result file in benchmarks/results; none has been measured yet.
+MEASURED_CHOICES: dict[tuple[tuple[int, int], int], str] = {}
+
+
+def choose_attention(backend: str, device_type: str, head_dim: int) -> AttentionFunction:
+    """The attention function for a model.
+
+    Args:
+        backend: `xformers` (memory_efficient_attention), `sdpa` (PyTorch's), or `auto`, which on CUDA takes xFormers
+            unless a measurement kept in `MEASURED_CHOICES` says otherwise.
+        device_type: where the model will run; a CPU always runs SDPA, since xFormers has no CPU operators.
+        head_dim: head size E.
+
+    Raises:
+        ValueError: the backend is unknown.
+        ModuleNotFoundError: `xformers` was asked for by name and is not installed.
+    """
+    if backend not in ("auto", "xformers", "sdpa"):
+        raise ValueError(f"attention backend {backend!r}: choose auto, xformers or sdpa")
+    if device_type != "cuda" or backend == "sdpa":
+        return sdpa_attention
+    installed = importlib.util.find_spec("xformers") is not None
+    if backend == "auto":
+        measured = MEASURED_CHOICES.get((torch.cuda.get_device_capability(), head_dim))
+        if measured == "sdpa":
+            return sdpa_attention
+        if not installed:
+            warnings.warn("xFormers is not installed: attention runs on PyTorch's SDPA", stacklevel=2)
+            return sdpa_attention
+    elif not installed:
+        raise ModuleNotFoundError("attention backend xformers: not installed; pip install xformers, or choose sdpa")
+    return xformers_attention
+
+
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """PyTorch's scaled_dot_product_attention on [B, L, H, E]."""
+    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """xFormers' memory_efficient_attention on [B, L, H, E]; CUDA, bfloat16, float16 or float32."""
+    return _memory_efficient(query, key, value)[0]
+
+
+# An operator of our own around xFormers' forward and backward: torch.compile(fullgraph=True) then never looks into
+# xFormers' dispatch, which is Python and differs from release to release.
+@torch.library.custom_op("dmtjepa::memory_efficient_attention", mutates_args=(), device_types="cuda")
+def _memory_efficient(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    from xformers.ops import fmha
+
+    out, log_sum_exp = fmha.memory_efficient_attention_forward_requires_grad(query, key, value)
+    return out.contiguous(), log_sum_exp.contiguous()
+
+
+@_memory_efficient.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+@torch.library.custom_op("dmtjepa::memory_efficient_attention_backward", mutates_args=(), device_types="cuda")
+def _memory_efficient_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum_exp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from xformers.ops import fmha
+
+    gradients = fmha.memory_efficient_attention_backward(grad, out, log_sum_exp, query, key, value)
+    return tuple(gradient.contiguous() for gradient in gradients)
+
+
+@_memory_efficient_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum_exp: Tensor):
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate(ctx, grad: Tensor, _grad_log_sum_exp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _memory_efficient_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+_memory_efficient.register_autograd(_differentiate, setup_context=_save)

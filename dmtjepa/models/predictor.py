@@ -1,0 +1,67 @@
+"""The predictor: a narrow ViT that fills in each target block from the context."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmtjepa.models.attention import choose_attention
+from dmtjepa.models.layers import LAYER_NORM_EPS, Block, initialize_weights, sincos_position_embedding
+
+
+class Predictor(nn.Module):
+    """Predicts the targets of each block separately, from the context and the places of its patches (I-JEPA section 3).
+
+    Args:
+        grid_size: rows and columns of patches.
+        embed_dim: width D of the encoder.
+        predictor_dim: width of the predictor.
+        depth, num_heads: blocks and heads; the published predictors have as many heads as their encoders.
+        attention, device_type: see `choose_attention`.
+    """
+
+    def __init__(
+        self,
+        grid_size: tuple[int, int] = (14, 14),
+        embed_dim: int = 768,
+        predictor_dim: int = 384,
+        depth: int = 6,
+        num_heads: int = 12,
+        *,
+        attention: str = "auto",
+        device_type: str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, predictor_dim))
+        self.register_buffer("predictor_pos_embed", sincos_position_embedding(grid_size, predictor_dim)[None])
+        attend = choose_attention(attention, device_type, predictor_dim // num_heads)
+        self.predictor_blocks = nn.ModuleList(Block(predictor_dim, num_heads, 4.0, attend) for _ in range(depth))
+        self.predictor_norm = nn.LayerNorm(predictor_dim, eps=LAYER_NORM_EPS)
+        self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
+        self.apply(initialize_weights)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, context: Tensor, context_index: Tensor, target_index: Tensor) -> Tensor:
+        """Predict the targets.
+
+        Args:
+            context: [B, C, D] encoded context.
+            context_index: [B, C] its patches.
+            target_index: [B, M, T] patches of the M target blocks.
+
+        Returns:
+            [B, M, T, D] predictions.
+        """
+        num_blocks, num_targets = target_index.shape[1:]
+        context = self.predictor_embed(context)
+        position = self.predictor_pos_embed[0].to(context.dtype)
+        context = context + F.embedding(context_index, position)
+        queries = self.mask_token.to(context.dtype) + F.embedding(target_index, position)
+        x = torch.cat([context[:, None].expand(-1, num_blocks, -1, -1), queries], dim=2).flatten(0, 1)
+        for block in self.predictor_blocks:
+            x = block(x)
+        x = self.predictor_proj(self.predictor_norm(x[:, -num_targets:]))
+        return x.unflatten(0, (-1, num_blocks))

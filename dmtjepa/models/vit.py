@@ -1,0 +1,128 @@
+"""The encoder: a vision transformer without class token, which embeds only the patches it is asked for."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmtjepa import kernels as operators
+from dmtjepa.models.attention import choose_attention
+from dmtjepa.models.layers import (
+    LAYER_NORM_EPS,
+    Block,
+    initialize_weights,
+    resample_position_embedding,
+    sincos_position_embedding,
+)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# width, depth, heads, MLP ratio: ViT (arXiv 2010.11929), DeiT for tiny and small, I-JEPA for giant.
+ARCHITECTURES = {
+    "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.0},
+    "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4.0},
+    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0},
+    "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0},
+    "vit_huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "mlp_ratio": 4.0},
+    "vit_giant": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
+}
+
+
+class PatchEmbed(nn.Module):
+    """Projects patches of pixels to tokens; the weight is kept as the convolution's of the released checkpoints."""
+
+    def __init__(self, patch_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[..., 3*p*p] pixels of a patch in (channel, row, column) order -> [..., D]."""
+        return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionTransformer(nn.Module):
+    """A pre-norm ViT with a fixed sine-cosine position embedding and no class token.
+
+    Args:
+        image_size: side in pixels, or (height, width), that the position embedding is made for. Images of another
+            size are encoded with the embedding resampled to their grid.
+        patch_size: side of a patch in pixels.
+        embed_dim, depth, num_heads, mlp_ratio: width D, blocks, heads, MLP width over D (see `ARCHITECTURES`).
+        attention: backend, see `choose_attention`.
+        kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
+        device_type: where the model will run; chooses the attention backend.
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        *,
+        attention: str = "auto",
+        kernels: str = "triton",
+        device_type: str = "cpu",
+    ) -> None:
+        super().__init__()
+        height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+        if height < patch_size or width < patch_size:
+            raise ValueError(f"image size {height}x{width} is smaller than a patch of {patch_size}x{patch_size}")
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {patch_size}")
+        self._embed_patches = operators.backend(kernels).embed_patches
+        self._gather_tokens = operators.backend(kernels).gather_tokens
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.grid_size = (height // patch_size, width // patch_size)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.register_buffer("pos_embed", sincos_position_embedding(self.grid_size, embed_dim)[None])
+        attend = choose_attention(attention, device_type, embed_dim // num_heads)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, attend) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.apply(initialize_weights)
+
+    def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
+        """Encode the patches of `index`, or all.
+
+        Args:
+            images: [B, 3, H, W], uint8, or float normalised with ImageNet's mean and standard deviation.
+            index: [B, C] patches to encode, in raster order of the grid; None for all. The others are never read.
+
+        Returns:
+            [B, C or N, D] in the dtype of the weights.
+        """
+        x = self.embed(images, index)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def embed(self, images: Tensor, index: Tensor | None = None) -> Tensor:
+        """Tokens with their position embedding, before the first block: [B, C or N, D]."""
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"images of {height}x{width} pixels are no multiple of the patch size {self.patch_size}")
+        grid_size = (height // self.patch_size, width // self.patch_size)
+        dtype = self.patch_embed.proj.weight.dtype
+        position = resample_position_embedding(self.pos_embed[0], self.grid_size, grid_size).to(dtype)
+        if images.dtype == torch.uint8:
+            rows = self._embed_patches(
+                images, self.patch_size, index, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype
+            )
+        else:
+            rows = patchify(images.to(dtype), self.patch_size)
+            if index is not None:
+                rows = self._gather_tokens(rows, index)
+        return self.patch_embed(rows) + (position if index is None else F.embedding(index, position))
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[B, 3, H, W] -> [B, N, 3*p*p], patches in raster order, columns in (channel, row, column) order."""
+    batch, channels, height, width = images.shape
+    x = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch_size**2)

@@ -1,0 +1,135 @@
+"""The objective of DMT-JEPA (arXiv 2405.17995): a student predicts what a teacher aggregates."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dmtjepa import kernels as operators
+from dmtjepa.config import Config
+from dmtjepa.masking import MaskBatch
+from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictor, VisionTransformer
+
+
+class DMTJEPA(nn.Module):
+    """Student (encoder, predictor, head) and teacher (encoder, head), whose weights are averages of the student's.
+
+    Args:
+        encoder, predictor: the student's.
+        head: the student's aggregation head; None trains plain I-JEPA, whose targets are the teacher's own features.
+        loss: `smooth_l1` (beta 1; the published code) or `l2` (the paper's text).
+        kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        predictor: Predictor,
+        head: AggregationHead | None,
+        loss: str = "smooth_l1",
+        *,
+        kernels: str = "triton",
+    ) -> None:
+        super().__init__()
+        if loss not in ("smooth_l1", "l2"):
+            raise ValueError(f"loss {loss!r}: choose smooth_l1 or l2")
+        self.encoder = encoder
+        self.predictor = predictor
+        self.head = head
+        self.teacher_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.teacher_head = copy.deepcopy(head).requires_grad_(False) if head is not None else None
+        self.loss_name = loss
+        self._gather_tokens = operators.backend(kernels).gather_tokens
+        self._indexed_smooth_l1 = operators.backend(kernels).indexed_smooth_l1
+
+    def forward(self, images: Tensor, masks: MaskBatch) -> Tensor:
+        """The loss of a batch; see `compute_targets`, `predict_targets` and `loss`."""
+        targets = self.compute_targets(images, masks)
+        predictions = self.predict_targets(images, masks)
+        return self.loss(predictions, targets, masks)
+
+    @torch.no_grad()
+    def compute_targets(self, images: Tensor, masks: MaskBatch) -> Tensor:
+        """The teacher's half: encode, normalise, and aggregate each covered patch from its neighbours.
+
+        Args:
+            images: [B, 3, H, W] uint8, or float normalised.
+            masks: the batch's masks.
+
+        Returns:
+            [U, D] targets of the patches `masks.target_unique`, without gradient.
+        """
+        h = self.teacher_encoder(images)
+        h = F.layer_norm(h, h.shape[-1:])
+        if self.teacher_head is None:
+            return self._gather_tokens(h.flatten(0, 1)[None], masks.target_unique[None])[0]
+        patch = self.teacher_encoder.patch_size
+        grid_size = (images.shape[-2] // patch, images.shape[-1] // patch)
+        return self.teacher_head.aggregate_neighbors(h, grid_size, masks.target_unique, masks.neighborhood)
+
+    def predict_targets(self, images: Tensor, masks: MaskBatch) -> Tensor:
+        """The student's half: encode the context, aggregate it, predict each target block -> [B, M, T, D]."""
+        z = self.encoder(images, masks.context_index)
+        if self.head is not None:
+            z = self.head.aggregate_context(z)
+        return self.predictor(z, masks.context_index, masks.target_index)
+
+    def loss(self, predictions: Tensor, targets: Tensor, masks: MaskBatch) -> Tensor:
+        """Mean over all of predictions [B, M, T, D] against targets [U, D] -> scalar float32 (float64 from float64)."""
+        if self.loss_name == "smooth_l1":
+            return self._indexed_smooth_l1(predictions, targets, masks.target_slot)
+        dtype = torch.promote_types(predictions.dtype, torch.float32)
+        return F.mse_loss(predictions.to(dtype), targets[masks.target_slot].to(dtype))
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, for encoder and head, on local shards."""
+        pairs = [(self.teacher_encoder, self.encoder)]
+        if self.teacher_head is not None:
+            pairs.append((self.teacher_head, self.head))
+        teacher = [_local(p) for module, _ in pairs for p in module.parameters()]
+        student = [_local(p) for _, module in pairs for p in module.parameters()]
+        torch._foreach_lerp_(teacher, student, 1.0 - momentum)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's shard of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
+    """Student and teacher of a run, on the CPU in float32, drawn from torch's global generator.
+
+    Args:
+        config: the run's settings.
+        device_type: `cuda` or `cpu`, where it will train; chooses the attention backend.
+    """
+    architecture = ARCHITECTURES[config.meta.model_name]
+    kernels = config.runtime.kernels
+    build = {"attention": config.runtime.attention, "device_type": device_type}
+    encoder = VisionTransformer(
+        config.data.image_size, config.mask.patch_size, **architecture, **build, kernels=kernels
+    )
+    predictor = Predictor(
+        config.grid_size,
+        embed_dim=encoder.embed_dim,
+        predictor_dim=config.meta.pred_emb_dim,
+        depth=config.meta.pred_depth,
+        num_heads=encoder.num_heads,
+        **build,
+    )
+    head = None
+    if config.patch.local_agg_head:
+        head = AggregationHead(
+            encoder.embed_dim,
+            encoder.num_heads,
+            num_neighbors=config.patch.patch_k_num,
+            window=config.patch.patch_k_size,
+            border=config.patch.border,
+            kernels=kernels,
+        )
+    return DMTJEPA(encoder, predictor, head, loss=config.optimization.loss, kernels=kernels)
