@@ -1,0 +1,242 @@
+"""Processes of a run: how they join, agree, are told to stop, and are reported when they stand still."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+EXIT_HUNG = 70
+
+
+class DeviceError(ValueError):
+    """A device that this machine does not have."""
+
+
+class DistributedError(RuntimeError):
+    """The processes of a run could not join, or stand still; the message names the rank and host."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    store: dist.Store
+
+    @property
+    def name(self) -> str:
+        """For messages, e.g. `rank 3 of 16 on node2`."""
+        return f"rank {self.rank} of {self.world_size} on {socket.gethostname()}"
+
+
+def check_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; plain `cuda` is the GPU numbered `local_rank`.
+
+    Raises DeviceError where there is no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"device {name!r}: write cpu, cuda or cuda:N") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise DeviceError(f"device {name!r}: training runs on cpu or cuda")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise DeviceError(f"device {name!r}: this machine has no usable CUDA device; pass --devices cpu")
+    index = local_rank if device.index is None else device.index
+    if index >= count:
+        raise DeviceError(f"device cuda:{index}: this machine has {count} CUDA devices, numbered from 0")
+    return torch.device("cuda", index)
+
+
+@contextlib.contextmanager
+def joined(device: torch.device, *, start_timeout: float, hang_timeout: float) -> Iterator[World]:
+    """Join the process group and leave it again.
+
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say who this is (as set by main.py, torchrun or main_distributed.py);
+    without RANK the process trains alone. Gloo serves CPUs, NCCL GPUs. Every pair of neighbours has exchanged a number
+    before this returns, so a network that does not work shows here and on every rank.
+
+    Args:
+        device: where this process computes.
+        start_timeout: seconds within which all processes must have come.
+        hang_timeout: seconds after which a collective may give up; the watchdog reports before that.
+
+    Raises:
+        DistributedError: not all came in time.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    start = timedelta(seconds=start_timeout)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        if "RANK" in os.environ:
+            store, rank, world_size = next(iter(rendezvous("env://", timeout=start)))
+            store.set_timeout(start)
+        else:
+            store = dist.HashStore()
+        world = World(rank, world_size, device, store)
+        _wait_for_all(world, start_timeout)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=1.5 * hang_timeout + 30),
+            device_id=device if device.type == "cuda" else None,
+        )
+        total = torch.ones(1, device=device)
+        dist.all_reduce(total)
+        if int(total) != world_size:
+            raise DistributedError(f"the first sum over all ranks is {int(total)}")
+    except (RuntimeError, ValueError, OSError) as error:  # DistStoreError and DistBackendError are RuntimeErrors
+        raise DistributedError(
+            f"rank {rank} of {world_size} on {socket.gethostname()} could not join the run at {address} "
+            f"within {start_timeout:g} s (runtime.start_timeout): {error}"
+        ) from error
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def _wait_for_all(world: World, timeout: float) -> None:
+    """Wait until every rank has written its host into the store; name those that are missing."""
+    world.store.set(f"host/{world.rank}", socket.gethostname())
+    deadline = time.monotonic() + timeout
+    missing = list(range(world.world_size))
+    while missing:
+        missing = [rank for rank in missing if not world.store.check([f"host/{rank}"])]
+        if missing and time.monotonic() > deadline:
+            raise DistributedError(f"ranks {missing} have not come")
+        if missing:
+            time.sleep(0.05)
+
+
+class Agreement:
+    """Lets all ranks act on the same step on what one of them wishes, without making any of them wait.
+
+    Wishes travel by gloo between the hosts while the next step is computed: what is wished at one exchange is
+    known to all at the next.
+    """
+
+    CONTINUE, STOP, FAIL = range(3)
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._value = torch.zeros(1, dtype=torch.int64)
+        self._work: dist.Work | None = None
+
+    def exchange(self, wish: int) -> int:
+        """Send this rank's wish; returns the strongest wish of the previous exchange, the same on all ranks."""
+        agreed = self.finish()
+        self._value = torch.tensor([wish])
+        self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def finish(self) -> int:
+        """The strongest wish of the last exchange."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return int(self._value)
+
+
+class StopSignals:
+    """While entered, SIGTERM, SIGUSR1 and SIGUSR2 are noted instead of obeyed."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, lambda received, _: self.received.append(received))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Watchdog:
+    """Reports where each rank stands, and ends the process, when it makes no progress for `timeout` seconds.
+
+    A thread on each rank writes the rank's place into the store every few seconds. A collective that hangs, hangs on
+    all ranks; the report shows which of them is elsewhere, or has not been heard from.
+    """
+
+    def __init__(self, world: World, timeout: float) -> None:
+        self._world, self._timeout = world, timeout
+        self._interval = min(5.0, timeout / 8)
+        # TCPStore waits block their connection: the thread has its own.
+        self._store = world.store.clone() if world.world_size > 1 else world.store
+        self._place = ("starting", 0, time.time())
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def at(self, phase: str, step: int) -> None:
+        """Note that this rank has come to `phase` of `step`."""
+        self._place = (phase, step, time.time())
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._interval):
+            phase, step, since = self._place
+            row = {"phase": phase, "step": step, "since": since, "host": socket.gethostname(), "heard": time.time()}
+            with contextlib.suppress(RuntimeError):  # rank 0, which serves the store, is gone: the report says so
+                self._store.set(f"place/{self._world.rank}", json.dumps(row))
+            if time.time() - since > self._timeout:
+                self._report()
+                os._exit(EXIT_HUNG)
+
+    def _report(self) -> None:
+        time.sleep(2 * self._interval)  # let every rank write where it stands now
+        lines = [f"{self._world.name}: no progress for {self._timeout:g} s (runtime.hang_timeout). Where each rank is:"]
+        now = time.time()
+        for rank in range(self._world.world_size):
+            try:
+                if not self._store.check([f"place/{rank}"]):
+                    lines.append(f"  rank {rank}: never heard from")
+                    continue
+                row = json.loads(self._store.get(f"place/{rank}"))
+            except RuntimeError as error:
+                lines.append(f"  rank {rank}: unknown, the store on rank 0 does not answer ({error})")
+                continue
+            place = f"step {row['step']}, {row['phase']}, since {now - row['since']:.0f} s"
+            silent = now - row["heard"]
+            lost = f"; NOT HEARD FROM for {silent:.0f} s" if silent > 4 * self._interval else ""
+            lines.append(f"  rank {rank} on {row['host']}: {place}{lost}")
+        print("\n".join(lines), file=sys.stderr)
+        faulthandler.dump_traceback(all_threads=True)
+        sys.stderr.flush()

@@ -1,0 +1,160 @@
+"""Starting the processes of a run on this machine, and telling the user which of them failed first."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dmtjepa.config import Config, ConfigError
+from dmtjepa.data import DataError
+from dmtjepa.masking import MaskError
+from dmtjepa.training.distributed import DeviceError, check_device, joined
+from dmtjepa.training.loop import hand_over, train
+from dmtjepa.training.run_folder import RunFolderError
+
+# After the first failure the other processes have this long to fail by themselves, which tells more than being killed.
+GRACE_SECONDS = 2.0
+
+# Faults of the settings or the machine: their message is all that a user needs.
+USER_ERRORS = (ConfigError, DataError, MaskError, RunFolderError, DeviceError)
+
+
+def default_devices() -> list[str]:
+    """All CUDA devices of this machine, or else the CPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [f"cuda:{index}" for index in range(count)] or ["cpu"]
+
+
+def run_process(config: Config, device_name: str) -> None:
+    """One process of a run: join the others, train, and hand a stop signal over to whoever handles it."""
+    device = check_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    runtime = config.runtime
+    with joined(device, start_timeout=runtime.start_timeout, hang_timeout=runtime.hang_timeout) as world:
+        outcome = train(config, world)
+        if world.rank == 0:
+            complete = "finished" if outcome.step == outcome.num_steps else "stopped by a signal and saved"
+            print(
+                f"{complete} at step {outcome.step} of {outcome.num_steps}; the run is in {config.logging.folder}",
+                file=sys.stderr,
+            )
+    hand_over(outcome)
+
+
+def launch(config: Config, devices: Sequence[str]) -> int:
+    """Run one process per device on this machine; returns the exit code, which is not 0 after a failure or a signal.
+
+    One device runs in this process. Otherwise, the traceback of the process that failed first is printed, and the
+    others are ended. SIGTERM, SIGUSR1 and SIGUSR2 are passed on to all.
+    """
+    if len(devices) == 1:
+        run_process(config, devices[0])
+        return 0
+    # This process serves the store, so its port is known before anyone needs it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="dmtjepa-errors-") as folder:
+        processes = [
+            context.Process(
+                target=_run_child, args=(config, name, rank, len(devices), store.port, folder), name=f"rank {rank}"
+            )
+            for rank, name in enumerate(devices)
+        ]
+        for process in processes:
+            process.start()
+        previous = {
+            number: signal.signal(number, lambda received, _: _pass_on(processes, received))
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        }
+        try:
+            return _watch(processes, Path(folder))
+        finally:
+            for process in processes:
+                process.kill()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _pass_on(processes: Sequence[multiprocessing.Process], number: int) -> None:
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, number)
+
+
+def _watch(processes: Sequence[multiprocessing.Process], folder: Path) -> int:
+    """Wait for all processes, or for the first failure."""
+    running = {process.sentinel: process for process in processes}
+    while running:
+        for sentinel in wait(list(running)):
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode != 0:
+                return _report(processes, folder)
+    return 0
+
+
+def _report(processes: Sequence[multiprocessing.Process], folder: Path) -> int:
+    """Print the first failure; returns the exit code of the run."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    failures = sorted(
+        (path.read_text() for path in folder.glob("*.txt")), key=lambda text: float(text.split("\n", 1)[0])
+    )
+    if failures:
+        print(failures[0].split("\n", 1)[1], file=sys.stderr)
+        return 1
+    ended = [process for process in processes if process.exitcode]
+    code = ended[0].exitcode
+    if code > 0:
+        print(f"{ended[0].name} ended with exit code {code}; its messages are above", file=sys.stderr)
+        return code
+    if all(process.exitcode in (code, 0) for process in processes) and -code in (15, 10, 12):
+        return 128 - code  # all were asked to stop, saved, and did
+    reason = " (often: no memory left)" if code == -signal.SIGKILL else ""
+    print(f"{ended[0].name} was ended by {signal.Signals(-code).name}{reason}", file=sys.stderr)
+    return 128 - code
+
+
+def _run_child(config: Config, device_name: str, rank: int, world_size: int, port: int, folder: str) -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is served already, by the parent
+    }
+    try:
+        run_process(config, device_name)
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            raise
+        known = isinstance(error, USER_ERRORS)
+        report = f"{type(error).__name__}: {error}" if known else traceback.format_exc()
+        text = f"{time.monotonic()}\nrank {rank} of {world_size} failed:\n{report}"
+        writing = Path(folder, f"{rank}.writing")
+        writing.write_text(text)
+        writing.rename(Path(folder, f"{rank}.txt"))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # teardown would wait for the others
+
+
+def _die_with_parent() -> None:
+    """Without its parent, which was killed, a process must not go on writing into the run folder."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

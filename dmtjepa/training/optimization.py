@@ -1,0 +1,124 @@
+"""AdamW, its schedules as pure functions of the step, gradient clipping and the moving average of the teacher.
+
+Steps count from 0. The published code advances its learning-rate and weight-decay schedules *before* an update and its
+momentum schedule after it, so update `step` uses the schedules' value number `step + 1` and momentum number `step`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The published schedules. `steps_per_epoch` counts optimizer steps; `num_epochs` and `warmup` are in epochs."""
+
+    steps_per_epoch: int
+    num_epochs: int
+    warmup: float
+    start_lr: float
+    lr: float
+    final_lr: float
+    weight_decay: float
+    final_weight_decay: float
+    ema: tuple[float, float]
+    ipe_scale: float = 1.0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training."""
+        return self.steps_per_epoch * self.num_epochs
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps after which learning rate and weight decay reach their final values."""
+        return int(self.ipe_scale * self.num_epochs * self.steps_per_epoch)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear from `start_lr` to `lr` over the warm-up, then a cosine to `final_lr`."""
+        count, warmup_steps = step + 1, int(self.warmup * self.steps_per_epoch)
+        if count < warmup_steps:
+            return self.start_lr + count / warmup_steps * (self.lr - self.start_lr)
+        progress = min(1.0, (count - warmup_steps) / max(1, self.schedule_steps - warmup_steps))
+        return _cosine(self.lr, self.final_lr, progress)
+
+    def decay(self, step: int) -> float:
+        """Weight decay: a cosine from `weight_decay` to `final_weight_decay`, without warm-up."""
+        return _cosine(self.weight_decay, self.final_weight_decay, min(1.0, (step + 1) / max(1, self.schedule_steps)))
+
+    def momentum(self, step: int) -> float:
+        """Weight of the old teacher in its moving average: linear from `ema[0]` to `ema[1]`."""
+        progress = step / (self.steps_per_epoch * self.num_epochs * self.ipe_scale)
+        return self.ema[0] + min(1.0, progress) * (self.ema[1] - self.ema[0])
+
+
+def _cosine(first: float, last: float, progress: float) -> float:
+    return last + (first - last) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def parameter_groups(modules: Iterable[nn.Module]) -> list[dict]:
+    """AdamW's groups in the published order: weights of the first two modules (encoder, predictor), their biases and
+    1-dimensional parameters (never decayed), then the same two groups of each further module (the head)."""
+    modules = list(modules)
+    groups = []
+    for part in (modules[:2], *([module] for module in modules[2:])):
+        for decayed in (True, False):
+            for module in part:
+                chosen = [p for name, p in module.named_parameters() if p.requires_grad and _decays(name, p) == decayed]
+                groups.append({"params": chosen, "decayed": decayed} | ({} if decayed else {"weight_decay": 0.0}))
+    return [group for group in groups if group["params"]]
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    return "bias" not in name and parameter.ndim != 1
+
+
+def build_optimizer(modules: Iterable[nn.Module]) -> torch.optim.AdamW:
+    """AdamW with the published groups and torch's defaults (betas 0.9 and 0.999, eps 1e-8), in one fused kernel.
+
+    The fused kernel also takes `found_inf`, with which `step` is skipped on the device, without asking the host.
+    """
+    return torch.optim.AdamW(parameter_groups(modules), lr=0.0, fused=True)
+
+
+def set_schedules(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
+    """Write a step's learning rate, and its weight decay where a group is decayed, into the optimizer."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        if group["decayed"]:
+            group["weight_decay"] = weight_decay
+
+
+def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's shards of sharded tensors, and ordinary tensors as they are."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Sequence[nn.Parameter], loss: Tensor, num_copies: int = 1) -> Tensor:
+    """The norm of the whole gradient: a float32 scalar on the device, the same on every rank.
+
+    It is not finite if any gradient or the loss of any rank is not: all ranks see alike whether a step can be made.
+
+    Args:
+        parameters: sharded over the ranks of `num_copies` groups which all hold the same gradient.
+        loss: this rank's, a scalar.
+    """
+    gradients = local_tensors(p.grad for p in parameters if p.grad is not None)
+    squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
+    squares = squares + 0.0 * loss  # 0 * inf and 0 * nan are nan
+    torch.distributed.all_reduce(squares)
+    return (squares / num_copies).sqrt()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients so that their norm, given as `norm`, is at most `max_norm`."""
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(local_tensors(p.grad for p in parameters if p.grad is not None), scale)

@@ -1,0 +1,94 @@
+"""How a model is spread over devices: activation checkpointing, then torch.compile, then FSDP2; in this order, here."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+
+from dmtjepa.objective import DMTJEPA
+
+
+def build_mesh(device_type: str, world_size: int, shard_size: int | None = None) -> DeviceMesh:
+    """One dimension, over which the model is sharded (FSDP); or [copies, shards] (HSDP) for a smaller `shard_size`."""
+    if shard_size is None or shard_size == world_size:
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    if world_size % shard_size:
+        raise ValueError(f"runtime.shard_size: {world_size} processes cannot be divided into groups of {shard_size}")
+    return init_device_mesh(device_type, (world_size // shard_size, shard_size), mesh_dim_names=("copy", "shard"))
+
+
+def parallelize(
+    model: DMTJEPA,
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype,
+    compile_blocks: bool,
+    activation_checkpointing: bool = False,
+    reshard_after_forward: bool = True,
+) -> DMTJEPA:
+    """Spread student and teacher over `mesh`, in place. Weights, gradients and their reduction are float32.
+
+    Args:
+        dtype: of the computation; blocks see their weights in it.
+        compile_blocks: compile each block and the heads, with a symbolic number of patches where it varies.
+        activation_checkpointing: recompute the blocks of encoder and predictor in the backward pass.
+        reshard_after_forward: whether the student's blocks are gathered again for the backward pass.
+    """
+    student = [*model.encoder.blocks, *model.predictor.predictor_blocks]
+    teacher = [*model.teacher_encoder.blocks]
+    heads = [head for head in (model.teacher_head, model.head) if head is not None]
+    if activation_checkpointing:
+        for block in student:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if compile_blocks:
+        for block in student:
+            block.forward = compile_varying(block.forward)
+        for block in teacher:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        for head in heads:
+            head.aggregate_context = compile_varying(head.aggregate_context)
+            head.aggregate_neighbors = compile_varying(head.aggregate_neighbors)
+    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+    for module in [*teacher, model.teacher_encoder, model.teacher_head]:
+        if module is not None:
+            shard(module, reshard_after_forward=True)  # no backward pass will need it
+    for module in [*student, model.encoder, model.predictor, model.head]:
+        if module is not None:
+            shard(module, reshard_after_forward=reshard_after_forward)
+    for head in heads:
+        register_fsdp_forward_method(head, "aggregate_context")
+        register_fsdp_forward_method(head, "aggregate_neighbors")
+    shard(model, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "compute_targets")
+    register_fsdp_forward_method(model, "predict_targets")
+    # Gather the next unit's weights while this one computes.
+    forward = [model.teacher_encoder, *teacher, *heads[:1], model.encoder, *model.encoder.blocks, *heads[1:]]
+    forward += [model.predictor, *model.predictor.predictor_blocks]
+    for current, following in itertools.pairwise(forward):
+        current.set_modules_to_forward_prefetch([following])
+    backward = [model.predictor, *model.predictor.predictor_blocks[::-1], *heads[1:], model.encoder]
+    backward += model.encoder.blocks[::-1]
+    for current, following in itertools.pairwise(backward):
+        current.set_modules_to_backward_prefetch([following])
+    return model
+
+
+def compile_varying(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` compiled once for all numbers of patches, which is dimension 1 of a batch and 0 of a patch list."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+    @functools.wraps(function)
+    def run(*arguments: Tensor | tuple[int, int] | None) -> Tensor:
+        for tensor in arguments:
+            if isinstance(tensor, Tensor):
+                torch._dynamo.maybe_mark_dynamic(tensor, 1 if tensor.ndim == 3 else 0)
+        return compiled(*arguments)
+
+    return run
