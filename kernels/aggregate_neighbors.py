@@ -25,6 +25,8 @@ plain PyTorch.
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .checks import (
@@ -38,6 +40,7 @@ from .checks import (
     check_tensor,
     debug_check_index,
 )
+from .launch import contiguous_rows, launch
 
 
 def aggregate_neighbors_reference(
@@ -160,12 +163,200 @@ def _pool_weights(
     return _neighbor_weights(self_score.index_select(0, image_index).to(wide), scores, neighbor_index)
 
 
+@triton.jit
+def _add_to_softmax(b_max, b_sum, b_total, b_score, b_value):
+    """One more value of an online softmax: scores [U, H] in base 2, totals [U, H, d] relative to exp2(b_max)."""
+    b_new_max = tl.maximum(b_max, b_score)
+    b_old = tl.exp2(b_max - b_new_max)
+    b_weight = tl.exp2(b_score - b_new_max)
+    b_total = b_total * b_old[:, :, None] + b_value * b_weight[:, :, None]
+    return b_new_max, b_sum * b_old + b_weight, b_total
+
+
+@triton.jit
+def _aggregate_neighbors_kernel(
+    p_query,  # [U, D], strides (s_query, 1)
+    p_self_key,  # [U, D], strides (s_self_key, 1)
+    p_self_value,  # [U, D], strides (s_self_value, 1)
+    p_key,  # [R, D], strides (s_key, 1)
+    p_value,  # [R, D], strides (s_value, 1)
+    p_neighbor_index,  # [U, K], contiguous
+    p_output,  # [U, D], contiguous
+    num_covered,  # U
+    s_query,
+    s_self_key,
+    s_self_value,
+    s_key,
+    s_value,
+    scale,  # log2(e) / sqrt(head size)
+    H: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_HEAD_DIM: tl.constexpr,
+):
+    """One program attends for BLOCK_U patches and BLOCK_H heads; adjacent patches share neighbours in the caches."""
+    num_blocks_h: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    o_u = tl.program_id(0) // num_blocks_h * BLOCK_U + tl.arange(0, BLOCK_U)
+    o_h = tl.program_id(0) % num_blocks_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    o_e = tl.arange(0, BLOCK_HEAD_DIM)
+    m_u = o_u < num_covered
+    o_head = (o_h * HEAD_DIM)[None, :, None] + o_e[None, None, :]
+    m_head = (o_h < H)[None, :, None] & (o_e < HEAD_DIM)[None, None, :]
+    m_tile = m_u[:, None, None] & m_head
+    o_wide = o_u.to(tl.int64)[:, None, None]
+
+    b_query = tl.load(p_query + o_wide * s_query + o_head, mask=m_tile, other=0.0).to(tl.float32) * scale
+    b_self_key = tl.load(p_self_key + o_wide * s_self_key + o_head, mask=m_tile, other=0.0)
+    b_max = tl.sum(b_query * b_self_key.to(tl.float32), axis=2)  # [BLOCK_U, BLOCK_H]
+    b_sum = tl.full([BLOCK_U, BLOCK_H], 1.0, dtype=tl.float32)
+    b_total = tl.load(p_self_value + o_wide * s_self_value + o_head, mask=m_tile, other=0.0).to(tl.float32)
+    for slot in tl.static_range(K):
+        b_r = tl.load(p_neighbor_index + o_u.to(tl.int64) * K + slot, mask=m_u, other=-1).to(tl.int64)
+        m_r = b_r >= 0
+        m_neighbor = m_r[:, None, None] & m_head
+        b_key = tl.load(p_key + (b_r * s_key)[:, None, None] + o_head, mask=m_neighbor, other=0.0)
+        b_value = tl.load(p_value + (b_r * s_value)[:, None, None] + o_head, mask=m_neighbor, other=0.0)
+        b_score = tl.where(m_r[:, None], tl.sum(b_query * b_key.to(tl.float32), axis=2), float("-inf"))
+        b_max, b_sum, b_total = _add_to_softmax(b_max, b_sum, b_total, b_score, b_value.to(tl.float32))
+    b_output = b_total / b_sum[:, :, None]
+    tl.store(p_output + o_wide * (H * HEAD_DIM) + o_head, b_output.to(p_output.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def _pool_neighbors_kernel(
+    p_self_score,  # [B, H], strides (s_self_score, 1)
+    p_self_value,  # [B, D], strides (s_self_value, 1)
+    p_score,  # [R, H], strides (s_score, 1)
+    p_value,  # [R, D], strides (s_value, 1)
+    p_neighbor_index,  # [U, K], contiguous
+    p_image_index,  # [U], contiguous
+    p_output,  # [U, D], contiguous
+    num_covered,  # U
+    s_self_score,
+    s_self_value,
+    s_score,
+    s_value,
+    H: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_HEAD_DIM: tl.constexpr,
+):
+    """One program pools for BLOCK_U patches and BLOCK_H heads."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    num_blocks_h: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    o_u = tl.program_id(0) // num_blocks_h * BLOCK_U + tl.arange(0, BLOCK_U)
+    o_h = tl.program_id(0) % num_blocks_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    o_e = tl.arange(0, BLOCK_HEAD_DIM)
+    m_u = o_u < num_covered
+    m_h = o_h < H
+    o_head = (o_h * HEAD_DIM)[None, :, None] + o_e[None, None, :]
+    m_head = m_h[None, :, None] & (o_e < HEAD_DIM)[None, None, :]
+    m_tile = m_u[:, None, None] & m_head
+
+    b_image = tl.load(p_image_index + o_u, mask=m_u, other=0).to(tl.int64)
+    p_scores = p_self_score + (b_image * s_self_score)[:, None] + o_h[None, :]
+    b_max = tl.load(p_scores, mask=m_u[:, None] & m_h[None, :], other=0.0).to(tl.float32) * LOG2_E
+    b_sum = tl.full([BLOCK_U, BLOCK_H], 1.0, dtype=tl.float32)
+    p_values = p_self_value + (b_image * s_self_value)[:, None, None] + o_head
+    b_total = tl.load(p_values, mask=m_tile, other=0.0).to(tl.float32)
+    for slot in tl.static_range(K):
+        b_r = tl.load(p_neighbor_index + o_u.to(tl.int64) * K + slot, mask=m_u, other=-1).to(tl.int64)
+        m_r = b_r >= 0
+        p_scores = p_score + (b_r * s_score)[:, None] + o_h[None, :]
+        b_score = tl.load(p_scores, mask=m_r[:, None] & m_h[None, :], other=float("-inf")).to(tl.float32) * LOG2_E
+        p_values = p_value + (b_r * s_value)[:, None, None] + o_head
+        b_value = tl.load(p_values, mask=m_r[:, None, None] & m_head, other=0.0)
+        b_max, b_sum, b_total = _add_to_softmax(b_max, b_sum, b_total, b_score, b_value.to(tl.float32))
+    b_output = b_total / b_sum[:, :, None]
+    o_output = o_u.to(tl.int64)[:, None, None] * (H * HEAD_DIM) + o_head
+    tl.store(p_output + o_output, b_output.to(p_output.dtype.element_ty), mask=m_tile)
+
+
+# A tile of 16 patches and 256 columns gives each of 128 threads four independent 16-byte loads in 16-bit formats.
+_BLOCK_U = 16
+_BLOCK_COLUMNS = 256
+
+
+def _head_blocks(dim: int, num_heads: int) -> dict[str, int]:
+    """Head sizes are padded to a power of two: masked lanes load nothing, so padding costs no traffic."""
+    block_head_dim = triton.next_power_of_2(dim // num_heads)
+    block_heads = max(1, min(triton.next_power_of_2(num_heads), _BLOCK_COLUMNS // block_head_dim))
+    return {
+        "H": num_heads,
+        "HEAD_DIM": dim // num_heads,
+        "BLOCK_U": _BLOCK_U,
+        "BLOCK_H": block_heads,
+        "BLOCK_HEAD_DIM": block_head_dim,
+    }
+
+
+def launch_aggregate_neighbors(
+    query: Tensor,
+    self_key: Tensor,
+    self_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    neighbor_index: Tensor,
+    num_heads: int,
+) -> Tensor:
+    debug_check_index("neighbor_index", neighbor_index, key.shape[0], lowest=-1)
+    num_covered, dim = query.shape
+    tensors = [contiguous_rows(tensor) for tensor in (query, self_key, self_value, key, value)]
+    output = torch.empty((num_covered, dim), dtype=query.dtype, device=query.device)
+    blocks = _head_blocks(dim, num_heads)
+    launch(
+        _aggregate_neighbors_kernel,
+        triton.cdiv(num_covered, _BLOCK_U) * triton.cdiv(num_heads, blocks["BLOCK_H"]),
+        *tensors,
+        neighbor_index.contiguous(),
+        output,
+        num_covered,
+        *(tensor.stride(0) for tensor in tensors),
+        math.log2(math.e) / math.sqrt(dim // num_heads),
+        K=neighbor_index.shape[1],
+        **blocks,
+    )
+    return output
+
+
+def launch_pool_neighbors(
+    self_score: Tensor,
+    self_value: Tensor,
+    score: Tensor,
+    value: Tensor,
+    neighbor_index: Tensor,
+    image_index: Tensor,
+) -> Tensor:
+    debug_check_index("neighbor_index", neighbor_index, value.shape[0], lowest=-1)
+    debug_check_index("image_index", image_index, self_value.shape[0])
+    num_covered, dim = image_index.shape[0], value.shape[1]
+    tensors = [contiguous_rows(tensor) for tensor in (self_score, self_value, score, value)]
+    output = torch.empty((num_covered, dim), dtype=value.dtype, device=value.device)
+    blocks = _head_blocks(dim, score.shape[1])
+    launch(
+        _pool_neighbors_kernel,
+        triton.cdiv(num_covered, _BLOCK_U) * triton.cdiv(score.shape[1], blocks["BLOCK_H"]),
+        *tensors,
+        neighbor_index.contiguous(),
+        image_index.contiguous(),
+        output,
+        num_covered,
+        *(tensor.stride(0) for tensor in tensors),
+        K=neighbor_index.shape[1],
+        **blocks,
+    )
+    return output
+
+
 # CPU: the working set of a block, a few [block, D] arrays, stays within a core's L2 cache.
 _BLOCK_ELEMENTS = 2**16
 
 
-@torch.library.custom_op("dmtjepa::aggregate_neighbors", mutates_args=(), device_types="cpu")
-def _aggregate_neighbors(
+def aggregate_neighbors_cpu(
     query: Tensor,
     self_key: Tensor,
     self_value: Tensor,
@@ -185,6 +376,12 @@ def _aggregate_neighbors(
     return output
 
 
+_aggregate_neighbors = torch.library.custom_op(
+    "dmtjepa::aggregate_neighbors", aggregate_neighbors_cpu, mutates_args=(), device_types="cpu"
+)
+_aggregate_neighbors.register_kernel("cuda", launch_aggregate_neighbors)
+
+
 @_aggregate_neighbors.register_fake
 def _(
     query: Tensor,
@@ -198,8 +395,7 @@ def _(
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("dmtjepa::pool_neighbors", mutates_args=(), device_types="cpu")
-def _pool_neighbors(
+def pool_neighbors_cpu(
     self_score: Tensor,
     self_value: Tensor,
     score: Tensor,
@@ -215,6 +411,12 @@ def _pool_neighbors(
         at = slice(start, start + block)
         output[at] = pool_neighbors_plain(self_score, self_value, score, value, neighbor_index[at], image_index[at])
     return output
+
+
+_pool_neighbors = torch.library.custom_op(
+    "dmtjepa::pool_neighbors", pool_neighbors_cpu, mutates_args=(), device_types="cpu"
+)
+_pool_neighbors.register_kernel("cuda", launch_pool_neighbors)
 
 
 @_pool_neighbors.register_fake

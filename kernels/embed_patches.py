@@ -13,9 +13,12 @@ nor the embedding of a dropped patch ever exists.
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .checks import FLOAT_DTYPES, INDEX_DTYPES, accumulation_dtype, check_same_device, check_tensor, debug_check_index
+from .launch import contiguous_rows, launch
 
 
 def embed_patches_reference(
@@ -82,13 +85,106 @@ def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[list[f
     return scale, shift
 
 
-@torch.library.custom_op("dmtjepa::embed_patches", mutates_args=(), device_types="cpu")
-def _embed_patches(
+@triton.jit
+def _embed_patches_kernel(
+    p_images,  # uint8 [B, 3, H, W], strides (s_image, s_channel, s_row, s_column)
+    p_index,  # [B, K], strides (s_index_image, 1); unused without HAS_INDEX
+    p_output,  # [B, K, 3*P*P], contiguous
+    num_rows,  # B*K
+    num_kept,  # K
+    grid_cols,  # W / P
+    s_image,
+    s_channel,
+    s_row,
+    s_column,
+    s_index_image,
+    scale_r,
+    scale_g,
+    scale_b,
+    shift_r,
+    shift_g,
+    shift_b,
+    P: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    """One program normalises BLOCK_ROWS patches, a channel (or BLOCK_PIXELS pixels of it) at a time."""
+    o_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    m_row = o_row < num_rows
+    b_image = (o_row // num_kept).to(tl.int64)
+    b_patch = o_row % num_kept
+    if HAS_INDEX:
+        b_patch = tl.load(p_index + b_image * s_index_image + b_patch, mask=m_row, other=0).to(tl.int32)
+    o_top = (b_patch // grid_cols * P).to(tl.int64) * s_row
+    o_left = (b_patch % grid_cols * P).to(tl.int64) * s_column
+    o_patch = b_image * s_image + o_top + o_left
+
+    for c in tl.static_range(3):
+        scale = scale_r if c == 0 else (scale_g if c == 1 else scale_b)
+        shift = shift_r if c == 0 else (shift_g if c == 1 else shift_b)
+        for start in tl.static_range(0, P * P, BLOCK_PIXELS):
+            o_pixel = start + tl.arange(0, BLOCK_PIXELS)
+            m_tile = m_row[:, None] & (o_pixel < P * P)[None, :]
+            o_tile = o_patch[:, None] + (c * s_channel + o_pixel // P * s_row + o_pixel % P * s_column)[None, :]
+            b_tile = tl.load(p_images + o_tile, mask=m_tile).to(tl.float32) * scale + shift
+            p_tile = p_output + o_row.to(tl.int64)[:, None] * (3 * P * P) + (c * P * P + o_pixel)[None, :]
+            tl.store(p_tile, b_tile.to(p_output.dtype.element_ty), mask=m_tile)
+
+
+# 4096 pixels a program: each of 128 threads loads 3 x 2 vectors of 16 bytes where a patch row is 16 bytes.
+_TILE_PIXELS = 4096
+
+
+def launch_embed_patches(
+    images: Tensor, patch_size: int, index: Tensor | None, mean: list[float], std: list[float], dtype: torch.dtype
+) -> Tensor:
+    if images.shape[1] != 3:
+        images = images.permute(0, 3, 1, 2)
+    num_images, _, height, width = images.shape
+    num_patches = height // patch_size * (width // patch_size)
+    if index is None:
+        num_kept, table = num_patches, images
+    else:
+        debug_check_index("index", index, num_patches)
+        num_kept, table = index.shape[1], contiguous_rows(index)
+    output = images.new_empty(num_images, num_kept, 3 * patch_size * patch_size, dtype=dtype)
+    scale, shift = scale_and_shift(mean, std)
+    block_pixels = min(triton.next_power_of_2(patch_size * patch_size), 1024)
+    block_rows = max(1, min(64, _TILE_PIXELS // block_pixels))
+    launch(
+        _embed_patches_kernel,
+        triton.cdiv(num_images * num_kept, block_rows),
+        images,
+        table,
+        output,
+        num_images * num_kept,
+        num_kept,
+        width // patch_size,
+        *images.stride(),
+        table.stride(0),
+        *scale,
+        *shift,
+        P=patch_size,
+        HAS_INDEX=index is not None,
+        BLOCK_ROWS=block_rows,
+        BLOCK_PIXELS=block_pixels,
+    )
+    return output
+
+
+def embed_patches_cpu(
     images: Tensor, patch_size: int, index: Tensor | None, mean: list[float], std: list[float], dtype: torch.dtype
 ) -> Tensor:
     if index is not None:
         debug_check_index("index", index, _num_patches(images, patch_size))
     return embed_patches_plain(images, patch_size, index, mean=mean, std=std, dtype=dtype)
+
+
+_embed_patches = torch.library.custom_op(
+    "dmtjepa::embed_patches", embed_patches_cpu, mutates_args=(), device_types="cpu"
+)
+_embed_patches.register_kernel("cuda", launch_embed_patches)
 
 
 @_embed_patches.register_fake
@@ -113,6 +209,7 @@ def check_arguments(
     dtype: torch.dtype,
 ) -> None:
     check_tensor("images", images, 4, (torch.uint8,))
+    check_same_device("images", images)
     if images.shape[1] != 3 and images.shape[3] != 3:
         raise ValueError(f"images must be [B, 3, H, W] or [B, H, W, 3], got {list(images.shape)}")
     height, width = images.shape[2:] if images.shape[1] == 3 else images.shape[1:3]
@@ -120,8 +217,8 @@ def check_arguments(
         raise ValueError(f"an image of {height} x {width} pixels does not divide into patches of {patch_size}")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean and std must be three numbers each, std positive, got {mean} and {std}")
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"dtype must be a float dtype, got {dtype}")
+    if dtype not in FLOAT_DTYPES or (dtype == torch.float64 and images.device.type == "cuda"):
+        raise TypeError(f"dtype must be bfloat16, float16 or float32 (float64 on the CPU alone), got {dtype}")
     if index is not None:
         check_tensor("index", index, 2, INDEX_DTYPES)
         check_same_device("images", images, index=index)

@@ -5,10 +5,15 @@
     position  [N, D]      optional, added at the same patches; the sum is rounded once, to the dtype of tokens
     output    [B, K, D]   output[b, k] = tokens[b, index[b, k]] + position[index[b, k]]
 
-The backward pass sums the rows of a patch that is named several times.
+The backward pass sums the rows of a patch that is named several times. It links the rows that name one patch into a
+list, by an integer exchange per row, and then every program adds up the lists of its own patches: each gradient is
+written once, zeros included, without atomic additions. The result is the same in every run unless a patch is named
+three times or more, where the order of the float32 sum may differ.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .checks import (
@@ -21,6 +26,7 @@ from .checks import (
     check_tensor,
     debug_check_index,
 )
+from .launch import block_columns, contiguous_rows, launch
 
 
 def gather_tokens_reference(tokens: Tensor, index: Tensor, position: Tensor | None = None) -> Tensor:
@@ -55,10 +61,177 @@ def scatter_tokens_plain(grad: Tensor, index: Tensor, num_patches: int, dtype: t
     return total.to(dtype).view(num_images, num_patches, dim)
 
 
-@torch.library.custom_op("dmtjepa::gather_tokens", mutates_args=(), device_types="cpu")
-def _gather_tokens(tokens: Tensor, index: Tensor, position: Tensor | None) -> Tensor:
+@triton.jit
+def _gather_tokens_kernel(
+    p_tokens,  # [B, N, D], strides (s_tokens_image, s_tokens_patch, 1)
+    p_index,  # [B, K], strides (s_index_image, 1)
+    p_position,  # [N, D], strides (s_position_patch, 1); unused without HAS_POSITION
+    p_output,  # [B, K, D], contiguous
+    num_rows,  # B*K
+    num_kept,  # K
+    s_tokens_image,
+    s_tokens_patch,
+    s_index_image,
+    s_position_patch,
+    D: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program copies BLOCK_ROWS rows, BLOCK_D columns of them; the columns of a row go to adjacent programs."""
+    num_blocks_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    o_row = tl.program_id(0) // num_blocks_d * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    o_d = tl.program_id(0) % num_blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_row = o_row < num_rows
+    m_tile = m_row[:, None] & (o_d < D)[None, :]
+
+    b_image = (o_row // num_kept).to(tl.int64)
+    b_patch = tl.load(p_index + b_image * s_index_image + o_row % num_kept, mask=m_row, other=0).to(tl.int64)
+    o_token = b_image * s_tokens_image + b_patch * s_tokens_patch
+    b_tile = tl.load(p_tokens + o_token[:, None] + o_d[None, :], mask=m_tile)
+    if HAS_POSITION:
+        p_tile = p_position + (b_patch * s_position_patch)[:, None] + o_d[None, :]
+        b_position = tl.load(p_tile, mask=m_tile)
+        b_tile = (b_tile.to(tl.float32) + b_position.to(tl.float32)).to(p_output.dtype.element_ty)
+    tl.store(p_output + o_row.to(tl.int64)[:, None] * D + o_d[None, :], b_tile, mask=m_tile)
+
+
+@triton.jit
+def _link_rows_kernel(
+    p_index,  # [B, K], strides (s_index_image, 1)
+    p_first,  # [B, N] int32, -1 on entry: becomes one of the rows that name the patch
+    p_next,  # [B, K] int32: becomes another row that names the same patch, or -1
+    num_rows,  # B*K
+    num_kept,  # K
+    num_patches,  # N
+    s_index_image,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Links the rows of each patch into a list."""
+    o_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    m_row = o_row < num_rows
+    b_image = (o_row // num_kept).to(tl.int64)
+    b_patch = tl.load(p_index + b_image * s_index_image + o_row % num_kept, mask=m_row, other=0).to(tl.int64)
+    b_next = tl.atomic_xchg(p_first + b_image * num_patches + b_patch, o_row % num_kept, mask=m_row)
+    tl.store(p_next + o_row, b_next, mask=m_row)
+
+
+@triton.jit
+def _scatter_tokens_kernel(
+    p_grad,  # [B, K, D], strides (s_grad_image, s_grad_row, 1)
+    p_first,  # [B, N] int32
+    p_next,  # [B, K] int32
+    p_output,  # [B, N, D], contiguous
+    num_rows,  # B*N
+    num_kept,  # K
+    num_patches,  # N
+    s_grad_image,
+    s_grad_row,
+    D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program adds up the lists of BLOCK_ROWS patches, BLOCK_D columns of them."""
+    num_blocks_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    o_row = tl.program_id(0) // num_blocks_d * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    o_d = tl.program_id(0) % num_blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_row = o_row < num_rows
+    m_d = o_d < D
+
+    b_image = (o_row // num_patches).to(tl.int64)
+    b_kept = tl.load(p_first + o_row, mask=m_row, other=-1)
+    b_sum = tl.zeros([BLOCK_ROWS, BLOCK_D], dtype=tl.float32)
+    while tl.max(b_kept) >= 0:
+        m_kept = b_kept >= 0
+        o_grad = b_image * s_grad_image + b_kept.to(tl.int64) * s_grad_row
+        b_grad = tl.load(p_grad + o_grad[:, None] + o_d[None, :], mask=m_kept[:, None] & m_d[None, :], other=0.0)
+        b_sum += b_grad.to(tl.float32)
+        b_kept = tl.load(p_next + b_image * num_kept + b_kept, mask=m_kept, other=-1)
+    p_tile = p_output + o_row.to(tl.int64)[:, None] * D + o_d[None, :]
+    tl.store(p_tile, b_sum.to(p_output.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
+
+
+# A tile of 32 rows of 256 bytes gives each of 128 threads four independent 16-byte loads.
+_BLOCK_ROWS = 32
+_ROW_BYTES = 256
+
+
+def launch_gather_tokens(tokens: Tensor, index: Tensor, position: Tensor | None) -> Tensor:
+    num_images, num_patches, dim = tokens.shape
+    num_kept = index.shape[1]
+    debug_check_index("index", index, num_patches)
+    tokens, index = contiguous_rows(tokens), contiguous_rows(index)
+    table = tokens if position is None else contiguous_rows(position)
+    output = tokens.new_empty(num_images, num_kept, dim)
+    block_d = block_columns(dim, tokens.itemsize, _ROW_BYTES)
+    launch(
+        _gather_tokens_kernel,
+        triton.cdiv(num_images * num_kept, _BLOCK_ROWS) * triton.cdiv(dim, block_d),
+        tokens,
+        index,
+        table,
+        output,
+        num_images * num_kept,
+        num_kept,
+        tokens.stride(0),
+        tokens.stride(1),
+        index.stride(0),
+        table.stride(-2),
+        D=dim,
+        HAS_POSITION=position is not None,
+        BLOCK_ROWS=_BLOCK_ROWS,
+        BLOCK_D=block_d,
+    )
+    return output
+
+
+def launch_scatter_tokens(grad: Tensor, index: Tensor, num_patches: int, dtype: torch.dtype) -> Tensor:
+    num_images, num_kept, dim = grad.shape
+    grad, index = contiguous_rows(grad), contiguous_rows(index)
+    first = torch.full((num_images, num_patches), -1, dtype=torch.int32, device=grad.device)
+    following = torch.empty((num_images, num_kept), dtype=torch.int32, device=grad.device)
+    launch(
+        _link_rows_kernel,
+        triton.cdiv(num_images * num_kept, 256),
+        index,
+        first,
+        following,
+        num_images * num_kept,
+        num_kept,
+        num_patches,
+        index.stride(0),
+        BLOCK_ROWS=256,
+    )
+    output = grad.new_empty(num_images, num_patches, dim, dtype=dtype)
+    block_d = block_columns(dim, grad.itemsize, _ROW_BYTES)
+    launch(
+        _scatter_tokens_kernel,
+        triton.cdiv(num_images * num_patches, _BLOCK_ROWS) * triton.cdiv(dim, block_d),
+        grad,
+        first,
+        following,
+        output,
+        num_images * num_patches,
+        num_kept,
+        num_patches,
+        grad.stride(0),
+        grad.stride(1),
+        D=dim,
+        BLOCK_ROWS=_BLOCK_ROWS,
+        BLOCK_D=block_d,
+    )
+    return output
+
+
+def gather_tokens_cpu(tokens: Tensor, index: Tensor, position: Tensor | None) -> Tensor:
     debug_check_index("index", index, tokens.shape[1])
     return gather_tokens_plain(tokens, index, position)
+
+
+_gather_tokens = torch.library.custom_op(
+    "dmtjepa::gather_tokens", gather_tokens_cpu, mutates_args=(), device_types="cpu"
+)
+_gather_tokens.register_kernel("cuda", launch_gather_tokens)
 
 
 @_gather_tokens.register_fake
@@ -66,9 +239,10 @@ def _(tokens: Tensor, index: Tensor, position: Tensor | None) -> Tensor:
     return tokens.new_empty(*index.shape, tokens.shape[2])
 
 
-@torch.library.custom_op("dmtjepa::scatter_tokens", mutates_args=(), device_types="cpu")
-def _scatter_tokens(grad: Tensor, index: Tensor, num_patches: int, dtype: torch.dtype) -> Tensor:
-    return scatter_tokens_plain(grad, index, num_patches, dtype)
+_scatter_tokens = torch.library.custom_op(
+    "dmtjepa::scatter_tokens", scatter_tokens_plain, mutates_args=(), device_types="cpu"
+)
+_scatter_tokens.register_kernel("cuda", launch_scatter_tokens)
 
 
 @_scatter_tokens.register_fake

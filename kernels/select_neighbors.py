@@ -16,6 +16,8 @@ order of its candidates.
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .checks import (
@@ -28,6 +30,7 @@ from .checks import (
     check_window,
     debug_check_index,
 )
+from .launch import block_columns, contiguous_rows, launch
 
 # A row of zeros has cosine 0 with everything, as in torch.nn.functional.normalize.
 EPS = 1e-12
@@ -116,12 +119,135 @@ def select_neighbors_plain(
     return rank_candidates(torch.stack(dots, 1), norm, candidate, num_neighbors)
 
 
+@triton.jit
+def _select_neighbors_kernel(
+    p_h,  # [B, N, D], strides (s_image, s_patch, 1)
+    p_patches,  # [U], contiguous
+    p_neighbor_index,  # int64 [U, K], contiguous
+    p_count,  # int32 [U]
+    num_covered,  # U
+    s_image,
+    s_patch,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WRAP: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program ranks the candidates of BLOCK_U patches.
+
+    window*window - 1 is a multiple of 8 for every odd window: candidates are taken 8 at a time, as one [8, BLOCK_U,
+    BLOCK_D] tile per step, so that 8 rows and their sums of squares share one load of the patch's own row. Adjacent
+    patches have most candidates in common, and find each other's rows in the L1 cache.
+    """
+    num_patches: tl.constexpr = ROWS * COLS
+    radius: tl.constexpr = WINDOW // 2
+    o_u = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
+    o_slot = tl.arange(0, 8)
+    m_u = o_u < num_covered
+    b_patch = tl.load(p_patches + o_u, mask=m_u, other=0).to(tl.int64)
+    b_image = b_patch // num_patches
+    b_n = (b_patch % num_patches).to(tl.int32)
+    p_image = p_h + b_image * s_image
+    p_own = p_image + b_n.to(tl.int64) * s_patch
+
+    b_best = tl.full([8, BLOCK_U], float("-inf"), dtype=tl.float32)
+    b_best_n = tl.full([8, BLOCK_U], num_patches, dtype=tl.int32)
+    for group in tl.static_range((WINDOW * WINDOW - 1) // 8):
+        o_step = group * 8 + tl.arange(0, 8)
+        o_step += (o_step >= WINDOW * WINDOW // 2).to(tl.int32)  # the patch in the middle is no candidate
+        b_row = (b_n // COLS)[None, :] + (o_step // WINDOW - radius)[:, None]
+        b_col = (b_n % COLS)[None, :] + (o_step % WINDOW - radius)[:, None]
+        if WRAP:
+            b_row = (b_row + ROWS) % ROWS
+            b_col = (b_col + COLS) % COLS
+        m_candidate = (b_row >= 0) & (b_row < ROWS) & (b_col >= 0) & (b_col < COLS) & m_u[None, :]
+        b_candidate = tl.where(m_candidate, b_row * COLS + b_col, num_patches)  # [8, BLOCK_U]
+        p_other = p_image[None, :] + b_candidate.to(tl.int64) * s_patch
+
+        b_dot = tl.zeros([8, BLOCK_U, BLOCK_D], dtype=tl.float32)
+        b_square = tl.zeros([8, BLOCK_U, BLOCK_D], dtype=tl.float32)
+        for start in range(0, D, BLOCK_D):
+            o_d = start + tl.arange(0, BLOCK_D)
+            m_d = o_d < D
+            b_own = tl.load(p_own[:, None] + o_d[None, :], mask=m_u[:, None] & m_d[None, :], other=0.0)
+            m_other = m_candidate[:, :, None] & m_d[None, None, :]
+            b_other = tl.load(p_other[:, :, None] + o_d[None, None, :], mask=m_other, other=0.0).to(tl.float32)
+            b_dot += b_own.to(tl.float32)[None, :, :] * b_other
+            b_square += b_other * b_other
+        b_norm = tl.maximum(tl.sqrt(tl.sum(b_square, axis=2)), EPS)
+        b_similarity = tl.sum(b_dot, axis=2) / b_norm
+        # A NaN ranks below every number, a missing candidate below that.
+        b_similarity = tl.where(b_similarity == b_similarity, b_similarity, -3.0e38)
+        b_similarity = tl.where(m_candidate, b_similarity, float("-inf"))
+
+        if group > 0:  # rank these 8 among the best so far
+            b_similarity = tl.reshape(tl.permute(tl.join(b_similarity, b_best), (2, 0, 1)), [16, BLOCK_U])
+            b_candidate = tl.reshape(tl.permute(tl.join(b_candidate, b_best_n), (2, 0, 1)), [16, BLOCK_U])
+        for slot in tl.static_range(K):
+            b_top = tl.max(b_similarity, axis=0)
+            b_top_n = tl.min(tl.where(b_similarity == b_top[None, :], b_candidate, num_patches), axis=0)
+            # Slots beyond K keep their first value, which stands for none.
+            b_best = tl.where(o_slot[:, None] == slot, b_top[None, :], b_best)
+            b_best_n = tl.where(o_slot[:, None] == slot, b_top_n[None, :], b_best_n)
+            m_taken = b_candidate == b_top_n[None, :]
+            b_similarity = tl.where(m_taken, float("-inf"), b_similarity)
+            b_candidate = tl.where(m_taken, num_patches, b_candidate)
+
+    m_found = b_best_n < num_patches
+    b_neighbor = tl.where(m_found, (b_image * num_patches)[None, :] + b_best_n, -1)
+    p_neighbor = p_neighbor_index + o_u.to(tl.int64)[None, :] * K + o_slot[:, None]
+    tl.store(p_neighbor, b_neighbor, mask=m_u[None, :] & (o_slot < K)[:, None])
+    tl.store(p_count + o_u, tl.sum(m_found.to(tl.int32), axis=0), mask=m_u)
+
+
+# 16 patches share most of their 8 candidates in L1; rows are read 128 bytes, a cache line, at a time. With 256 threads
+# a step is four 16-byte loads of candidates per thread.
+_BLOCK_U = 16
+_ROW_BYTES = 128
+
+
+def launch_select_neighbors(
+    h: Tensor, patches: Tensor, rows: int, cols: int, num_neighbors: int, window: int, border: str
+) -> tuple[Tensor, Tensor]:
+    debug_check_index("patches", patches, h.shape[0] * h.shape[1])
+    h, patches = contiguous_rows(h), patches.contiguous()
+    num_covered, dim = patches.shape[0], h.shape[2]
+    neighbor_index = torch.empty((num_covered, num_neighbors), dtype=torch.int64, device=h.device)
+    count = torch.empty(num_covered, dtype=torch.int32, device=h.device)
+    launch(
+        _select_neighbors_kernel,
+        triton.cdiv(num_covered, _BLOCK_U),
+        h,
+        patches,
+        neighbor_index,
+        count,
+        num_covered,
+        h.stride(0),
+        h.stride(1),
+        ROWS=rows,
+        COLS=cols,
+        D=dim,
+        K=num_neighbors,
+        WINDOW=window,
+        WRAP=border == "wrap",
+        EPS=EPS,
+        BLOCK_U=_BLOCK_U,
+        BLOCK_D=block_columns(dim, h.itemsize, _ROW_BYTES),
+        num_warps=8,
+    )
+    return neighbor_index, count
+
+
 # CPU: a block of patches and of one candidate each stay within a core's L2 cache.
 _BLOCK_ELEMENTS = 2**16
 
 
-@torch.library.custom_op("dmtjepa::select_neighbors", mutates_args=(), device_types="cpu")
-def _select_neighbors(
+def select_neighbors_cpu(
     h: Tensor, patches: Tensor, rows: int, cols: int, num_neighbors: int, window: int, border: str
 ) -> tuple[Tensor, Tensor]:
     debug_check_index("patches", patches, h.shape[0] * h.shape[1])
@@ -139,6 +265,12 @@ def _select_neighbors(
             dots[at, c] = other.mul_(own).sum(1)
     norm = torch.linalg.vector_norm(flat, dim=1, dtype=wide)
     return rank_candidates(dots, norm, candidate, num_neighbors)
+
+
+_select_neighbors = torch.library.custom_op(
+    "dmtjepa::select_neighbors", select_neighbors_cpu, mutates_args=(), device_types="cpu"
+)
+_select_neighbors.register_kernel("cuda", launch_select_neighbors)
 
 
 @_select_neighbors.register_fake
