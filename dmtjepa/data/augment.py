@@ -12,11 +12,21 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dmtjepa.config import DataSettings
 from dmtjepa.data.sampling import BLUR_DRAW, COLOR_DRAW
 
 _ORDERS = list(itertools.permutations(range(4)))
 _LUMA = (0.299, 0.587, 0.114)
 _BLUR_RADIUS = 6  # three standard deviations of the widest blur
+
+
+def augment(images: torch.Tensor, uniforms: np.ndarray, settings: DataSettings) -> torch.Tensor:
+    """What the settings ask for beyond cropping and flipping: [B,3,H,W] uint8, uniforms [B,NUM_DRAWS]."""
+    if settings.use_color_distortion:
+        images = distort_colors(images, uniforms, settings.color_jitter_strength)
+    if settings.use_gaussian_blur:
+        images = blur(images, uniforms)
+    return images
 
 
 def distort_colors(images: torch.Tensor, uniforms: np.ndarray, strength: float) -> torch.Tensor:

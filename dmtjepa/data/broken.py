@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 
+from dmtjepa.data.sampling import MAX_ATTEMPTS
 from dmtjepa.data.sources import DataError, ImageSource
 
 logger = logging.getLogger(__name__)
 
-# So many broken replacements in a row mean that the data set is gone (a lost mount), not that an image is damaged.
-MAX_ATTEMPTS = 100
 _LISTED = 100
 
 
@@ -35,6 +34,10 @@ class BrokenImages:
         met = min(len(self._source), max(self._num_met, self._num_drawn))
         if len(self.entries) > self._max_broken * met:
             self.stop(f"more than data.max_broken = {self._max_broken:g} of the {met} images met so far")
+
+    def stop_lost(self) -> None:
+        """Raise DataError: every candidate for a place was broken."""
+        self.stop(f"{MAX_ATTEMPTS} in a row for one place of a batch: is the data still there?")
 
     def stop(self, cause: str) -> None:
         """Raise DataError with the cause and the list."""

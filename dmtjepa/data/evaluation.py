@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dmtjepa.data.images import BrokenImage, decode_image
+from dmtjepa.data.images import BrokenImage, decode_image, tell_reason
 from dmtjepa.data.sources import ImageSource
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class _Center(Dataset):
         try:
             picture = decode_image(self._source.read(image))
         except (BrokenImage, OSError) as error:
-            return None, image, str(error)
+            return None, image, tell_reason(error)
         return torch.from_numpy(crop_center(picture, self._size)).permute(2, 0, 1), image, ""
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,24 +14,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dmtjepa.config import DataSettings
-from dmtjepa.data.augment import blur, distort_colors
-from dmtjepa.data.broken import MAX_ATTEMPTS, BrokenImages
-from dmtjepa.data.images import BrokenImage, decode_image
-from dmtjepa.data.sampling import FLIP_DRAW, SampleOrder, choose_crop, draw_replacement, draw_uniforms
+from dmtjepa.data.augment import augment
+from dmtjepa.data.broken import BrokenImages
+from dmtjepa.data.images import BrokenImage, cut_crop, decode_image, tell_reason
+from dmtjepa.data.sampling import FLIP_DRAW, BatchRequest, SampleOrder, candidate_images, choose_crop, draw_uniforms
 from dmtjepa.data.sources import DataError, ImageSource
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 5  # how often a waiting loader looks whether its workers still move
 _PREFETCH = 2  # batches made ahead by each worker
-
-
-class BatchRequest(NamedTuple):
-    """A batch to be made: positions [B] in the order of an epoch, and the images [B] that stand there."""
-
-    epoch: int
-    positions: np.ndarray
-    images: np.ndarray
 
 
 class BatchMaker(Dataset):
@@ -46,38 +37,31 @@ class BatchMaker(Dataset):
 
     def __getitem__(self, request: BatchRequest) -> tuple[torch.Tensor | None, list[tuple[int, str]]]:
         settings = self._settings
-        height, width = settings.image_size
         broken: list[tuple[int, str]] = []
-        batch = np.empty((len(request.images), height, width, 3), dtype=np.uint8)
+        batch = np.empty((len(request.images), *settings.image_size, 3), dtype=np.uint8)
         uniforms = np.stack([draw_uniforms(self._seed, request.epoch, int(p)) for p in request.positions])
         for row, (position, image) in enumerate(zip(request.positions.tolist(), request.images.tolist(), strict=True)):
             picture = self._decode(request.epoch, position, image, broken)
             if picture is None:
                 return None, broken
-            left, top, crop_width, crop_height = choose_crop(*picture.size, uniforms[row], settings.crop_scale)
-            picture = picture.crop((left, top, left + crop_width, top + crop_height))
-            pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+            box = choose_crop(*picture.size, uniforms[row], settings.crop_scale)
+            pixels = cut_crop(picture, box, settings.image_size)
             flipped = settings.use_horizontal_flip and uniforms[row, FLIP_DRAW] < 0.5
             batch[row] = pixels[:, ::-1] if flipped else pixels
         images = torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
-        if settings.use_color_distortion:
-            images = distort_colors(images, uniforms, settings.color_jitter_strength)
-        if settings.use_gaussian_blur:
-            images = blur(images, uniforms)
-        return images, broken
+        return augment(images, uniforms, settings), broken
 
     def _decode(self, epoch: int, position: int, image: int, broken: list[tuple[int, str]]) -> Image.Image | None:
-        """The decoded image or, where it is broken, a replacement drawn by (seed, epoch, position) alone."""
+        """The decoded image or, where it is broken, its replacement; None where none of them can be decoded."""
         worker = torch.utils.data.get_worker_info()
-        for attempt in range(1, MAX_ATTEMPTS + 1):
+        for candidate in candidate_images(image, self._seed, epoch, position, len(self._source)):
             if worker is not None:
-                self.progress[worker.id, 1] = image
+                self.progress[worker.id, 1] = candidate
                 self.progress[worker.id, 0] += 1
             try:
-                return decode_image(self._source.read(image))
+                return decode_image(self._source.read(candidate))
             except (BrokenImage, OSError) as error:
-                broken.append((image, str(error)))
-            image = draw_replacement(self._seed, epoch, position, attempt, len(self._source))
+                broken.append((candidate, tell_reason(error)))
         return None
 
     def start_worker(self, worker: int) -> None:
@@ -94,18 +78,13 @@ class BatchMaker(Dataset):
 
 
 class _Requests(Sampler):
-    """The batches of this rank from (epoch, step) on, epoch after epoch: workers need no pause between epochs."""
+    """The requests of SampleOrder without end: workers need no pause between epochs."""
 
     def __init__(self, order: SampleOrder, epoch: int, step: int) -> None:
         self._order, self._epoch, self._step = order, epoch, step
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        epoch, step = self._epoch, self._step
-        while True:
-            yield BatchRequest(epoch, *self._order.batch(epoch, step))
-            step += 1
-            if step == self._order.steps_per_epoch:
-                epoch, step = epoch + 1, 0
+        return self._order.requests(self._epoch, self._step)
 
 
 class TorchvisionLoader:
@@ -155,7 +134,7 @@ class TorchvisionLoader:
             self._next = (epoch + 1, 0) if last else (epoch, step + 1)
             self._broken.record(self._settings.batch_size, broken)
             if images is None:
-                self._broken.stop(f"{MAX_ATTEMPTS} replacements of one image among them: is the folder still there?")
+                self._broken.stop_lost()
             yield images
 
     def close(self) -> None:

@@ -34,6 +34,18 @@ def decode_image(data: bytes) -> Image.Image:
         raise BrokenImage(f"{type(error).__name__}: {error}"[:200].replace(str(io.BytesIO), "the file")) from error
 
 
+def tell_reason(error: BrokenImage | OSError) -> str:
+    """Why an image could not be read or decoded, in a few words."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def cut_crop(picture: Image.Image, box: tuple[int, int, int, int], image_size: tuple[int, int]) -> np.ndarray:
+    """Crop box (left, top, width, height) resized to (height, width), bilinear with antialiasing: uint8 [H,W,3]."""
+    left, top, width, height = box
+    picture = picture.crop((left, top, left + width, top + height))
+    return np.asarray(picture.resize(image_size[::-1], Image.Resampling.BILINEAR))
+
+
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """16-bit and 32-bit greys: PIL's own conversion would clip everything above 255 to white."""
     values = np.asarray(image, dtype=np.float64)

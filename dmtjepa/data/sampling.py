@@ -7,6 +7,8 @@ global batch is the same however it is divided among ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +16,8 @@ import numpy as np
 _ORDER, _CROP, _REPLACEMENT = 0, 1, 2
 
 CROP_ATTEMPTS = 10
+# So many broken images in a row mean that the data set is gone (a lost mount), not that an image is damaged.
+MAX_ATTEMPTS = 100
 # Uniform draws of a sample: 4 for each attempt at a crop box, then flip, colour and blur (augment.py).
 FLIP_DRAW = 4 * CROP_ATTEMPTS
 COLOR_DRAW = FLIP_DRAW + 1
@@ -37,9 +41,11 @@ def draw_uniforms(seed: int, epoch: int, position: int) -> np.ndarray:
     return _generator(seed, epoch, _CROP, position).random(NUM_DRAWS)
 
 
-def draw_replacement(seed: int, epoch: int, position: int, attempt: int, num_images: int) -> int:
-    """The image that takes the place of a broken one: uniform over the data set, a new one at each attempt >= 1."""
-    return int(_generator(seed, epoch, _REPLACEMENT + attempt, position).integers(num_images))
+def candidate_images(image: int, seed: int, epoch: int, position: int, num_images: int) -> Iterator[int]:
+    """The image of a position, then those that take its place while it is broken: uniform over the data set."""
+    yield image
+    for attempt in range(1, MAX_ATTEMPTS):
+        yield int(_generator(seed, epoch, _REPLACEMENT + attempt, position).integers(num_images))
 
 
 def choose_crop(
@@ -74,6 +80,14 @@ def choose_crop(
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
 
 
+class BatchRequest(NamedTuple):
+    """A batch to be made: positions [B] in the order of an epoch, and the images [B] that stand there."""
+
+    epoch: int
+    positions: np.ndarray
+    images: np.ndarray
+
+
 class SampleOrder:
     """The positions and images of each step of this rank.
 
@@ -91,10 +105,18 @@ class SampleOrder:
     def steps_per_epoch(self) -> int:
         return self.num_images // (self.batch_size * self.world_size)
 
-    def batch(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(positions [B] int64, images [B] int64) of this rank in a step of an epoch."""
+    def requests(self, epoch: int, step: int) -> Iterator[BatchRequest]:
+        """The batches of this rank from a step of an epoch on, epoch after epoch without end."""
+        while True:
+            yield self.request(epoch, step)
+            step += 1
+            if step == self.steps_per_epoch:
+                epoch, step = epoch + 1, 0
+
+    def request(self, epoch: int, step: int) -> BatchRequest:
+        """The batch of this rank in a step of an epoch."""
         if epoch != self._epoch:
             self._permutation, self._epoch = permute(self.num_images, self.seed, epoch), epoch
         start = (step * self.world_size + self.rank) * self.batch_size
         positions = np.arange(start, start + self.batch_size)
-        return positions, self._permutation[positions].astype(np.int64)
+        return BatchRequest(epoch, positions, self._permutation[positions].astype(np.int64))

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import ks_2samp
 from torchvision.transforms import v2
 
-from dmtjepa.data.sampling import SampleOrder, choose_crop, draw_replacement, draw_uniforms, permute
+from dmtjepa.data.sampling import MAX_ATTEMPTS, SampleOrder, candidate_images, choose_crop, draw_uniforms, permute
 
 
 def test_every_image_once_per_epoch_and_orders_differ():
@@ -25,9 +25,9 @@ def test_a_global_batch_has_the_same_samples_at_any_world_size(world_size: int):
     parts = [SampleOrder(100, 8 // world_size, 3, rank, world_size) for rank in range(world_size)]
     assert all(part.steps_per_epoch == whole.steps_per_epoch == 12 for part in parts)
     for epoch, step in ((0, 0), (2, 11)):
-        positions, images = whole.batch(epoch, step)
-        assert np.array_equal(positions, np.concatenate([part.batch(epoch, step)[0] for part in parts]))
-        assert np.array_equal(images, np.concatenate([part.batch(epoch, step)[1] for part in parts]))
+        _, positions, images = whole.request(epoch, step)
+        assert np.array_equal(positions, np.concatenate([part.request(epoch, step).positions for part in parts]))
+        assert np.array_equal(images, np.concatenate([part.request(epoch, step).images for part in parts]))
 
 
 def test_uniforms_are_uniform_and_of_one_sample_alone():
@@ -43,8 +43,11 @@ def test_uniforms_are_uniform_and_of_one_sample_alone():
 
 
 def test_replacements_are_spread_over_the_data_set():
-    drawn = [draw_replacement(0, 0, position, attempt, 50) for position in range(200) for attempt in (1, 2)]
-    assert set(drawn) == set(range(50))
+    drawn = list(candidate_images(7, seed=0, epoch=0, position=3, num_images=10))
+    assert drawn[0] == 7
+    assert len(drawn) == MAX_ATTEMPTS
+    assert set(drawn[1:]) == set(range(10))
+    assert drawn[1:] != list(candidate_images(7, 0, 0, 4, 10))[1:]
 
 
 @pytest.mark.parametrize(("width", "height", "scale"), [(500, 375, (0.3, 1.0)), (90, 300, (0.08, 0.6))])
