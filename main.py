@@ -17,9 +17,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; `overrides` holds `section.key=value` settings."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=USAGE, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--fname", required=True, help="settings file (YAML)")
-    parser.add_argument(
-        "--devices", nargs="+", help="cuda:0 cuda:1 ... or cpu cpu ...; default: all GPUs, or the CPU"
-    )
+    parser.add_argument("--devices", nargs="+", help="cuda:0 cuda:1 ... or cpu cpu ...; default: all GPUs, or the CPU")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and what they need, and stop")
     options, rest = parser.parse_known_args(arguments)
     # `--devices cpu cpu data.batch_size=8`: what has a `=` is a setting.

@@ -64,7 +64,9 @@ def launch(config: Config, devices: Sequence[str]) -> int:
         return 0
     # This process serves the store, so its port is known before anyone needs it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    context = multiprocessing.get_context("spawn")
+    # Children fork from a server that has imported everything once and never touched a GPU.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory(prefix="dmtjepa-errors-") as folder:
         processes = [
             context.Process(

@@ -141,7 +141,7 @@ class Metrics:
     def _write(self, steps: Sequence[StepValues]) -> None:
         for value in steps:
             record = value.record
-            row = (record.epoch + 1, record.step_in_epoch, f"{value.loss:.5f}")
+            row = (record.epoch + 1, record.step_in_epoch, f"{value.loss:.9g}")  # 9 digits tell any two float32 apart
             row += (f"{record.context_size:.5f}", f"{record.target_size:.5f}", round(1000 * value.seconds))
             self._csv.writerow(row)
         self._file.flush()

@@ -1,0 +1,171 @@
+"""What a configuration asks of a machine, computed before anything runs: FLOPs, parameters, memory.
+
+FLOPs count multiplications and additions of matrix products (2 per product of two numbers); a backward pass costs two
+forward passes. Everything is per image at the mean mask shapes of the configured sampler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dmtjepa.config import Config
+from dmtjepa.masking import sample_masks
+from dmtjepa.models import ARCHITECTURES
+from dmtjepa.objective import build_model
+from dmtjepa.training.loop import build_schedules
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MaskShapes:
+    """Patches per image: context C, of a target block T, unique targets U, neighbourhood R."""
+
+    context: float
+    target: float
+    unique: float
+    neighborhood: float
+
+
+def measure_masks(config: Config, num_steps: int = 32) -> tuple[MaskShapes, MaskShapes]:
+    """Mean and largest shapes over the first steps of a run."""
+    rows = []
+    batch = config.data.batch_size
+    for step in range(num_steps):
+        masks = sample_masks(
+            config.mask,
+            config.grid_size,
+            batch,
+            config.runtime.seed,
+            step,
+            rank=0,
+            window=config.patch.patch_k_size,
+            border=config.patch.border,
+        )
+        sizes = masks.context_index.shape[1], masks.target_index.shape[2]
+        rows.append((*sizes, len(masks.target_unique) / batch, len(masks.neighborhood) / batch))
+    columns = list(zip(*rows, strict=True))
+    return MaskShapes(*(sum(column) / num_steps for column in columns)), MaskShapes(*map(max, columns))
+
+
+def transformer_flops(num_patches: float, dim: int, depth: int, mlp_ratio: float) -> float:
+    """`depth` blocks, forward: per patch, 4 D^2 of projections, 2 r D^2 of MLP, 2 L D of attention."""
+    per_patch = 2 * (4 + 2 * mlp_ratio) * dim**2 + 4 * num_patches * dim
+    return depth * num_patches * per_patch
+
+
+def step_flops(config: Config, shapes: MaskShapes) -> dict[str, float]:
+    """FLOPs per image of each part of a training step at the given mask shapes."""
+    architecture = ARCHITECTURES[config.meta.model_name]
+    dim, depth = architecture["embed_dim"], architecture["depth"]
+    heads, ratio = architecture["num_heads"], architecture["mlp_ratio"]
+    num_patches = config.grid_size[0] * config.grid_size[1]
+    pixels = 3 * config.mask.patch_size**2
+    narrow, blocks = config.meta.pred_emb_dim, config.mask.num_pred_masks
+
+    def encoder(count: float) -> float:
+        return transformer_flops(count, dim, depth, ratio) + 2 * count * pixels * dim
+
+    predictor = blocks * transformer_flops(shapes.context + shapes.target, narrow, config.meta.pred_depth, 4.0)
+    predictor += 2 * dim * narrow * (shapes.context + blocks * shapes.target)
+    flops = {
+        "teacher encoder": encoder(num_patches),
+        "context encoder": 3 * encoder(shapes.context),
+        "predictor": 3 * predictor,
+    }
+    if config.patch.local_agg_head:
+        # First block: values of the neighbourhood, scores of all patches; second: keys and values too, and queries.
+        per_target = 2 * (2 * 1 + 2 * 8 + 3)  # two output maps, two MLPs, query and own key and value
+        head = (per_target * shapes.unique + 6 * shapes.neighborhood) * dim**2 + 2 * num_patches * heads * dim
+        flops["target head"] = head
+        # Single-query attention: scores and pooling over LN1(z) per head; the MLPs are nearly all of it.
+        flops["context head"] = 3 * 2 * shapes.context * (2 * 8 * dim**2 + 4 * heads * dim)
+    return flops
+
+
+def count_parameters(config: Config) -> dict[str, int]:
+    """Parameters of each part of the model, without building it in memory."""
+    with torch.device("meta"):
+        model = build_model(config)
+    return {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.named_children()
+        if module is not None
+    }
+
+
+def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: bool) -> dict[str, float]:
+    """Largest memory of a device, by part; `shapes` are the largest that occur.
+
+    Weights, gradients and AdamW's averages are float32 and sharded. What the backward pass needs of a block of width D
+    is 16 D numbers per patch (12 D where a compiled block recomputes its GELU and norms), or D with checkpointing.
+    """
+    architecture = ARCHITECTURES[config.meta.model_name]
+    dim, depth = architecture["embed_dim"], architecture["depth"]
+    runtime, batch = config.runtime, config.data.batch_size
+    parameters = count_parameters(config)
+    student = sum(count for name, count in parameters.items() if not name.startswith("teacher"))
+    teacher = sum(parameters.values()) - student
+    size = 2 if on_cuda and config.meta.use_bfloat16 else 4
+    compiled = runtime.compile == "on" or (runtime.compile == "auto" and on_cuda)
+    kept = 1 if runtime.activation_checkpointing else 12 if compiled else 16
+    shards = min(runtime.shard_size or world_size, world_size)
+    num_patches = config.grid_size[0] * config.grid_size[1]
+    one_block = parameters["encoder"] / depth
+
+    activations = batch * shapes.context * depth * kept * dim
+    sequence = shapes.context + shapes.target
+    activations += (
+        batch * config.mask.num_pred_masks * sequence * config.meta.pred_depth * kept * config.meta.pred_emb_dim
+    )
+    if config.patch.local_agg_head:
+        activations += batch * shapes.context * 2 * 14 * dim
+    return {
+        "student, gradients, AdamW": 16 * student / shards,
+        "teacher": 4 * teacher / shards,
+        "gathered weights": size * (2 * one_block if runtime.reshard_after_forward else student),
+        "saved activations": size * activations,
+        "teacher's forward pass": size * batch * num_patches * 12 * dim,
+        "predictions and targets": 4
+        * batch
+        * (config.mask.num_pred_masks * shapes.target * 3 + shapes.unique * 8)
+        * dim,
+    }
+
+
+def describe(config: Config, world_size: int, device: str) -> str:
+    """The text of `--dry-run`."""
+    on_cuda = device.startswith("cuda")
+    mean, largest = measure_masks(config)
+    flops, parameters = step_flops(config, mean), count_parameters(config)
+    memory = memory_bytes(config, largest, world_size, on_cuda)
+    global_batch = config.data.batch_size * world_size * config.runtime.accumulation
+    schedules = build_schedules(config.optimization, 1, global_batch)
+    width = max(map(len, [*flops, *parameters, *memory]))
+
+    def table(rows: dict[str, float], unit: str, scale: float) -> list[str]:
+        rows = rows | {"total": sum(rows.values())}
+        return [f"  {name:{width}} {value / scale:10.2f} {unit}" for name, value in rows.items()]
+
+    meant_for = config.optimization.lr_batch_size
+    lines = [
+        config.to_yaml().rstrip(),
+        "",
+        f"processes          {world_size} ({device.partition(':')[0]})",
+        f"effective batch    {global_batch} = {config.data.batch_size} x {world_size} processes x "
+        f"{config.runtime.accumulation} accumulated",
+        f"learning rate      {schedules.start_lr:g} to {schedules.lr:g} to {schedules.final_lr:g}"
+        + (f" (scaled from a batch of {meant_for})" if meant_for else ""),
+        f"patches per image  {config.grid_size[0]}x{config.grid_size[1]}; context {mean.context:.1f} "
+        f"(at most {largest.context:g}), target block {mean.target:.1f}, covered {mean.unique:.1f}, "
+        f"with neighbours {mean.neighborhood:.1f}",
+        "parameters",
+        *table(parameters, "M", 1e6),
+        "FLOPs per image (predicted, at the mean mask shapes)",
+        *table(flops, "GFLOP", 1e9),
+        "memory of a device (estimate, at the largest mask shapes)",
+        *table(memory, "GiB", GIB),
+    ]
+    return "\n".join(lines)

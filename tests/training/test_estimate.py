@@ -1,0 +1,83 @@
+"""Predictions of --dry-run against published counts and against PyTorch's own counter of operations."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dmtjepa.config import load_config
+from dmtjepa.masking import sample_masks
+from dmtjepa.objective import build_model
+from dmtjepa.training.estimate import (
+    MaskShapes,
+    count_parameters,
+    describe,
+    measure_masks,
+    memory_bytes,
+    step_flops,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+AT_14 = MaskShapes(context=48.5, target=33.2, unique=87, neighborhood=133)
+AT_16 = MaskShapes(context=68.3, target=44.2, unique=115, neighborhood=168)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "gigaflops"),
+    [("in1k_vitb16_ep600", AT_14, 88.1), ("in1k_vitl16_ep600", AT_14, 265.7), ("in1k_vith14_ep300", AT_16, 677)],
+)
+def test_flops_of_the_published_runs(name, shapes, gigaflops):
+    flops = step_flops(load_config(CONFIGS / f"{name}.yaml"), shapes)
+    assert sum(flops.values()) / 1e9 == pytest.approx(gigaflops, rel=0.03)
+
+
+def test_mean_mask_shapes_are_those_of_the_published_sampler():
+    mean, largest = measure_masks(load_config(CONFIGS / "in1k_vith14_ep300.yaml"), num_steps=100)
+    assert mean.context == pytest.approx(AT_16.context, rel=0.1)
+    assert mean.target == pytest.approx(AT_16.target, rel=0.05)
+    assert mean.unique == pytest.approx(AT_16.unique, rel=0.05)
+    assert mean.neighborhood == pytest.approx(AT_16.neighborhood, rel=0.05)
+    assert largest.context > mean.context
+
+
+def test_flops_agree_with_a_counted_step(settings):
+    config = settings()
+    masks = sample_masks(config.mask, config.grid_size, 16, seed=0, step=0, rank=0)
+    shapes = MaskShapes(
+        masks.context_index.shape[1],
+        masks.target_index.shape[2],
+        len(masks.target_unique) / 16,
+        len(masks.neighborhood) / 16,
+    )
+    model = build_model(config)
+    images = torch.zeros(16, 3, 32, 32, dtype=torch.uint8)
+    # The counter knows matrix products alone: not the CPU's fused attention, nor this project's own operators.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images, masks).backward()
+    assert counter.get_total_flops() / 16 == pytest.approx(sum(step_flops(config, shapes).values()), rel=0.08)
+
+
+def test_parameters_are_those_of_the_built_model(settings):
+    config = settings()
+    built = build_model(config)
+    counted = count_parameters(config)
+    assert sum(counted.values()) == sum(parameter.numel() for parameter in built.parameters())
+    assert counted["teacher_encoder"] == counted["encoder"]
+
+
+def test_memory_falls_with_the_number_of_devices():
+    config = load_config(CONFIGS / "in1k_vith14_ep300.yaml")
+    _, largest = measure_masks(config)
+    one, sixteen = (memory_bytes(config, largest, world_size, on_cuda=True) for world_size in (1, 16))
+    assert sixteen["student, gradients, AdamW"] == one["student, gradients, AdamW"] / 16
+    assert sixteen["saved activations"] == one["saved activations"]
+
+
+def test_dry_run_tells_batch_and_scaled_rate():
+    config = load_config(CONFIGS / "in1k_vitb16_ep600.yaml", ["optimization.lr_batch_size=2048", "data.batch_size=128"])
+    text = describe(config, 4, "cuda:0")
+    assert "effective batch    512 = 128 x 4 processes x 1 accumulated" in text
+    assert "0.0005 to 0.00025 to" not in text
+    assert "5e-05 to 0.00025 to 2.5e-07 (scaled from a batch of 2048)" in text
