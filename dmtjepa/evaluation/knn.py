@@ -1,0 +1,63 @@
+"""Accuracy of k-nearest-neighbour classification of features, the quickest measure of a representation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TEMPERATURE = 0.07
+"""Of the votes' weights exp(similarity / temperature): Wu et al. (arXiv 1805.01978), kept by DINO (2104.14294)."""
+
+SIMILARITIES = 2**26
+"""Similarities held at once (256 MB in float32): queries are taken in chunks of that many divided by the train set."""
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    num_neighbors: Sequence[int] = (5, 10, 20),
+    weighted: bool = True,
+    temperature: float = TEMPERATURE,
+    device: torch.device | str = "cpu",
+) -> dict[int, float]:
+    """Share of queries (0 to 1) whose class the k most similar training images vote for, for every k.
+
+    Similarity is the cosine. Weighted votes count exp(similarity / temperature) as in DINO, plain votes count 1.
+    A tie goes to the lower class.
+
+    Args:
+        train_features: float [n,D]. train_labels: int64 [n], classes from 0.
+        features: float [m,D], the queries. labels: int64 [m].
+
+    Raises:
+        ValueError: a k is less than 1, or larger than the training set.
+    """
+    num_train = len(train_features)
+    if min(num_neighbors) < 1 or max(num_neighbors) > num_train:
+        raise ValueError(
+            f"k-NN with k={tuple(num_neighbors)} needs k from 1 to the size of the training set, which is {num_train}; "
+            f"set evaluation.neighbors"
+        )
+    train_features = F.normalize(train_features.to(device).float(), dim=1)
+    train_labels = train_labels.to(device)
+    features = F.normalize(features.to(device).float(), dim=1)
+    labels = labels.to(device)
+    num_classes = int(max(train_labels.max(), labels.max())) + 1
+    correct = dict.fromkeys(num_neighbors, 0)
+    chunk = max(1, SIMILARITIES // num_train)
+    for queries, query_labels in zip(features.split(chunk), labels.split(chunk), strict=True):
+        similarity, neighbor_index = (queries @ train_features.T).topk(max(num_neighbors), dim=1)
+        votes = train_labels[neighbor_index]
+        # Less the largest similarity: the same ranking, and the exponential cannot overflow at any temperature.
+        weight = ((similarity - similarity[:, :1]) / temperature).exp() if weighted else torch.ones_like(similarity)
+        for k in num_neighbors:
+            score = weight.new_zeros(len(queries), num_classes).scatter_add_(1, votes[:, :k], weight[:, :k])
+            correct[k] += int((score.argmax(1) == query_labels).sum())
+    return {k: count / len(features) for k, count in correct.items()}

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from dmtjepa.evaluation.linear import fit_linear
+
+
+def make_blobs(n, seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    centers = np.random.default_rng(99).normal(size=(4, 12))
+    labels = rng.integers(4, size=n)
+    return torch.from_numpy(centers[labels] + scale * rng.normal(size=(n, 12))).float(), torch.from_numpy(labels)
+
+
+def test_equals_scikit_learn():
+    """One penalty: decay/2 |w|^2 + mean loss is scikit-learn's C = 1 / (n decay)."""
+    features, labels = make_blobs(300, seed=0)
+    test_features, test_labels = make_blobs(400, seed=1)
+    probe = fit_linear(features, labels, decays=(1e-2,), max_iterations=300)
+    standard = (features - features.mean(0)) / features.std(0)
+    theirs = LogisticRegression(C=1 / (300 * 1e-2), tol=1e-8, max_iter=2000).fit(standard.numpy(), labels.numpy())
+    # scikit-learn's weights sum to 0 over classes at the optimum, ours too: the penalty sees to it.
+    torch.testing.assert_close(probe.weight.T, torch.from_numpy(theirs.coef_).float(), atol=2e-3, rtol=0)
+    standard_test = ((test_features - features.mean(0)) / features.std(0)).numpy()
+    assert probe.accuracy(test_features, test_labels) == pytest.approx(
+        theirs.score(standard_test, test_labels.numpy()), abs=0.006
+    )
+
+
+def test_separable_classes_are_separated_whatever_the_scale_of_features():
+    features, labels = make_blobs(200, seed=0, scale=0.05)
+    features = features * torch.logspace(-4, 4, 12)
+    assert fit_linear(features, labels).accuracy(features, labels) == 1.0
+
+
+def test_penalty_is_chosen_by_held_out_rows():
+    """With more dimensions than rows of pure noise around weak signals, a strong penalty generalises."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(100) % 2
+    features = torch.randn(100, 300, generator=generator)
+    features[:, :20] += 0.7 * (labels * 2 - 1)[:, None]
+    probe = fit_linear(features, labels, decays=(10.0, 1e-6))
+    assert probe.decay == 10.0
+
+
+def test_constant_feature_is_ignored():
+    features, labels = make_blobs(100, seed=0)
+    features[:, 3] = 1.2345
+    noisy = features.clone()
+    noisy[:, 3] += 1e-7
+    probe = fit_linear(features, labels)
+    assert torch.isfinite(probe.weight).all()
+    assert torch.equal(probe.predict(features), probe.predict(noisy))
+
+
+def test_is_reproducible():
+    features, labels = make_blobs(100, seed=0)
+    assert torch.equal(fit_linear(features, labels).weight, fit_linear(features, labels).weight)
+
+
+def test_refuses_too_few_rows():
+    with pytest.raises(ValueError, match="at least 10 labelled rows, not 9"):
+        fit_linear(torch.randn(9, 2), torch.zeros(9, dtype=torch.int64))

@@ -1,0 +1,167 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from dmtjepa.evaluation.__main__ import main
+from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
+from dmtjepa.evaluation.report import load_teacher
+from dmtjepa.interop.checkpoint import open_run
+from tests.evaluation.conftest import write_images, write_run
+
+LATEST = "tiny-latest.pth.tar"
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run folder after `python -m dmtjepa.evaluation RUN`, and what that printed."""
+    run = write_run(tmp_path_factory.mktemp("runs") / "tiny", data)
+    with pytest.MonkeyPatch.context() as patch:
+        printed: list[str] = []
+        patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
+        assert main([str(run), "--device", "cpu"]) == 0
+    return run, "\n".join(printed)
+
+
+def test_everything_is_measured(finished):
+    run, _ = finished
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert report["data"]["train_images"] == 30
+    assert report["data"]["validation_images"] == 12
+    assert report["data"]["classes"] == 3
+    assert report["data"]["most_frequent_class"] == pytest.approx(1 / 3)
+    assert set(report["knn"]) == set(report["knn_plain"]) == {"trained", "untrained", "pixels"}
+    assert list(report["knn"]["trained"]) == ["5", "10", "20"]
+    # Colours tell the classes apart, even for a network that was not trained.
+    assert report["knn"]["untrained"]["5"] > 0.6
+    assert set(report["linear"]) == {"trained", "untrained"}
+    assert set(report["collapse"]) == {"trained", "untrained"}
+    assert report["collapse"]["trained"]["num_dimensions"] == 192
+    # The checkpoint was drawn with another seed than the run's: both networks were really measured.
+    assert report["collapse"]["trained"]["effective_rank"] != report["collapse"]["untrained"]["effective_rank"]
+    assert set(report["segmentation"]) == {"trained", "untrained"}
+    assert report["segmentation"]["trained"]["object_iou"] > 0.5
+    assert report["loss"]["steps"] == 120
+    assert report["loss"]["last"] < report["loss"]["first"]
+    assert report["run"]["epoch"] == 2
+    assert report["skipped"] == []
+
+
+def test_files_are_written_and_named(finished):
+    run, printed = finished
+    names = {
+        "report.md",
+        "report.json",
+        "report.png",
+        "loss.png",
+        "accuracy.png",
+        "masks.png",
+        "neighbors.png",
+        "pca.png",
+    }
+    assert {path.name for path in (run / "report").iterdir()} == names
+    for name in names:
+        assert name in printed
+    text = (run / "report" / "report.md").read_text()
+    for part in ("k-NN, k = 10", "linear probe", "Segmentation", "effective rank", "(report.png)", "vit_tiny"):
+        assert part in text
+
+
+def test_prints_a_table_a_verdict_and_what_to_run_next(finished):
+    run, printed = finished
+    for part in ("features", "trained", "untrained", "pixels", "k-NN k=20", "linear", "mIoU"):
+        assert part in printed
+    assert "points against untrained" in printed
+    assert f"python -m dmtjepa.interop export {run}" in printed
+
+
+def test_plain_ijepa_has_no_neighbours_and_unlabelled_data_no_knn(tmp_path, capsys):
+    write_images(tmp_path / "data", 4, seed=0)
+    for image in list((tmp_path / "data").glob("*/*.png")):
+        image.rename(tmp_path / "data" / f"{image.parent.name}-{image.name}")
+    run = write_run(tmp_path / "run", tmp_path / "data", patch={"local_agg_head": False})
+    (run / "tiny_r0.csv").unlink()
+    assert main([str(run), "--device", "cpu", "--out", str(tmp_path / "elsewhere")]) == 0
+    printed = capsys.readouterr().out
+    assert "skipped k-NN and linear probe" in printed
+    assert "one folder per class" in printed
+    assert "skipped loss curve" in printed
+    assert {path.name for path in (tmp_path / "elsewhere").glob("*.png")} == {"report.png", "masks.png", "pca.png"}
+    assert not (run / "report").exists()
+    assert "k-NN" not in (tmp_path / "elsewhere" / "report.md").read_text().split("Accuracy")[-1].split("Collapse")[-1]
+
+
+def test_the_untrained_network_is_the_one_the_run_started_from(data, tmp_path):
+    """Drawn with the run's seed; the caller's random numbers are left as they were."""
+    config, checkpoint = open_run(write_run(tmp_path / "run", data))
+    state = torch.random.get_rng_state()
+    trained, untrained = load_teacher(config, checkpoint)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    _, again = load_teacher(config, checkpoint)
+    weights = torch.load(checkpoint, weights_only=True)["target_encoder"]
+    for name, value in trained.state_dict().items():
+        assert torch.equal(value, weights[name])
+        assert torch.equal(untrained.state_dict()[name], again.state_dict()[name])
+    assert not torch.equal(untrained.blocks[0].mlp.fc1.weight, trained.blocks[0].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "message"),
+    [
+        (lambda run: shutil.rmtree(run), [], "does not exist"),
+        (lambda run: (run / "config.yaml").unlink(), [], "holds no config.yaml"),
+        (lambda run: (run / "config.yaml").write_text("metta: {}\n"), [], "did you mean meta"),
+        (lambda run: (run / LATEST).unlink(), [], "its folder holds no .pth.tar file"),
+        (lambda run: (run / LATEST).rename(run / "tiny-ep1.pth.tar"), [], "its folder holds tiny-ep1.pth.tar"),
+        (lambda run: (run / LATEST).write_bytes(b"not a checkpoint"), [], "cannot be read as a checkpoint"),
+        (lambda run: None, ["--data", "no/such/folder"], "does not exist"),
+        (lambda run: None, ["--train", "no/such/folder"], "both --train and --val"),
+        (lambda run: None, ["--max-images", "0"], "at least 1"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_explained(data, tmp_path, capsys, spoil, arguments, message):
+    run = write_run(tmp_path / "run", data)
+    spoil(run)
+    assert main([str(run), "--device", "cpu", *arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert not (run / "report").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_that_is_not_there_is_an_error(data, tmp_path, capsys):
+    run = write_run(tmp_path / "run", data)
+    assert main([str(run), "--device", "cuda:0"]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def make_report(**values):
+    return Report(run={}, data={"validation_images": 400}, **values)
+
+
+def test_every_kind_of_features_is_compared_at_its_own_best_k():
+    knn = {"trained": {5: 0.6, 10: 0.5}, "untrained": {5: 0.1, 10: 0.4}, "pixels": {5: 0.2, 10: 0.1}}
+    verdict = format_verdict(make_report(knn=knn))[0]
+    assert "60.0% +- 2.4" in verdict
+    assert "+20.0 points against untrained" in verdict
+    assert "+40.0 points against pixels" in verdict
+
+
+def test_collapse_is_called_so():
+    numbers = {"effective_rank": 1.2, "num_dimensions": 192, "mean_cosine": 0.999}
+    assert "COLLAPSED" in format_verdict(make_report(collapse={"trained": numbers}, collapsed=True))[0]
+    assert "no sign of collapse" in format_verdict(make_report(collapse={"trained": numbers}, collapsed=False))[0]
+
+
+def test_table_marks_what_was_not_measured():
+    knn = {name: {5: 0.5} for name in ("trained", "untrained", "pixels")}
+    lines = format_table(make_report(knn=knn, linear={"trained": 0.25, "untrained": 0.125})).splitlines()
+    assert [line.split() for line in lines] == [
+        ["features", "k-NN", "k=5", "linear"],
+        ["trained", "50.0", "25.0"],
+        ["untrained", "50.0", "12.5"],
+        ["pixels", "50.0", "-"],
+    ]
+    assert format_table(make_report()) == ""
