@@ -104,8 +104,8 @@ def format_markdown(report: Report, pictures: Sequence[str]) -> str:
             "Frozen, average-pooled features; `untrained` is the same network with the run's seed,",
         ]
         lines += [
-            "`pixels` the image itself, averaged to at most 32x32. Votes are weighted with temperature 0.07; in brackets,",
-            "plain votes.",
+            "`pixels` the image itself, averaged to at most 32x32. Votes are weighted with temperature 0.07 (in",
+            "brackets: plain votes).",
             "",
         ]
         lines += _table(
