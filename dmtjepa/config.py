@@ -50,6 +50,7 @@ class DataSettings(Section):
     dataset: Literal["folder", "shapes"] = Field("folder", description="a folder of images, or the drawn set `shapes`")
     loader: Literal["auto", "torchvision", "dali"] = Field("auto", description="auto: DALI when it is installed")
     max_broken: float = Field(0.01, ge=0, le=1, description="share of unreadable images above which a run stops")
+    hw_decoder_load: float = Field(0.7, ge=0, le=1, description="DALI on a GPU: share of JPEGs for the hardware decoder")
     worker_timeout: float = Field(50, gt=0, description="seconds without an image after which a loader counts as stalled")
 
     @field_validator("crop_size")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -12,9 +14,10 @@ from dmtjepa.config import DataSettings
 from dmtjepa.data.evaluation import EvaluationLoader
 from dmtjepa.data.folder import TorchvisionLoader
 from dmtjepa.data.shapes import find_shapes
-from dmtjepa.data.sources import DataError, FolderSource, ImageSource
+from dmtjepa.data.shards import ShardSource, is_shards
+from dmtjepa.data.sources import LIST_EXTENSIONS, DataError, FolderSource, ImageSource, ListSource, find_images
 
-__all__ = ["DataError", "EvaluationLoader", "Loader", "build_eval_loader", "build_loader", "open_source"]
+__all__ = ["DataError", "EvaluationLoader", "Loader", "build_eval_loader", "build_loader", "open_images", "open_source"]
 
 
 class Loader(Protocol):
@@ -29,13 +32,29 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
+def open_images(path: str | os.PathLike[str]) -> ImageSource:
+    """The images at a path: a folder, a file list (.txt, .tsv, .lst), or tar shards (one, a folder, a pattern).
+
+    "shapes:train" and "shapes:val" name the drawn set (drawn now, if it is not in the cache).
+    """
+    path = os.fspath(path)
+    if path in ("shapes:train", "shapes:val"):
+        return FolderSource(find_shapes() / path.split(":")[1])
+    path = os.fspath(find_images(Path(path)))
+    if is_shards(path):
+        return ShardSource(path)
+    if path.endswith(LIST_EXTENSIONS):
+        return ListSource(path)
+    return FolderSource(path)
+
+
 def open_source(settings: DataSettings) -> ImageSource:
-    """The images that the settings name: a folder, or the drawn set (drawn now, if it is not in the cache)."""
+    """The images that the settings name."""
     if settings.dataset == "shapes":
-        return FolderSource(find_shapes() / "train")
+        return open_images("shapes:train")
     if not settings.root_path and not settings.image_folder:
         raise DataError("no images are named: set data.root_path and data.image_folder, or data.dataset: shapes")
-    return FolderSource(settings.path)
+    return open_images(settings.path)
 
 
 def build_loader(
@@ -57,6 +76,10 @@ def build_loader(
             f"the batch is larger than the data set: {settings.batch_size} images x {world_size} processes = "
             f"{global_batch}, but there are {len(source)} images; lower data.batch_size"
         )
+    if settings.loader == "dali" or (settings.loader == "auto" and importlib.util.find_spec("nvidia.dali")):
+        from dmtjepa.data.dali import DaliLoader  # takes a second, and is an extra
+
+        return DaliLoader(source, settings, seed=seed, rank=rank, world_size=world_size, device=torch.device(device))
     pin_memory = settings.pin_mem and torch.device(device).type == "cuda"
     return TorchvisionLoader(source, settings, seed=seed, rank=rank, world_size=world_size, pin_memory=pin_memory)
 
@@ -70,11 +93,9 @@ def build_eval_loader(
 ) -> EvaluationLoader:
     """All images once, in order, for measuring features.
 
-    source: a folder, "shapes:train" or "shapes:val" for the drawn set, or an opened source.
+    source: a path as in `open_images`, or an opened source.
     """
-    if isinstance(source, str) and source in ("shapes:train", "shapes:val"):
-        source = FolderSource(find_shapes() / source.split(":")[1])
-    elif isinstance(source, (str, os.PathLike)):
-        source = FolderSource(source)
+    if isinstance(source, (str, os.PathLike)):
+        source = open_images(source)
     size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     return EvaluationLoader(source, size, batch_size, num_workers=num_workers)

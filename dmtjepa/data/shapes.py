@@ -28,6 +28,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dmtjepa.data.cache import cache_folder
+
 logger = logging.getLogger(__name__)
 
 _DRAWING_VERSION = 1  # of this file: a change to what is drawn raises it
@@ -288,13 +290,6 @@ def _draw_strand(rng: np.random.Generator, rows: np.ndarray, columns: np.ndarray
 
 
 # ---- The set on disk ------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """$DMTJEPA_CACHE, else dmtjepa in $XDG_CACHE_HOME or ~/.cache."""
-    if "DMTJEPA_CACHE" in os.environ:
-        return Path(os.environ["DMTJEPA_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dmtjepa"
 
 
 def find_shapes(parameters: ShapesParameters = ShapesParameters(), cache: Path | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Where images come from: `ImageSource` hands out encoded bytes by number; folders are here."""
+"""Where images come from: `ImageSource` hands out encoded bytes by number; folders and file lists are here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
     ".jp2", ".avif",
 )  # fmt: skip
+_EXTENSIONS = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
+LIST_EXTENSIONS = (".txt", ".tsv", ".lst")
 # The released configs name the folder above `train`; a folder that holds nothing but splits is entered.
 _SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
@@ -45,6 +47,15 @@ class Names:
         self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         self._bytes = np.frombuffer(b"".join(names), dtype=np.uint8)
 
+    @classmethod
+    def join(cls, parts: list[Names]) -> Names:
+        """All strings of several, one after the other."""
+        joined = cls([])
+        starts = np.cumsum([0] + [len(part._bytes) for part in parts])
+        joined._ends = np.concatenate([part._ends + start for part, start in zip(parts, starts, strict=False)])
+        joined._bytes = np.concatenate([part._bytes for part in parts])
+        return joined
+
     def __len__(self) -> int:
         return len(self._ends)
 
@@ -68,9 +79,11 @@ def _walk(folder: bytes, prefix: bytes, above: frozenset[tuple[int, int]]) -> It
         for entry in entries:
             if entry.name.startswith(b"."):
                 continue
-            if entry.is_dir():
+            link_target_gone = entry.is_symlink() and not os.path.exists(entry.path)
+            if not link_target_gone and entry.is_dir():
                 yield from _walk(entry.path, prefix + entry.name + b"/", above)
-            elif entry.name.lower().endswith(tuple(e.encode() for e in IMAGE_EXTENSIONS)):
+            # A link to nowhere will be told of as broken; a pipe is left out, as it would be read for ever.
+            elif entry.name.lower().endswith(_EXTENSIONS) and (link_target_gone or entry.is_file()):
                 yield prefix + entry.name
 
 
@@ -81,6 +94,13 @@ def find_images(path: Path) -> Path:
         if folders <= _SPLIT_NAMES:
             return path / "train"
     return path
+
+
+def label_names(names: list[bytes]) -> tuple[np.ndarray, list[str]]:
+    """([num_images] int64 index into the sorted names, the sorted names) of a name for each image."""
+    order = {name: label for label, name in enumerate(sorted(set(names)))}
+    labels = np.array([order[name] for name in names], dtype=np.int64)
+    return labels, [os.fsdecode(name) for name in order]
 
 
 class FolderSource:
@@ -108,10 +128,7 @@ class FolderSource:
         self.class_names: list[str] = []
         self.labels: np.ndarray | None = None
         if all(b"/" in name for name in names):
-            classes = [name.split(b"/", 1)[0] for name in names]
-            order = {name: label for label, name in enumerate(sorted(set(classes)))}
-            self.class_names = [os.fsdecode(name) for name in order]
-            self.labels = np.array([order[name] for name in classes], dtype=np.int64)
+            self.labels, self.class_names = label_names([name.split(b"/", 1)[0] for name in names])
         self._names = Names(names)
         self._prefix = os.fsencode(self.folder) + b"/"
 
@@ -124,3 +141,55 @@ class FolderSource:
     def read(self, image: int) -> bytes:
         with open(self._prefix + self._names[image], "rb") as file:
             return file.read()
+
+
+class ListSource:
+    """A text file that names an image per line, with a label or without.
+
+    Paths are relative to the file's folder, or absolute. A label follows a tab (any name), or a space (a whole number,
+    on every line, as in DALI's file lists). Empty lines and lines that begin with # are skipped.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise DataError(f"cannot read the list of images {path}: {error.strerror}") from error
+        lines = [line.rstrip(b"\r") for line in lines]
+        lines = [line for line in lines if line.strip() and not line.startswith(b"#")]
+        if not lines:
+            raise DataError(f"the list of images {path} is empty; it should hold a path per line")
+        names, labels = _split_labels(lines, path)
+        self.labels, self.class_names = label_names(labels) if labels else (None, [])
+        if labels and all(label.isdigit() for label in labels):  # numbers keep their values
+            self.labels = np.array([int(label) for label in labels], dtype=np.int64)
+            self.class_names = [str(label) for label in range(int(self.labels.max()) + 1)]
+        self._names = Names(names)
+        self._folder = os.fsencode(path.parent)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, image: int) -> str:
+        return os.fsdecode(os.path.join(self._folder, self._names[image]))
+
+    def read(self, image: int) -> bytes:
+        with open(os.path.join(self._folder, self._names[image]), "rb") as file:
+            return file.read()
+
+
+def _split_labels(lines: list[bytes], path: Path) -> tuple[list[bytes], list[bytes]]:
+    """(paths, labels), no labels where the lines have none."""
+    parts = [line.split(b"\t") for line in lines]
+    if all(len(part) == 1 for part in parts):
+        parts = [line.rsplit(b" ", 1) for line in lines]
+        if not all(len(part) == 2 and part[1].isdigit() for part in parts):
+            return lines, []
+    for line, part in zip(lines, parts, strict=True):
+        if len(part) != 2 or not part[0] or not part[1]:
+            raise DataError(
+                f"{path}: some lines have a label after a tab, but this one is not a path, a tab and a label: "
+                f"{os.fsdecode(line)!r}"
+            )
+    return [part[0] for part in parts], [part[1] for part in parts]

@@ -1,0 +1,148 @@
+"""Look through a data set before a long run: `python -m dmtjepa.data.check SOURCE`.
+
+Reads and decodes every image, in parallel, and reports counts, sizes, formats, broken files and duplicates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import os
+import sys
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dmtjepa.data import DataError, ImageSource, open_images
+from dmtjepa.data.images import BrokenImage, decode_image, tell_reason
+
+_CHUNK = 64
+_LISTED = 20
+
+
+class Finding(NamedTuple):
+    """What an image is: format and mode as PIL names them, and a digest of its bytes; or why it is broken."""
+
+    form: str = ""
+    mode: str = ""
+    width: int = 0
+    height: int = 0
+    digest: bytes = b""
+    reason: str = ""
+
+
+@dataclass
+class Report:
+    """What was found in a source."""
+
+    num_images: int
+    num_classes: int
+    sizes: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))  # (width, height) of the good ones
+    formats: Counter = field(default_factory=Counter)
+    modes: Counter = field(default_factory=Counter)
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    duplicates: list[list[str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"images      {self.num_images}, {self.num_images - len(self.broken)} of them good"]
+        if self.num_classes:
+            lines.append(f"classes     {self.num_classes}")
+        if len(self.sizes):
+            for name, values in (("widths", self.sizes[:, 0]), ("heights", self.sizes[:, 1])):
+                lines.append(f"{name:<11} {values.min()} to {values.max()}, median {int(np.median(values))}")
+        for name, counts in (("formats", self.formats), ("modes", self.modes)):
+            lines.append(f"{name:<11} " + ", ".join(f"{key} {count}" for key, count in counts.most_common()))
+        copies = sum(len(group) - 1 for group in self.duplicates)
+        lines.append(f"duplicates  {copies} copies of {len(self.duplicates)} images (same bytes)")
+        lines += _list_some(["  " + " = ".join(group) for group in self.duplicates])
+        lines.append(f"broken      {len(self.broken)}")
+        lines += [f"  {name}: {reason}" for name, reason in self.broken]
+        return "\n".join(lines)
+
+
+def _list_some(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= _LISTED else [*lines[:_LISTED], f"  and {len(lines) - _LISTED} more"]
+
+
+def examine(data: bytes) -> Finding:
+    """What encoded bytes are."""
+    try:
+        decode_image(data)
+        image = Image.open(io.BytesIO(data))
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        return Finding(image.format or "", image.mode, image.width, image.height, digest)
+    except BrokenImage as error:
+        return Finding(reason=str(error))
+
+
+_source: ImageSource  # of this worker process
+
+
+def _begin(source: ImageSource) -> None:
+    global _source
+    _source = source
+
+
+def _examine_some(start: int) -> list[Finding]:
+    findings = []
+    for image in range(start, min(start + _CHUNK, len(_source))):
+        try:
+            findings.append(examine(_source.read(image)))
+        except OSError as error:
+            findings.append(Finding(reason=tell_reason(error)))
+    return findings
+
+
+def check(source: ImageSource, num_workers: int) -> Report:
+    """Read every image of a source with num_workers processes."""
+    report = Report(len(source), len(source.class_names))
+    sizes, digests = [], defaultdict(list)
+    starts = range(0, len(source), _CHUNK)
+    pool = ProcessPoolExecutor(num_workers, initializer=_begin, initargs=(source,))
+    with pool, tqdm(total=len(source), unit=" images", disable=None) as bar:
+        try:
+            for start, findings in zip(starts, pool.map(_examine_some, starts), strict=True):
+                for image, finding in enumerate(findings, start):
+                    if finding.reason:
+                        report.broken.append((source.name(image), finding.reason))
+                        continue
+                    sizes.append((finding.width, finding.height))
+                    report.formats[finding.form] += 1
+                    report.modes[finding.mode] += 1
+                    digests[finding.digest].append(image)
+                bar.update(len(findings))
+        except BrokenProcessPool as error:
+            raise DataError("a checking process was killed, as by the system when memory runs out") from error
+    report.sizes = np.array(sizes, np.int64).reshape(-1, 2)
+    report.duplicates = [[source.name(image) for image in same] for same in digests.values() if len(same) > 1]
+    return report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dmtjepa.data.check",
+        description="Read and decode every image, and report what is there. The exit code is 1 when some are broken.",
+    )
+    parser.add_argument("source", help="folder of images, file list (.txt, .tsv, .lst), or tar shards")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.workers < 1:
+        parser.error("--workers must be at least 1")
+    try:
+        report = check(open_images(options.source), options.workers)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 1 if report.broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

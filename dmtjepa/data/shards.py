@@ -1,0 +1,270 @@
+"""Images in tar files, in the layout of webdataset: the files of a sample share a name and differ in extension.
+
+The image is the member with an image extension. The label is the whole number in the member with the extension `cls`;
+where there is none, the first folder in the members' names is the class. Images are read in any order by their place
+in the tar file. An index beside a shard (`<shard>.idx`, DALI's wds2idx format) saves reading its headers at start;
+without one, the headers are read, and an index is kept in the cache folder.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import os
+import re
+import tarfile
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dmtjepa.data.cache import cache_folder
+from dmtjepa.data.sources import IMAGE_EXTENSIONS, DataError, Names, label_names
+
+logger = logging.getLogger(__name__)
+
+_INDEX_VERSION = "v1.2"
+_MAX_OPEN = 64  # shards held open at a time
+_BLOCK = 512  # of a tar file
+_LABEL_BYTES = 32
+_EXTENSIONS = frozenset(extension[1:].encode() for extension in IMAGE_EXTENSIONS)
+
+
+class Member(NamedTuple):
+    """A file in a shard: extension without the dot, place and size of its data in bytes, name without extension."""
+
+    extension: bytes
+    offset: int
+    size: int
+    key: bytes
+
+
+def is_shards(path: str) -> bool:
+    """Whether a path names tar shards: one, a pattern of several, or a folder of them."""
+    if os.path.isdir(path):
+        return any(entry.name.endswith(".tar") and entry.is_file() for entry in os.scandir(path))
+    return path.endswith((".tar", ".tar.gz", ".tgz")) or (".tar" in path and re.search(r"[*?{\[]", path) is not None)
+
+
+def find_shards(path: str) -> list[str]:
+    """The shards that a path names, sorted: a tar file, a folder of them, or a pattern (* ? [..] {000..127} {a,b})."""
+    if os.path.isdir(path):
+        shards = glob.glob(os.path.join(glob.escape(path), "*.tar"))
+    else:
+        shards = [
+            shard for pattern in _expand(path) for shard in (glob.glob(pattern) if _is_glob(pattern) else [pattern])
+        ]
+    if not shards:
+        raise DataError(f"no tar file matches {path}")
+    for shard in shards:
+        if not os.path.isfile(shard):
+            raise DataError(f"the shard {shard} does not exist")
+        if not shard.endswith(".tar"):
+            raise DataError(f"{shard} is compressed; shards are read at random places: unpack it to a plain .tar first")
+    return sorted(shards)
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(letter in pattern for letter in "*?[")
+
+
+def _expand(pattern: str) -> list[str]:
+    """{000..012} and {a,b} in a pattern, as in a shell."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    if match[1] is not None:
+        width = len(match[1])
+        parts = [f"{number:0{width}d}" for number in range(int(match[1]), int(match[2]) + 1)]
+    else:
+        parts = match[3].split(",")
+    return [whole for part in parts for whole in _expand(pattern[: match.start()] + part + pattern[match.end() :])]
+
+
+def read_members(shard: str) -> list[Member]:
+    """The files in a shard, in its order, from its headers alone."""
+    members = []
+    try:
+        with tarfile.open(shard, "r:", errorlevel=1) as archive:
+            size, end = os.path.getsize(shard), 0
+            for info in archive:
+                if info.isfile():
+                    if info.offset_data + info.size > size:
+                        raise tarfile.ReadError(f"ends within {info.name}")
+                    members.append(_split_name(os.fsencode(info.name), info.offset_data, info.size))
+                end = archive.offset
+        if (size - end) % _BLOCK:
+            raise tarfile.ReadError("ends within a header")
+        if size == end:
+            logger.warning("the shard %s has no end mark: some of its last files may be missing", shard)
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"the shard {shard} is no whole tar file: {error}; make it or copy it again") from error
+    return members
+
+
+def _split_name(name: bytes, offset: int, size: int) -> Member:
+    """webdataset's rule: the key ends at the first dot of the file's own name, the extension is all after it."""
+    name = name.removeprefix(b"./")
+    folder, _, file = name.rpartition(b"/")
+    stem, _, extension = file.partition(b".")
+    return Member(extension, offset, size, folder + b"/" + stem if folder else stem)
+
+
+def write_index(path: Path, members: list[Member]) -> None:
+    """An index in DALI's format: a line per sample, `extension offset size name` for each of its files."""
+    lines: list[list[Member]] = []
+    for member in members:
+        if not lines or lines[-1][-1].key != member.key:
+            lines.append([])
+        lines[-1].append(member)
+    text = [f"{_INDEX_VERSION} {len(lines)}".encode()]
+    for line in lines:
+        fields = [
+            b"%s %d %d %s" % (m.extension, m.offset, m.size, (m.key + b"." + m.extension).replace(b" ", b"\\x20"))
+            for m in line
+        ]
+        text.append(b" ".join(fields))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+    part.write_bytes(b"\n".join(text) + b"\n")
+    os.replace(part, path)
+
+
+def read_index(path: Path, shard: str) -> list[Member] | None:
+    """What an index says of its shard; None where it is older than the shard, or of another format."""
+    if path.stat().st_mtime < os.path.getmtime(shard):
+        return None
+    lines = path.read_bytes().splitlines()
+    version = lines[0].split()[:1] if lines else []
+    if version not in ([b"v1.2"], [b"v1.1"]):
+        return None
+    size, width = os.path.getsize(shard), 4 if version == [b"v1.2"] else 3
+    members = []
+    for number, line in enumerate(lines[1:]):
+        fields = line.split(b" ")
+        if len(fields) % width:
+            return None
+        for place in range(0, len(fields), width):
+            extension, offset, length = fields[place], int(fields[place + 1]), int(fields[place + 2])
+            key = b"%08d" % number
+            if width == 4:
+                key = fields[place + 3].replace(b"\\x20", b" ").removeprefix(b"./").removesuffix(b"." + extension)
+            if offset + length > size:
+                raise DataError(f"the shard {shard} is shorter than its index {path} says; copy it again")
+            members.append(Member(extension, offset, length, key))
+    return members
+
+
+def _list_members(shard: str) -> list[Member]:
+    beside = Path(shard + ".idx") if os.path.exists(shard + ".idx") else Path(shard).with_suffix(".idx")
+    status = os.stat(shard)
+    identity = f"{os.path.realpath(shard)} {status.st_size} {status.st_mtime_ns}"
+    cached = cache_folder() / "indexes" / f"{hashlib.sha256(identity.encode(errors='replace')).hexdigest()[:24]}.idx"
+    for index in (beside, cached):
+        if index.is_file() and (members := read_index(index, shard)) is not None:
+            return members
+    members = read_members(shard)
+    try:
+        write_index(cached, members)
+    except OSError as error:  # a full or read-only home: the next start reads the headers again
+        logger.info("no index of %s is kept: %s", shard, error)
+    return members
+
+
+class ShardImages(NamedTuple):
+    """The images of a shard: places [num_images, 3] int64 (offset, size, offset of the label or -1), and names."""
+
+    place: np.ndarray
+    keys: Names
+
+
+def _list_images(shard: str) -> ShardImages:
+    members = _list_members(shard)
+    labels = {member.key: member.offset for member in members if member.extension == b"cls"}
+    images = [member for member in members if member.extension.lower().rpartition(b".")[2] in _EXTENSIONS]
+    place = np.array([(image.offset, image.size, labels.get(image.key, -1)) for image in images], np.int64)
+    return ShardImages(place.reshape(-1, 3), Names([image.key + b"." + image.extension for image in images]))
+
+
+class ShardSource:
+    """The images of tar shards, shard after shard."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._shards = find_shards(os.fspath(path))
+        with ThreadPoolExecutor(8) as pool:
+            listed = list(pool.map(_list_images, self._shards))
+        if not any(len(images.keys) for images in listed):
+            raise DataError(
+                f"no images in {len(self._shards)} shards of {path}; members with these extensions are looked for: "
+                f"{' '.join(IMAGE_EXTENSIONS)}"
+            )
+        self._shard = np.repeat(np.arange(len(listed), dtype=np.int32), [len(images.keys) for images in listed])
+        self._place = np.concatenate([images.place for images in listed])
+        self._keys = Names.join([images.keys for images in listed])
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def name(self, image: int) -> str:
+        return f"{self._shards[self._shard[image]]}:{os.fsdecode(self._keys[image])}"
+
+    def read(self, image: int) -> bytes:
+        return self._pread(int(self._shard[image]), *self._place[image, :2].tolist())
+
+    @cached_property
+    def _labelled(self) -> tuple[np.ndarray | None, list[str]]:
+        """Read when first asked for: training needs no labels, and they lie all over the shards."""
+        label_offset = self._place[:, 2]
+        if (label_offset >= 0).all():
+            texts = [
+                self._pread(int(shard), int(offset), _LABEL_BYTES)
+                for shard, offset in zip(self._shard, label_offset, strict=True)
+            ]
+            matches = [re.match(rb"\s*(\d+)", text) for text in texts]
+            if all(matches):
+                labels = np.array([int(match[1]) for match in matches], np.int64)
+                return labels, self._name_classes(int(labels.max()) + 1)
+        keys = [self._keys[image] for image in range(len(self))]
+        return label_names([key.split(b"/", 1)[0] for key in keys]) if all(b"/" in key for key in keys) else (None, [])
+
+    def _name_classes(self, count: int) -> list[str]:
+        """From classes.txt beside the shards, where pack.py puts it, else the numbers."""
+        path = Path(self._shards[0]).parent / "classes.txt"
+        names = path.read_text().split("\n")[:-1] if path.is_file() else []
+        return names if len(names) >= count else [str(label) for label in range(count)]
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self._labelled[0]
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._labelled[1]
+
+    def _pread(self, shard: int, offset: int, size: int) -> bytes:
+        """Thread-safe, and of no file position: worker processes may share the descriptor."""
+        with self._lock:
+            descriptor = self._open.pop(shard, None)
+            if descriptor is None:
+                descriptor = os.open(self._shards[shard], os.O_RDONLY)
+            self._open[shard] = descriptor
+            if len(self._open) > _MAX_OPEN:
+                os.close(self._open.popitem(last=False)[1])
+            descriptor = os.dup(descriptor)  # another thread may close the original meanwhile
+        try:
+            return os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,240 @@
+"""Tar shards and file lists: reading, indexes, packing, and what is wrong with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmtjepa.config import DataSettings
+from dmtjepa.data import DataError, build_eval_loader, build_loader, check, open_images, pack
+from dmtjepa.data.shards import ShardSource, find_shards, read_members
+from dmtjepa.data.sources import FolderSource, ListSource
+
+needs_dali = pytest.mark.skipif(importlib.util.find_spec("nvidia.dali") is None, reason="NVIDIA DALI is not installed")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("DMTJEPA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards")
+    assert pack.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
+    return out
+
+
+def contents(source) -> list[bytes]:
+    return [source.read(image) for image in range(len(source))]
+
+
+def test_packed_shards_hold_the_folder(shards: Path, image_folder: Path):
+    folder, packed = FolderSource(image_folder), open_images(shards)
+    assert isinstance(packed, ShardSource)
+    assert len(list(shards.glob("shard-*.tar"))) == 4
+    assert contents(packed) == contents(folder)
+    assert packed.labels.tolist() == folder.labels.tolist()
+    assert packed.class_names == folder.class_names
+    assert packed.name(0) == f"{shards}/shard-000000.tar:ant/000000000-000.jpg"
+    assert contents(pickle.loads(pickle.dumps(packed))) == contents(folder)
+
+
+@pytest.mark.parametrize("loader_name", ["torchvision", pytest.param("dali", marks=needs_dali)])
+def test_loaders_read_shards_and_lists_as_folders(shards: Path, image_folder: Path, tmp_path: Path, loader_name: str):
+    listing = tmp_path / "images.txt"
+    source = FolderSource(image_folder)
+    listing.write_text("".join(f"{source.name(image)}\n" for image in range(len(source))))
+    epochs = []
+    for path in (image_folder, shards, listing):
+        settings = DataSettings(root_path=str(path), batch_size=4, crop_size=32, num_workers=2, loader=loader_name)
+        loader = build_loader(settings, seed=3)
+        epochs.append(torch.stack(list(loader.epoch(1))))
+        loader.close()
+    assert torch.equal(epochs[0], epochs[1])
+    assert torch.equal(epochs[0], epochs[2])
+
+
+def test_shards_without_index_with_one_and_as_a_pattern(shards: Path, tmp_path: Path):
+    whole = contents(open_images(shards))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for shard in shards.glob("*.tar"):
+        shutil.copy(shard, bare)
+    assert contents(open_images(bare)) == whole
+    assert len(list((tmp_path / "cache" / "indexes").glob("*.idx"))) == 4
+    assert contents(open_images(bare)) == whole  # now by the kept index
+    assert contents(open_images(f"{bare}/shard-{{000000..000003}}.tar")) == whole
+    assert contents(open_images(f"{bare}/shard-*.tar")) == whole
+    assert contents(open_images(bare / "shard-000001.tar")) == whole[8:16]
+    assert find_shards(f"{bare}/shard-00000{{1,3}}.tar") == [f"{bare}/shard-000001.tar", f"{bare}/shard-000003.tar"]
+
+
+def test_a_stale_index_is_not_believed(shards: Path, tmp_path: Path):
+    shutil.copy(shards / "shard-000000.tar", tmp_path / "one.tar")
+    index = tmp_path / "one.idx"
+    index.write_text("v1.2 1\njpg 512 9 wrong.jpg\n")
+    os.utime(index, (1, 1))
+    assert contents(open_images(tmp_path / "one.tar")) == contents(open_images(shards))[:8]
+
+
+@needs_dali
+def test_indexes_are_dalis(shards: Path, tmp_path: Path):
+    tool = Path(sys.executable).parent / "wds2idx"
+    copy = Path(shutil.copy(shards / "shard-000002.tar", tmp_path))
+    subprocess.run([sys.executable, tool, copy, copy.with_suffix(".idx")], check=True, timeout=60)
+    assert copy.with_suffix(".idx").read_text() == (shards / "shard-000002.idx").read_text()
+    assert contents(open_images(copy)) == contents(open_images(shards))[16:24]
+
+
+def test_foreign_layouts(tmp_path: Path):
+    """Members as other tools write them: in folders, with other files of the sample, long names, no labels."""
+
+    def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("./"))
+        for number in range(3):
+            key = f"./part one/{'é' * 80}{number}"
+            add(archive, f"{key}.json", b'{"caption": "a cat"}')
+            add(archive, f"{key}.seg.PNG", bytes([number]))
+            add(archive, f"{key}.txt", b"a cat")
+    source = ShardSource(tmp_path / "a.tar")
+    assert contents(source) == [b"\0", b"\1", b"\2"]
+    assert source.class_names == ["part one"]
+    assert contents(ShardSource(tmp_path / "a.tar")) == contents(source)  # through the kept index
+    assert ShardSource(tmp_path / "a.tar").name(2) == source.name(2)
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        add(archive, "000.jpg", b"x")
+    assert ShardSource(tmp_path / "b.tar").labels is None
+
+
+def test_wrong_shards(shards: Path, tmp_path: Path, caplog):
+    with pytest.raises(DataError, match="no tar file matches"):
+        open_images(f"{tmp_path}/*.tar")
+    with pytest.raises(DataError, match=r"shard.*missing\.tar does not exist"):
+        open_images(tmp_path / "missing.tar")
+    (tmp_path / "zipped.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=r"unpack it to a plain \.tar"):
+        open_images(tmp_path / "zipped.tar.gz")
+    (tmp_path / "noise.tar").write_bytes(os.urandom(3000))
+    with pytest.raises(DataError, match="is no whole tar file"):
+        open_images(tmp_path / "noise.tar")
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes((shards / "shard-000000.tar").read_bytes()[:5000])
+    with pytest.raises(DataError, match="is no whole tar file"):
+        open_images(cut)
+    shutil.copy(shards / "shard-000000.idx", tmp_path / "cut.idx")
+    with pytest.raises(DataError, match="shorter than its index"):
+        open_images(cut)
+    members = read_members(str(shards / "shard-000000.tar"))
+    short = tmp_path / "short.tar"
+    short.write_bytes((shards / "shard-000000.tar").read_bytes()[: members[4].offset - 512])
+    assert len(open_images(short)) == 2
+    assert "short.tar has no end mark" in caplog.text
+    with tarfile.open(tmp_path / "texts.tar", "w") as archive:
+        archive.add(__file__, "a.py")
+    with pytest.raises(DataError, match="no images in 1 shards"):
+        open_images(tmp_path / "texts.tar")
+
+
+def test_packing_goes_on_where_it_stopped(image_folder: Path, tmp_path: Path, monkeypatch):
+    out = tmp_path / "out"
+    source = FolderSource(image_folder)
+    original, count = FolderSource.read, []
+
+    def fail_late(self: FolderSource, image: int) -> bytes:
+        count.append(image)
+        if len(count) == 20:
+            raise KeyboardInterrupt
+        return original(self, image)
+
+    monkeypatch.setattr(FolderSource, "read", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        pack.pack(source, out, 8, num_threads=1)
+    done = sorted(path.name for path in out.glob("*.tar"))
+    assert "shard-000000.tar" in done
+    assert "shard-000002.tar" not in done
+    before = [(out / name).stat().st_mtime_ns for name in done]
+    monkeypatch.setattr(FolderSource, "read", original)
+    assert pack.pack(source, out, 8, num_threads=1) == []
+    assert [(out / name).stat().st_mtime_ns for name in done] == before
+    assert contents(open_images(out)) == contents(source)
+    with pytest.raises(DataError, match="of other images or of another size"):
+        pack.pack(source, out, 9)
+
+
+def test_packing_leaves_out_and_names_what_it_cannot_read(image_folder: Path, tmp_path: Path, capsys):
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "ant" / "000.jpg").unlink()
+    (tmp_path / "images" / "ant" / "000.jpg").symlink_to(tmp_path / "gone")
+    assert pack.main([str(tmp_path / "images"), str(tmp_path / "out"), "--shard-size", "100"]) == 1
+    assert "ant/000.jpg: No such file" in capsys.readouterr().err
+    assert len(open_images(tmp_path / "out")) == 29
+    assert pack.main([str(tmp_path / "nowhere"), str(tmp_path / "out2")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_check_counts_sizes_duplicates_and_broken_files(image_folder: Path, tmp_path: Path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    assert check.main([str(images), "--workers", "1"]) == 0
+    shutil.copy(images / "ant" / "003.jpg", images / "cat" / "copy.jpg")
+    (images / "cat" / "bad.jpg").write_bytes(b"bad")
+    assert check.main([str(images), "--workers", "2"]) == 1
+    text = capsys.readouterr().out
+    assert "32, 31 of them good" in text
+    assert "duplicates  1 copies of 1 images" in text
+    assert f"{images / 'ant' / '003.jpg'} = {images / 'cat' / 'copy.jpg'}" in text
+    assert f"{images / 'cat' / 'bad.jpg'}: " in text
+    assert check.main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_lists(image_folder: Path, tmp_path: Path):
+    files = sorted(image_folder.rglob("*.jpg"))
+    listing = image_folder / "list.tsv"
+    relative = [path.relative_to(image_folder).as_posix() for path in files]
+    listing.write_text("# a comment\n\n" + "".join(f"{name}\t{name.split('/')[0]}\r\n" for name in relative))
+    source = ListSource(listing)
+    assert contents(source) == [path.read_bytes() for path in files]
+    assert source.class_names == ["ant", "bee", "cat"]
+    assert source.labels.tolist() == FolderSource(image_folder).labels.tolist()
+    batches = list(build_eval_loader(listing, 16, 10))
+    assert torch.cat([labels for _, labels, _ in batches]).tolist() == source.labels.tolist()
+    listing.write_text("".join(f"{path} {number % 4}\n" for number, path in enumerate(files)))
+    source = ListSource(listing)
+    assert source.labels.tolist() == [number % 4 for number in range(30)]
+    assert source.class_names == ["0", "1", "2", "3"]
+    listing.write_text("".join(f"{name}\n" for name in relative))
+    assert ListSource(listing).labels is None
+    listing.unlink()
+
+
+def test_wrong_lists(tmp_path: Path):
+    listing = tmp_path / "list.txt"
+    with pytest.raises(DataError, match="cannot read the list"):
+        open_images(listing)
+    listing.write_text("# nothing\n")
+    with pytest.raises(DataError, match="is empty"):
+        open_images(listing)
+    listing.write_text("a.jpg\tcat\nb.jpg\n")
+    with pytest.raises(DataError, match=r"not a path, a tab and a label: 'b\.jpg'"):
+        open_images(listing)
+
+
+def test_members_are_found_without_reading_the_data(shards: Path):
+    members = read_members(str(shards / "shard-000003.tar"))
+    assert [member.extension for member in members] == [b"jpg", b"cls"] * 6
