@@ -376,13 +376,13 @@ def aggregate_neighbors_cpu(
     return output
 
 
-_aggregate_neighbors = torch.library.custom_op(
-    "dmtjepa::aggregate_neighbors", aggregate_neighbors_cpu, mutates_args=(), device_types="cpu"
+aggregate_neighbors_op = torch.library.custom_op(
+    "dmtjepa::aggregate_neighbors", launch_aggregate_neighbors, mutates_args=(), device_types="cuda"
 )
-_aggregate_neighbors.register_kernel("cuda", launch_aggregate_neighbors)
+aggregate_neighbors_op.register_kernel("cpu", aggregate_neighbors_cpu)
 
 
-@_aggregate_neighbors.register_fake
+@aggregate_neighbors_op.register_fake
 def _(
     query: Tensor,
     self_key: Tensor,
@@ -413,13 +413,13 @@ def pool_neighbors_cpu(
     return output
 
 
-_pool_neighbors = torch.library.custom_op(
-    "dmtjepa::pool_neighbors", pool_neighbors_cpu, mutates_args=(), device_types="cpu"
+pool_neighbors_op = torch.library.custom_op(
+    "dmtjepa::pool_neighbors", launch_pool_neighbors, mutates_args=(), device_types="cuda"
 )
-_pool_neighbors.register_kernel("cuda", launch_pool_neighbors)
+pool_neighbors_op.register_kernel("cpu", pool_neighbors_cpu)
 
 
-@_pool_neighbors.register_fake
+@pool_neighbors_op.register_fake
 def _(
     self_score: Tensor,
     self_value: Tensor,
@@ -503,8 +503,8 @@ def _pool_backward(ctx, grad: Tensor):
     )
 
 
-_aggregate_neighbors.register_autograd(_aggregate_backward, setup_context=_aggregate_setup)
-_pool_neighbors.register_autograd(_pool_backward, setup_context=_pool_setup)
+aggregate_neighbors_op.register_autograd(_aggregate_backward, setup_context=_aggregate_setup)
+pool_neighbors_op.register_autograd(_pool_backward, setup_context=_pool_setup)
 
 
 def check_aggregate_arguments(
@@ -584,7 +584,7 @@ def aggregate_neighbors(
     """
     check_aggregate_arguments(query, self_key, self_value, key, value, neighbor_index, num_heads)
     check_kernel_dtype("query", query)
-    return _aggregate_neighbors(query, self_key, self_value, key, value, neighbor_index, num_heads)
+    return aggregate_neighbors_op(query, self_key, self_value, key, value, neighbor_index, num_heads)
 
 
 def pool_neighbors(
@@ -611,4 +611,4 @@ def pool_neighbors(
     """
     check_pool_arguments(self_score, self_value, score, value, neighbor_index, image_index)
     check_kernel_dtype("value", value)
-    return _pool_neighbors(self_score, self_value, score, value, neighbor_index, image_index)
+    return pool_neighbors_op(self_score, self_value, score, value, neighbor_index, image_index)

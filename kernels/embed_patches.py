@@ -181,13 +181,13 @@ def embed_patches_cpu(
     return embed_patches_plain(images, patch_size, index, mean=mean, std=std, dtype=dtype)
 
 
-_embed_patches = torch.library.custom_op(
-    "dmtjepa::embed_patches", embed_patches_cpu, mutates_args=(), device_types="cpu"
+embed_patches_op = torch.library.custom_op(
+    "dmtjepa::embed_patches", launch_embed_patches, mutates_args=(), device_types="cuda"
 )
-_embed_patches.register_kernel("cuda", launch_embed_patches)
+embed_patches_op.register_kernel("cpu", embed_patches_cpu)
 
 
-@_embed_patches.register_fake
+@embed_patches_op.register_fake
 def _(
     images: Tensor, patch_size: int, index: Tensor | None, mean: list[float], std: list[float], dtype: torch.dtype
 ) -> Tensor:
@@ -252,4 +252,4 @@ def embed_patches(
         TypeError, ValueError: a wrong dtype, shape or device. IndexError: in debug mode, an index out of range.
     """
     check_arguments(images, patch_size, index, mean, std, dtype)
-    return _embed_patches(images, patch_size, index, list(mean), list(std), dtype)
+    return embed_patches_op(images, patch_size, index, list(mean), list(std), dtype)

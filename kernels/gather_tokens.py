@@ -228,24 +228,24 @@ def gather_tokens_cpu(tokens: Tensor, index: Tensor, position: Tensor | None) ->
     return gather_tokens_plain(tokens, index, position)
 
 
-_gather_tokens = torch.library.custom_op(
-    "dmtjepa::gather_tokens", gather_tokens_cpu, mutates_args=(), device_types="cpu"
+gather_tokens_op = torch.library.custom_op(
+    "dmtjepa::gather_tokens", launch_gather_tokens, mutates_args=(), device_types="cuda"
 )
-_gather_tokens.register_kernel("cuda", launch_gather_tokens)
+gather_tokens_op.register_kernel("cpu", gather_tokens_cpu)
 
 
-@_gather_tokens.register_fake
+@gather_tokens_op.register_fake
 def _(tokens: Tensor, index: Tensor, position: Tensor | None) -> Tensor:
     return tokens.new_empty(*index.shape, tokens.shape[2])
 
 
-_scatter_tokens = torch.library.custom_op(
-    "dmtjepa::scatter_tokens", scatter_tokens_plain, mutates_args=(), device_types="cpu"
+scatter_tokens_op = torch.library.custom_op(
+    "dmtjepa::scatter_tokens", launch_scatter_tokens, mutates_args=(), device_types="cuda"
 )
-_scatter_tokens.register_kernel("cuda", launch_scatter_tokens)
+scatter_tokens_op.register_kernel("cpu", scatter_tokens_plain)
 
 
-@_scatter_tokens.register_fake
+@scatter_tokens_op.register_fake
 def _(grad: Tensor, index: Tensor, num_patches: int, dtype: torch.dtype) -> Tensor:
     return grad.new_empty(grad.shape[0], num_patches, grad.shape[2], dtype=dtype)
 
@@ -262,15 +262,15 @@ def _backward(ctx, grad: Tensor):
     (index,) = ctx.saved_tensors
     grad_tokens = grad_position = None
     if ctx.needs_input_grad[0]:
-        grad_tokens = _scatter_tokens(grad, index, ctx.num_patches, ctx.token_dtype)
+        grad_tokens = scatter_tokens_op(grad, index, ctx.num_patches, ctx.token_dtype)
     if ctx.needs_input_grad[2]:
         # Rare (the position embedding of the method is fixed), so it may cost a float32 [B, N, D].
         wide = accumulation_dtype(grad.dtype)
-        grad_position = _scatter_tokens(grad, index, ctx.num_patches, wide).sum(0).to(ctx.position_dtype)
+        grad_position = scatter_tokens_op(grad, index, ctx.num_patches, wide).sum(0).to(ctx.position_dtype)
     return grad_tokens, None, grad_position
 
 
-_gather_tokens.register_autograd(_backward, setup_context=_setup_context)
+gather_tokens_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def check_arguments(tokens: Tensor, index: Tensor, position: Tensor | None) -> None:
@@ -301,4 +301,4 @@ def gather_tokens(tokens: Tensor, index: Tensor, position: Tensor | None = None)
     """
     check_arguments(tokens, index, position)
     check_kernel_dtype("tokens", tokens)
-    return _gather_tokens(tokens, index, position)
+    return gather_tokens_op(tokens, index, position)

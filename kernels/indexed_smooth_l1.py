@@ -174,13 +174,13 @@ def indexed_smooth_l1_cpu(prediction: Tensor, target: Tensor, slot: Tensor) -> T
     return (total / prediction.numel()).to(wide)
 
 
-_indexed_smooth_l1 = torch.library.custom_op(
-    "dmtjepa::indexed_smooth_l1", indexed_smooth_l1_cpu, mutates_args=(), device_types="cpu"
+indexed_smooth_l1_op = torch.library.custom_op(
+    "dmtjepa::indexed_smooth_l1", launch_indexed_smooth_l1, mutates_args=(), device_types="cuda"
 )
-_indexed_smooth_l1.register_kernel("cuda", launch_indexed_smooth_l1)
+indexed_smooth_l1_op.register_kernel("cpu", indexed_smooth_l1_cpu)
 
 
-@_indexed_smooth_l1.register_fake
+@indexed_smooth_l1_op.register_fake
 def _(prediction: Tensor, target: Tensor, slot: Tensor) -> Tensor:
     return prediction.new_empty((), dtype=accumulation_dtype(prediction.dtype))
 
@@ -195,13 +195,13 @@ def indexed_smooth_l1_backward_cpu(grad: Tensor, prediction: Tensor, target: Ten
     return output
 
 
-_indexed_smooth_l1_backward = torch.library.custom_op(
-    "dmtjepa::indexed_smooth_l1_backward", indexed_smooth_l1_backward_cpu, mutates_args=(), device_types="cpu"
+indexed_smooth_l1_backward_op = torch.library.custom_op(
+    "dmtjepa::indexed_smooth_l1_backward", launch_indexed_smooth_l1_backward, mutates_args=(), device_types="cuda"
 )
-_indexed_smooth_l1_backward.register_kernel("cuda", launch_indexed_smooth_l1_backward)
+indexed_smooth_l1_backward_op.register_kernel("cpu", indexed_smooth_l1_backward_cpu)
 
 
-@_indexed_smooth_l1_backward.register_fake
+@indexed_smooth_l1_backward_op.register_fake
 def _(grad: Tensor, prediction: Tensor, target: Tensor, slot: Tensor) -> Tensor:
     return prediction.new_empty(prediction.shape)
 
@@ -211,10 +211,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    return _indexed_smooth_l1_backward(grad, *ctx.saved_tensors), None, None
+    return indexed_smooth_l1_backward_op(grad, *ctx.saved_tensors), None, None
 
 
-_indexed_smooth_l1.register_autograd(_backward, setup_context=_setup_context)
+indexed_smooth_l1_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def check_arguments(prediction: Tensor, target: Tensor, slot: Tensor) -> None:
@@ -246,4 +246,4 @@ def indexed_smooth_l1(prediction: Tensor, target: Tensor, slot: Tensor) -> Tenso
     """
     check_arguments(prediction, target, slot)
     check_kernel_dtype("prediction", prediction)
-    return _indexed_smooth_l1(prediction, target, slot)
+    return indexed_smooth_l1_op(prediction, target, slot)

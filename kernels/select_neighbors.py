@@ -137,12 +137,14 @@ def _select_neighbors_kernel(
     EPS: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """One program ranks the candidates of BLOCK_U patches.
 
     window*window - 1 is a multiple of 8 for every odd window: candidates are taken 8 at a time, as one [8, BLOCK_U,
-    BLOCK_D] tile per step, so that 8 rows and their sums of squares share one load of the patch's own row. Adjacent
-    patches have most candidates in common, and find each other's rows in the L1 cache.
+    BLOCK_D] tile per step, so that 8 rows share one load of the patch's own row. Adjacent patches have most candidates
+    in common and find each other's rows in the L1 cache. The columns are split in vectors of one 16-byte load, summed
+    up within the thread that loaded them: two numbers are kept per vector, not per element (48 registers, not 124).
     """
     num_patches: tl.constexpr = ROWS * COLS
     radius: tl.constexpr = WINDOW // 2
@@ -169,16 +171,18 @@ def _select_neighbors_kernel(
         b_candidate = tl.where(m_candidate, b_row * COLS + b_col, num_patches)  # [8, BLOCK_U]
         p_other = p_image[None, :] + b_candidate.to(tl.int64) * s_patch
 
-        b_dot = tl.zeros([8, BLOCK_U, BLOCK_D], dtype=tl.float32)
-        b_square = tl.zeros([8, BLOCK_U, BLOCK_D], dtype=tl.float32)
+        b_dot = tl.zeros([8, BLOCK_U, BLOCK_D // VECTOR], dtype=tl.float32)
+        b_square = tl.zeros([8, BLOCK_U, BLOCK_D // VECTOR], dtype=tl.float32)
         for start in range(0, D, BLOCK_D):
-            o_d = start + tl.arange(0, BLOCK_D)
+            o_d = start + (tl.arange(0, BLOCK_D // VECTOR) * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
             m_d = o_d < D
-            b_own = tl.load(p_own[:, None] + o_d[None, :], mask=m_u[:, None] & m_d[None, :], other=0.0)
-            m_other = m_candidate[:, :, None] & m_d[None, None, :]
-            b_other = tl.load(p_other[:, :, None] + o_d[None, None, :], mask=m_other, other=0.0).to(tl.float32)
-            b_dot += b_own.to(tl.float32)[None, :, :] * b_other
-            b_square += b_other * b_other
+            m_own = m_u[:, None, None] & m_d[None, :, :]
+            b_own = tl.load(p_own[:, None, None] + o_d[None, :, :], mask=m_own, other=0.0).to(tl.float32)
+            m_other = m_candidate[:, :, None, None] & m_d[None, None, :, :]
+            p_tile = p_other[:, :, None, None] + o_d[None, None, :, :]
+            b_other = tl.load(p_tile, mask=m_other, other=0.0).to(tl.float32)
+            b_dot += tl.sum(b_own[None, :, :, :] * b_other, axis=3)
+            b_square += tl.sum(b_other * b_other, axis=3)
         b_norm = tl.maximum(tl.sqrt(tl.sum(b_square, axis=2)), EPS)
         b_similarity = tl.sum(b_dot, axis=2) / b_norm
         # A NaN ranks below every number, a missing candidate below that.
@@ -205,10 +209,10 @@ def _select_neighbors_kernel(
     tl.store(p_count + o_u, tl.sum(m_found.to(tl.int32), axis=0), mask=m_u)
 
 
-# 16 patches share most of their 8 candidates in L1; rows are read 128 bytes, a cache line, at a time. With 256 threads
-# a step is four 16-byte loads of candidates per thread.
+# Rows are read a cache line at a time. With 256 threads a step is four 16-byte loads of candidates per thread.
 _BLOCK_U = 16
 _ROW_BYTES = 128
+_VECTOR_BYTES = 16
 
 
 def launch_select_neighbors(
@@ -217,6 +221,7 @@ def launch_select_neighbors(
     debug_check_index("patches", patches, h.shape[0] * h.shape[1])
     h, patches = contiguous_rows(h), patches.contiguous()
     num_covered, dim = patches.shape[0], h.shape[2]
+    vector = _VECTOR_BYTES // h.itemsize
     neighbor_index = torch.empty((num_covered, num_neighbors), dtype=torch.int64, device=h.device)
     count = torch.empty(num_covered, dtype=torch.int32, device=h.device)
     launch(
@@ -237,7 +242,8 @@ def launch_select_neighbors(
         WRAP=border == "wrap",
         EPS=EPS,
         BLOCK_U=_BLOCK_U,
-        BLOCK_D=block_columns(dim, h.itemsize, _ROW_BYTES),
+        BLOCK_D=max(vector, block_columns(dim, h.itemsize, _ROW_BYTES)),
+        VECTOR=vector,
         num_warps=8,
     )
     return neighbor_index, count
@@ -267,13 +273,13 @@ def select_neighbors_cpu(
     return rank_candidates(dots, norm, candidate, num_neighbors)
 
 
-_select_neighbors = torch.library.custom_op(
-    "dmtjepa::select_neighbors", select_neighbors_cpu, mutates_args=(), device_types="cpu"
+select_neighbors_op = torch.library.custom_op(
+    "dmtjepa::select_neighbors", launch_select_neighbors, mutates_args=(), device_types="cuda"
 )
-_select_neighbors.register_kernel("cuda", launch_select_neighbors)
+select_neighbors_op.register_kernel("cpu", select_neighbors_cpu)
 
 
-@_select_neighbors.register_fake
+@select_neighbors_op.register_fake
 def _(
     h: Tensor, patches: Tensor, rows: int, cols: int, num_neighbors: int, window: int, border: str
 ) -> tuple[Tensor, Tensor]:
@@ -320,4 +326,4 @@ def select_neighbors(
     """
     check_arguments(h, patches, grid_size, num_neighbors, window, border)
     check_kernel_dtype("h", h)
-    return _select_neighbors(h.detach(), patches, grid_size[0], grid_size[1], num_neighbors, window, border)
+    return select_neighbors_op(h.detach(), patches, grid_size[0], grid_size[1], num_neighbors, window, border)

@@ -1,0 +1,179 @@
+"""What the compiler makes of every kernel at the shapes of training, without a GPU: registers, spills, loads.
+
+Each operator is started with the arguments of its benchmark, for sm_80, sm_90 and sm_100; instead of being launched,
+its kernels are compiled. Exits with 1 if a kernel spills registers or needs more shared memory than an A100 has.
+
+    python -m benchmarks.bench_compile [--shapes huge] [--architectures 80 90 100] [--out FOLDER]
+
+`loads` are the global loads of the machine code, as count x bytes per thread; predicated loads count too.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from benchmarks import (
+    bench_aggregate_neighbors,
+    bench_embed_patches,
+    bench_gather_tokens,
+    bench_indexed_smooth_l1,
+    bench_select_neighbors,
+)
+from benchmarks.harness import SHAPES, Shape, environment
+
+BENCHMARKS = (
+    bench_gather_tokens,
+    bench_embed_patches,
+    bench_select_neighbors,
+    bench_aggregate_neighbors,
+    bench_indexed_smooth_l1,
+)
+# What a program may use on an A100, the smallest of the three.
+SHARED_MEMORY_LIMIT = 163 * 1024
+
+
+class OfflineDriver:
+    """Stands in for a GPU while kernels are compiled, not run. Triton keeps one cache per device number."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+def resources(kernel: triton.compiler.CompiledKernel, architecture: int) -> dict:
+    """Registers, spills, shared memory and widths of global loads and stores of a compiled kernel."""
+    tools = triton.knobs.nvidia
+    ptxas = tools.ptxas_blackwell if architecture >= 100 else tools.ptxas
+    name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        ptx.write_text(kernel.asm["ptx"])
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [ptxas.path, "-v", f"--gpu-name={name}", ptx, "-o", Path(folder) / "again.cubin"]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        command = [tools.cuobjdump.path, "-sass", cubin]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def number(pattern: str) -> int:
+        return int(re.search(pattern, report).group(1))
+
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        "stack_bytes": number(r"(\d+) bytes stack frame"),
+        "shared_bytes": kernel.metadata.shared,
+        "num_warps": kernel.metadata.num_warps,
+        "load_bytes": access_widths(sass, "LDG"),
+        "store_bytes": access_widths(sass, "STG"),
+    }
+
+
+def access_widths(sass: str, opcode: str) -> dict[int, int]:
+    """How many global loads (LDG) or stores (STG) of each width in bytes, widest first."""
+    widths = Counter()
+    for modifiers in re.findall(rf"\b{opcode}((?:\.\w+)+)", sass):
+        width = re.search(r"\.(256|128|64|U16|S16|16|U8|S8|8)\b", modifiers)
+        widths[int(width.group(1).strip("US")) // 8 if width else 4] += 1
+    return dict(sorted(widths.items(), reverse=True))
+
+
+def compile_kernels(shape: Shape, architecture: int, dtype: torch.dtype) -> list[dict]:
+    """One row per kernel that the operators launch at this shape, in the order of the benchmarks."""
+    triton.runtime.driver.set_active(OfflineDriver(architecture))
+    launched = []
+
+    def compile_instead(kernel, num_programs, *arguments, **constants):
+        launched.append(kernel.warmup(*arguments, grid=(num_programs,), **constants))
+
+    rows = []
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("dmtjepa.kernels.") and hasattr(module, "launch"):
+                stack.enter_context(patch.object(module, "launch", compile_instead))
+        for benchmark in BENCHMARKS:
+            for case in benchmark.cases(shape, "cpu", dtype):
+                launched.clear()
+                case.launch(*case.arguments)
+                rows += [
+                    {
+                        "case": case.name,
+                        "kernel": kernel.name.strip("_").removesuffix("_kernel"),
+                        "shape": shape.name,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "architecture": f"sm_{architecture}",
+                        **resources(kernel, architecture),
+                    }
+                    for kernel in launched
+                ]
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table; architectures whose numbers agree share a line."""
+    merged: dict[tuple, list[str]] = {}
+    for row in rows:
+        cells = [row["case"], row["kernel"], row["shape"]]
+        cells += [row[key] for key in ("num_warps", "registers", "spill_bytes", "shared_bytes")]
+        cells += [" ".join(f"{n}x{width}" for width, n in row[key].items()) for key in ("load_bytes", "store_bytes")]
+        merged.setdefault(tuple(map(str, cells)), []).append(row["architecture"].removeprefix("sm_"))
+    lines = [
+        "| operator | kernel | shape | sm | warps | registers | spilled | shared | loads | stores |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cells, architectures in merged.items():
+        lines.append("| " + " | ".join([*cells[:3], " ".join(architectures), *cells[3:]]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--architectures", nargs="+", type=int, default=[80, 90, 100])
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--out", type=Path, help="folder for compile.json")
+    options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("TRITON_INTERPRET is set: there is nothing to compile; unset it")
+
+    rows = []
+    for name in options.shapes:
+        # The code does not depend on the batch, so a small one does.
+        shape = replace(SHAPES[name], batch_size=16)
+        for architecture in options.architectures:
+            rows += compile_kernels(shape, architecture, getattr(torch, options.dtype))
+    print(table(rows))
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "compile.json").write_text(json.dumps({**environment("cpu"), "rows": rows}, indent=1))
+    wrong = [row for row in rows if row["spill_bytes"] or row["shared_bytes"] > SHARED_MEMORY_LIMIT]
+    for row in wrong:
+        print(
+            f"{row['kernel']} at {row['shape']} on {row['architecture']}: {row['spill_bytes']} bytes spilled, "
+            f"{row['shared_bytes']} bytes of shared memory (limit {SHARED_MEMORY_LIMIT})",
+            file=sys.stderr,
+        )
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
