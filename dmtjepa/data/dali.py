@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -352,8 +353,13 @@ class DaliLoader:
                     break
                 except RuntimeError as error:
                     decoder.build()
-                    refused = self._find_refused(decoder, batch, list(range(len(batch.samples))))
-                    if not refused:  # not for an image's sake
+                    named = re.search(r"Failed to decode sample #(\d+)", str(error))
+                    refused = (
+                        [int(named[1])]
+                        if named
+                        else self._find_refused(decoder, batch, range(self._settings.batch_size))
+                    )
+                    if all(batch.samples[row].image in batch.refused for row in refused):  # not for an image's sake
                         raise
                     logger.debug("DALI refused %d images of a batch: %s", len(refused), error)
                     self._reader.read_again(batch, refused)
@@ -362,16 +368,16 @@ class DaliLoader:
         self._decoder.build()
         self._failed = False
 
-    def _find_refused(self, decoder: Decoder, batch: Batch, rows: list[int]) -> list[int]:
+    def _find_refused(self, decoder: Decoder, batch: Batch, rows: Sequence[int]) -> list[int]:
         """Those of some rows of a batch that DALI does not decode, by halving."""
         try:
-            decoder.feed([batch.samples[row] for row in rows], batch.uniforms[rows])
+            decoder.feed([batch.samples[row] for row in rows], batch.uniforms[rows[0] : rows[-1] + 1])
             decoder.take()
             return []
         except RuntimeError:
             decoder.build()
         if len(rows) == 1:
-            return rows
+            return list(rows)
         middle = len(rows) // 2
         return [
             *self._find_refused(decoder, batch, rows[:middle]),

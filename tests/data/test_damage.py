@@ -106,14 +106,14 @@ def test_files_deleted_during_the_run_are_skipped(tmp_path: Path, loader_name: s
 
 def flip_bytes(data: bytes, rng: np.random.Generator) -> bytes:
     flipped = np.frombuffer(data, np.uint8).copy()
-    where = rng.integers(2, len(flipped), rng.integers(1, 12))
+    where = rng.integers(2, len(flipped), rng.integers(1, 6))
     flipped[where] ^= rng.integers(1, 256, len(where)).astype(np.uint8)
     return flipped.tobytes()
 
 
 def fuzzed(count: int, seed: int) -> list[bytes]:
     rng = np.random.default_rng(seed)
-    pictures = [smooth_image(rng, 60, 44) for _ in range(4)]
+    pictures = [smooth_image(rng, 160, 120) for _ in range(4)]
     whole = [encode(picture, "JPEG", progressive=bool(n % 2)) for n, picture in enumerate(pictures)]
     return [flip_bytes(whole[number % 4], rng) for number in range(count)]
 
