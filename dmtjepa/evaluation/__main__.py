@@ -43,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         splits = find_splits(
             config.data, data=options.data, train=options.train, validation=options.val, max_images=options.max_images
         )
+        print(
+            f"measuring {options.checkpoint or latest} on {device}: {len(splits.train)} training and "
+            f"{len(splits.validation)} validation images of {splits.description}",
+            flush=True,
+        )
         report = evaluate(
             options.run,
             config,
@@ -55,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, WeightsError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"\n{format_table(report)}\n" if report.knn or report.segmentation else "")
+    table = format_table(report)
+    print(f"\n{table}\n" if table else "")
     print("\n".join(format_verdict(report)))
     print(f"\nwritten: {out}/report.md, report.json, {', '.join(Path(f).name for f in report.files[2:])}")
     print("next:")

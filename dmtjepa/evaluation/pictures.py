@@ -27,7 +27,7 @@ BLOCK_COLORS = ("#e8590c", "#2f9e44", "#c2255c", "#f2b705", "#7048e8", "#0c8599"
 QUERY_COLORS = ("#ffd43b", "#ff6b6b", "#69db7c", "#74c0fc", "#f783ac")
 BAR_COLORS = {"trained": "#2b6cb0", "untrained": "#adb5bd", "pixels": "#dee2e6"}
 SMOOTHING = 0.02
-"""Share of the run over which the smoothed loss averages."""
+"""Share of the run over which the smoothed loss averages; at least 5 steps, of a run that has 25."""
 WIDTH = 15.0
 """Of the composite, in inches."""
 DPI = 110
@@ -90,7 +90,7 @@ def read_losses(path: Path) -> LossCurve:
 def draw_loss(axes: Axes, curve: LossCurve) -> None:
     """Loss of every logged step, and its running mean."""
     axes.plot(curve.epoch, curve.loss, color="#a5c8ec", linewidth=0.8, label="step")
-    width = max(1, round(SMOOTHING * len(curve.loss)))
+    width = max(5, round(SMOOTHING * len(curve.loss))) if len(curve.loss) >= 25 else 1
     if width > 1:
         # "valid" leaves out the ends, where a window reaching beyond the run would pull the mean down.
         smooth = np.convolve(curve.loss, np.ones(width) / width, mode="valid")

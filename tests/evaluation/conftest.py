@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ def write_masks(data: Path) -> None:
         mask[:, 16:] = 1 + label
         path = data / "masks" / image.relative_to(data)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(mask, mode="L").save(path)
+        Image.fromarray(mask).save(path)
 
 
 def write_run(folder: Path, data: Path, **sections) -> Path:
@@ -71,6 +73,27 @@ def write_run(folder: Path, data: Path, **sections) -> Path:
         for step in range(120):
             writer.writerow([1 + step // 60, step % 60, 0.2 + math.exp(-step / 20), 20, 12, 8.5])
     return folder
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Everything here is small: threads that wait for each other cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def run_template(data, tmp_path_factory) -> Path:
+    """A run folder on `data` that no test changes; `run` is a copy for each."""
+    return write_run(tmp_path_factory.mktemp("template") / "run", data)
+
+
+@pytest.fixture
+def run(run_template, tmp_path) -> Path:
+    """A run folder on `data` of its own, whose files are links: replace, do not write into them."""
+    return Path(shutil.copytree(run_template, tmp_path / "run", copy_function=os.link))
 
 
 @pytest.fixture(scope="session")

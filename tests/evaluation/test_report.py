@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,15 +9,21 @@ from dmtjepa.evaluation.__main__ import main
 from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
 from dmtjepa.evaluation.report import load_teacher
 from dmtjepa.interop.checkpoint import open_run
+from dmtjepa.objective import build_model
 from tests.evaluation.conftest import write_images, write_run
 
 LATEST = "tiny-latest.pth.tar"
 
 
+def replace(path, text):
+    path.unlink()
+    path.write_text(text)
+
+
 @pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
+def finished(run_template, tmp_path_factory):
     """A run folder after `python -m dmtjepa.evaluation RUN`, and what that printed."""
-    run = write_run(tmp_path_factory.mktemp("runs") / "tiny", data)
+    run = Path(shutil.copytree(run_template, tmp_path_factory.mktemp("finished") / "tiny"))
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
@@ -92,17 +99,18 @@ def test_plain_ijepa_has_no_neighbours_and_unlabelled_data_no_knn(tmp_path, caps
     assert "k-NN" not in (tmp_path / "elsewhere" / "report.md").read_text().split("Accuracy")[-1].split("Collapse")[-1]
 
 
-def test_the_untrained_network_is_the_one_the_run_started_from(data, tmp_path):
+def test_the_untrained_network_is_the_one_the_run_started_from(run):
     """Drawn with the run's seed; the caller's random numbers are left as they were."""
-    config, checkpoint = open_run(write_run(tmp_path / "run", data))
+    config, checkpoint = open_run(run)
     state = torch.random.get_rng_state()
     trained, untrained = load_teacher(config, checkpoint)
     assert torch.equal(torch.random.get_rng_state(), state)
-    _, again = load_teacher(config, checkpoint)
+    torch.manual_seed(config.runtime.seed)
+    start = build_model(config).encoder.state_dict()
     weights = torch.load(checkpoint, weights_only=True)["target_encoder"]
     for name, value in trained.state_dict().items():
         assert torch.equal(value, weights[name])
-        assert torch.equal(untrained.state_dict()[name], again.state_dict()[name])
+        assert torch.equal(untrained.state_dict()[name], start[name])
     assert not torch.equal(untrained.blocks[0].mlp.fc1.weight, trained.blocks[0].mlp.fc1.weight)
 
 
@@ -111,17 +119,16 @@ def test_the_untrained_network_is_the_one_the_run_started_from(data, tmp_path):
     [
         (lambda run: shutil.rmtree(run), [], "does not exist"),
         (lambda run: (run / "config.yaml").unlink(), [], "holds no config.yaml"),
-        (lambda run: (run / "config.yaml").write_text("metta: {}\n"), [], "did you mean meta"),
+        (lambda run: replace(run / "config.yaml", "metta: {}\n"), [], "did you mean meta"),
         (lambda run: (run / LATEST).unlink(), [], "its folder holds no .pth.tar file"),
         (lambda run: (run / LATEST).rename(run / "tiny-ep1.pth.tar"), [], "its folder holds tiny-ep1.pth.tar"),
-        (lambda run: (run / LATEST).write_bytes(b"not a checkpoint"), [], "cannot be read as a checkpoint"),
+        (lambda run: replace(run / LATEST, "not a checkpoint"), [], "cannot be read as a checkpoint"),
         (lambda run: None, ["--data", "no/such/folder"], "does not exist"),
         (lambda run: None, ["--train", "no/such/folder"], "both --train and --val"),
         (lambda run: None, ["--max-images", "0"], "at least 1"),
     ],
 )  # fmt: skip
-def test_wrong_input_is_explained(data, tmp_path, capsys, spoil, arguments, message):
-    run = write_run(tmp_path / "run", data)
+def test_wrong_input_is_explained(run, capsys, spoil, arguments, message):
     spoil(run)
     assert main([str(run), "--device", "cpu", *arguments]) == 1
     printed = capsys.readouterr()
@@ -131,8 +138,7 @@ def test_wrong_input_is_explained(data, tmp_path, capsys, spoil, arguments, mess
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_that_is_not_there_is_an_error(data, tmp_path, capsys):
-    run = write_run(tmp_path / "run", data)
+def test_cuda_that_is_not_there_is_an_error(run, capsys):
     assert main([str(run), "--device", "cuda:0"]) == 1
     assert "no CUDA device" in capsys.readouterr().err
 

@@ -1,0 +1,164 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dmtjepa.config import parse_config
+from dmtjepa.interop import build_encoder, read_checkpoint
+from dmtjepa.interop.__main__ import main
+from dmtjepa.objective import build_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with settings and a checkpoint whose teacher and student differ."""
+    folder = tmp_path_factory.mktemp("run")
+    config = parse_config(
+        {
+            "data": {"crop_size": 32, "dataset": "shapes"},
+            "mask": {"patch_size": 8, "min_keep": 1},
+            "patch": {"local_agg_head": True},
+            "meta": {"model_name": "vit_tiny", "pred_depth": 1, "pred_emb_dim": 48},
+        }
+    )
+    (folder / "config.yaml").write_text(config.to_yaml())
+    torch.manual_seed(0)
+    model = build_model(config)
+    for parameter in model.teacher_encoder.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    checkpoint = {
+        "encoder": model.encoder.state_dict(),
+        "predictor": model.predictor.state_dict(),
+        "target_encoder": model.teacher_encoder.state_dict(),
+        "head": model.head.state_dict(),
+        "target_head": model.teacher_head.state_dict(),
+        "epoch": 3,
+        "loss": 0.25,
+    }
+    torch.save(checkpoint, folder / "jepa-latest.pth.tar")
+    return folder
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def encode(run, part, images):
+    return build_encoder(read_checkpoint(run / "jepa-latest.pth.tar")[part], "run").eval()(images)
+
+
+def export(run, out, *arguments):
+    assert main(["export", str(run), "--out", str(out), *arguments]) == 0
+
+
+def test_released_layout_round_trip(run, images, tmp_path):
+    export(run, tmp_path / "a.pth.tar", "--format", "released")
+    raw = torch.load(tmp_path / "a.pth.tar", weights_only=True)
+    assert {"encoder", "predictor", "target_encoder", "head", "target_head", "epoch", "loss"} == set(raw)
+    assert all(name.startswith("module.") for name in raw["encoder"])
+    before, after = read_checkpoint(run / "jepa-latest.pth.tar"), read_checkpoint(tmp_path / "a.pth.tar")
+    for part in ("encoder", "predictor", "target_encoder", "head", "target_head"):
+        assert before[part].keys() == after[part].keys()
+        assert all(torch.equal(value, after[part][name]) for name, value in before[part].items())
+    # What was exported can be exported again, without a run folder.
+    export(tmp_path / "a.pth.tar", tmp_path / "timm", "--format", "timm")
+    torch.testing.assert_close(
+        load_file(tmp_path / "timm" / "model.safetensors")["norm.weight"], before["target_encoder"]["norm.weight"]
+    )
+
+
+def test_hugging_face_names_are_the_published_ones(run, tmp_path):
+    export(run, tmp_path / "hf", "--format", "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    layer = ("layernorm_before", "layernorm_after", "intermediate.dense", "output.dense")
+    layer += tuple(f"attention.{n}" for n in ("attention.query", "attention.key", "attention.value", "output.dense"))
+    names = {"embeddings.position_embeddings"}
+    names |= {f"{n}.{k}" for n in ("embeddings.patch_embeddings.projection", "layernorm") for k in ("weight", "bias")}
+    names |= {f"encoder.layer.{i}.{n}.{k}" for i in range(12) for n in layer for k in ("weight", "bias")}
+    assert set(weights) == names
+    qkv = read_checkpoint(run / "jepa-latest.pth.tar")["target_encoder"]["blocks.5.attn.qkv.weight"]
+    parts = [weights[f"encoder.layer.5.attention.attention.{name}.weight"] for name in ("query", "key", "value")]
+    assert torch.equal(torch.cat(parts), qkv)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["model_type"] == "ijepa"
+    assert (config["hidden_size"], config["intermediate_size"], config["image_size"]) == (192, 768, 32)
+
+
+@pytest.mark.parametrize("part", ["target_encoder", "encoder"])
+def test_timm_gives_equal_outputs(run, images, tmp_path, part):
+    timm = pytest.importorskip("timm")
+    export(run, tmp_path / "timm", "--format", "timm", "--part", part)
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    expected = encode(run, part, images)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(images), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(images), expected.mean(1), atol=1e-5, rtol=0)
+
+
+def test_timm_reads_the_released_layout(run, images, tmp_path):
+    timm = pytest.importorskip("timm")
+    export(run, tmp_path / "a.pth.tar", "--format", "released")
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    model = timm.create_model("vit_huge_patch14_gap_224", num_classes=0, **size).eval()
+    timm.models.load_checkpoint(
+        model, str(tmp_path / "a.pth.tar"), filter_fn=timm.models.vision_transformer.checkpoint_filter_fn
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(images), encode(run, "encoder", images), atol=1e-5, rtol=0)
+
+
+def test_hugging_face_gives_equal_outputs(run, images, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    export(run, tmp_path / "hf", "--format", "hf")
+    model, info = transformers.IJepaModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        output = model.eval()(images).last_hidden_state
+    torch.testing.assert_close(output, encode(run, "target_encoder", images), atol=1e-5, rtol=0)
+
+
+def test_show_says_what_a_file_holds(run, capsys):
+    assert main(["show", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "target_encoder: 5.4 M values in 149 tensors: vit_tiny with patches of 8 pixels" in printed
+    assert "epoch: 3" in printed
+
+
+@pytest.mark.parametrize("format", ["timm", "hf", "released"])
+def test_nothing_is_overwritten(run, tmp_path, capsys, format):
+    out = tmp_path / "out"
+    if format == "released":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "model.safetensors").write_text("mine")
+    assert main(["export", str(run), "--format", format, "--out", str(out)]) == 1
+    assert "already exists" in capsys.readouterr().err
+    assert (out if format == "released" else out / "model.safetensors").read_text() == "mine"
+
+
+def test_a_file_without_the_part_is_an_error(tmp_path, capsys):
+    torch.save({"encoder": {"weight": torch.zeros(2)}}, tmp_path / "a.pth.tar")
+    assert main(["export", str(tmp_path / "a.pth.tar"), "--format", "hf", "--out", str(tmp_path / "out")]) == 1
+    assert "no weights of target_encoder; it has those of: encoder" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), "--format", "hf", "--out", str(tmp_path / "out")]) == 1
+    assert "holds no config.yaml" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_hub_entries_load_weights(run, images):
+    spec = importlib.util.spec_from_file_location("hubconf", Path(__file__).parents[2] / "hubconf.py")
+    hubconf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hubconf)
+    # The run's patches are of 8 pixels, the entry's of 16.
+    with pytest.raises(ValueError, match="patches of 8 pixels"):
+        hubconf.dmtjepa_vitt16(weights=str(run / "jepa-latest.pth.tar"), image_size=32)
+    encoder = hubconf.dmtjepa_vitt16(image_size=32)
+    assert encoder(images).shape == (2, 4, 192)
+    assert not encoder.training
