@@ -1,13 +1,22 @@
 """The loop: the same training on any number of processes, after any interruption."""
 
 import json
+import math
+import os
+import resource
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from dmtjepa.training import checkpoint
+from dmtjepa.training import launch as launcher
 from dmtjepa.training.launch import launch
+from dmtjepa.training.loop import NonFiniteLoss, Trainer
+from dmtjepa.training.run_folder import RunFolderError, claimed
 
 NUM_STEPS = 24
 
@@ -86,3 +95,196 @@ def test_same_training_however_the_global_batch_is_divided(plain, settings, loss
     divided = settings("divided", **changes)
     assert launch(divided, ["cpu"] * processes) == 0
     assert_same_run(plain, divided, losses, weights, tolerance=1e-5)
+
+
+def stop_after(config, steps, devices, monkeypatch):
+    """Run until a checkpoint of `steps` steps is on disk, as a run that ends there."""
+    folder = Path(config.logging.folder)
+    original = Trainer.run
+
+    def run(self, signals):
+        record = self.metrics.record
+
+        def record_and_stop(row):
+            record(row)
+            if row.step + 2 == steps:  # what is wished at one step is done at the next
+                signals.received.append(signal.SIGUSR1)
+
+        self.metrics.record = record_and_stop
+        return original(self, signals)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", run)
+        patch.setattr(launcher, "hand_over", lambda outcome: None)
+        assert launch(config, devices) == 0
+    assert checkpoint.newest_whole(folder / "checkpoints").name == f"step-{steps:08d}"
+
+
+@pytest.mark.parametrize("steps", [2, 8, 13])
+def test_resumed_run_equals_the_uninterrupted_one_bit_by_bit(plain, settings, losses, weights, monkeypatch, steps):
+    config = settings()
+    stop_after(config, steps, ["cpu"], monkeypatch)
+    assert len(losses(config)) == steps
+    assert launch(config, ["cpu"]) == 0
+    assert_same_run(plain, config, losses, weights, tolerance=0)
+
+
+def test_resumes_on_other_numbers_of_processes(plain, settings, losses, weights, start):
+    """4, then 2, then 1 processes, at the same global batch."""
+    for processes, target in ((4, 8), (2, 16), (1, NUM_STEPS)):
+        changes = {"data.batch_size": 16 // processes, "runtime.keep_last": 5}
+        config = settings(**changes)
+        if target < NUM_STEPS:
+            checkpoints = Path(config.logging.folder, "checkpoints")
+            process = start(config, *["cpu"] * processes)
+            wait_for(lambda: (checkpoints / f"step-{target:08d}" / "manifest.json").exists(), process)  # noqa: B023
+            os.kill(process.pid, signal.SIGTERM)
+            assert process.wait(60) == 128 + signal.SIGTERM
+        else:
+            assert launch(config, ["cpu"]) == 0
+    assert_same_run(plain, config, losses, weights, tolerance=1e-5)
+    starts = json.loads(Path(config.logging.folder, "environment.json").read_text())["starts"]
+    assert [row["processes"] for row in starts] == [4, 2, 1]
+    assert starts[1]["step"] >= 8
+    assert starts[2]["step"] >= 16
+
+
+def wait_for(condition, process, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_signal_saves_and_ends(settings, losses, start, number):
+    config = settings(**{"optimization.epochs": 50, "runtime.keep_every_epochs": 1000})
+    process = start(config, "cpu")
+    wait_for(lambda: len(losses(config)) > 3 if Path(config.logging.folder, "jepa_r0.csv").exists() else False, process)
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == -number
+    found = checkpoint.newest_whole(Path(config.logging.folder, "checkpoints"))
+    assert f"stopped by a signal and saved at step {checkpoint.step_of(found)}" in output
+    assert len(losses(config)) == checkpoint.step_of(found)
+
+
+class Poison:
+    """Makes the loss of one step infinite or not a number, on one rank."""
+
+    def __init__(self, monkeypatch, step, value):
+        original = Trainer.train_step
+
+        def train_step(trainer, batches):
+            if trainer.step == step and trainer.world.rank == 0:
+                loss = trainer.model.loss
+                trainer.model.loss = lambda *arguments: loss(*arguments) * value
+                try:
+                    return original(trainer, batches)
+                finally:
+                    del trainer.model.loss
+            return original(trainer, batches)
+
+        monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_loss_stops_with_step_samples_and_state(settings, monkeypatch, value):
+    config = settings()
+    Poison(monkeypatch, 13, value)
+    with pytest.raises(NonFiniteLoss, match=r"step 13 \(epoch 1, samples 80 to 95 of its order\).*max_skipped_steps"):
+        launch(config, ["cpu"])
+    folder = Path(config.logging.folder)
+    (row,) = json.loads((folder / "not_finite" / "steps.json").read_text())
+    assert row["step"] == 13
+    assert row["samples"] == [80, 95]
+    saved = checkpoint.newest_whole(folder / "not_finite")
+    assert all(tensor.isfinite().all() for tensor in checkpoint.load_full(saved).values())
+    assert checkpoint.newest_whole(folder / "checkpoints").name == "step-00000008"
+
+
+def test_not_finite_loss_can_be_skipped(plain, settings, losses, monkeypatch):
+    config = settings(**{"optimization.max_skipped_steps": 1})
+    Poison(monkeypatch, 13, float("nan"))
+    assert launch(config, ["cpu"]) == 0
+    values = losses(config)
+    assert values[:13] == losses(plain)[:13]
+    assert math.isnan(values[13])
+    assert all(map(math.isfinite, values[14:]))
+    meta = checkpoint.read_meta(checkpoint.newest_whole(Path(config.logging.folder, "checkpoints")))
+    assert meta["num_skipped"] == 1
+    assert meta["optimizer_steps"] == NUM_STEPS - 1
+
+
+def test_gradient_clipping_changes_training_as_it_should(plain, settings, losses):
+    clipped = settings("clipped", **{"optimization.clip_grad": 0.05})
+    loose = settings("loose", **{"optimization.clip_grad": 1e9})
+    for config in (clipped, loose):
+        assert launch(config, ["cpu"]) == 0
+    assert losses(loose) == losses(plain)
+    assert losses(clipped)[0] == losses(plain)[0]
+    assert losses(clipped)[2:] != losses(plain)[2:]
+
+
+def test_plain_ijepa_trains(settings, losses):
+    config = settings(**{"patch.local_agg_head": False, "optimization.epochs": 2})
+    assert launch(config, ["cpu"]) == 0
+    assert len(losses(config)) == 16
+    latest = torch.load(Path(config.logging.folder, "jepa-latest.pth.tar"), weights_only=True)
+    assert "head" not in latest
+
+
+def test_folder_of_another_run_is_refused_untouched(plain, settings_in):
+    folder = Path(plain.logging.folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    other = settings_in(folder, **{"optimization.lr": 5e-3, "data.batch_size": 8, "runtime.seed": 3})
+    with pytest.raises(RunFolderError) as error:
+        launch(other, ["cpu"])
+    for text in ("optimization.lr: 0.002 there, 0.005 now", "runtime.seed: 0 there, 3 now", "16 there, 8 now"):
+        assert text in str(error.value)
+    assert "batch_size: " not in str(error.value).replace("data.batch_size x", "")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == before
+
+
+def test_folder_of_another_program_is_refused(settings, tmp_path):
+    config = settings()
+    Path(config.logging.folder).mkdir()
+    Path(config.logging.folder, "jepa-latest.pth.tar").write_text("precious")
+    with pytest.raises(RunFolderError, match=r"no config\.yaml"):
+        launch(config, ["cpu"])
+    assert Path(config.logging.folder, "jepa-latest.pth.tar").read_text() == "precious"
+
+
+def test_folder_in_use_is_refused(settings):
+    config = settings()
+    with claimed(Path(config.logging.folder)), pytest.raises(RunFolderError, match=r"being written by another run"):
+        launch(config, ["cpu"])
+
+
+def test_finished_run_started_again_does_nothing(plain, losses, weights):
+    before = losses(plain), weights(plain)
+    assert launch(plain, ["cpu"]) == 0
+    assert losses(plain) == before[0]
+    torch.testing.assert_close(weights(plain), before[1], rtol=0, atol=0)
+
+
+def test_full_disk_leaves_the_last_checkpoint_and_says_so(settings, start):
+    """A limit on the size of a file stands in for a disk that fills up."""
+    config = settings(**{"optimization.epochs": 2})
+    checkpoints = Path(config.logging.folder, "checkpoints")
+    assert launch(config, ["cpu"]) == 0
+    checkpoint.discard(checkpoints / "step-00000016")
+    before = checkpoint.newest_whole(checkpoints)
+    assert before.name == "step-00000008"
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+
+    process = start(config, "cpu", preexec_fn=limit)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "could not be written" in output
+    assert "File too large" in output
+    assert checkpoint.newest_whole(checkpoints) == before
+    assert not list(checkpoints.glob(".writing-*"))
