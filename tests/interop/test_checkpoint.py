@@ -3,10 +3,11 @@ import re
 import pytest
 import torch
 
-from dmtjepa.interop import WeightsError, build_encoder, describe_encoder, load_weights, read_checkpoint
+from dmtjepa.interop import WeightsError, build_encoder, describe_encoder, load_model, load_weights, read_checkpoint
 from dmtjepa.interop.checkpoint import get_part
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
 from dmtjepa.models.vit import ARCHITECTURES
+from dmtjepa.objective import DMTJEPA
 
 TINY = ARCHITECTURES["vit_tiny"]
 
@@ -116,6 +117,59 @@ def test_a_missing_part_names_those_that_are_there(encoder, tmp_path):
         WeightsError, match="no weights of target_head; it has those of: encoder, target_encoder; published"
     ):
         get_part(checkpoint, "target_head", "a.pth.tar")
+
+
+def make_model(seed, head=True):
+    torch.manual_seed(seed)
+    encoder = VisionTransformer(32, 8, **TINY)
+    return DMTJEPA(encoder, Predictor((4, 4), 192, 48, depth=1, num_heads=3), AggregationHead(192, 3) if head else None)
+
+
+def parts_of(model):
+    parts = {"encoder": model.encoder, "predictor": model.predictor, "target_encoder": model.teacher_encoder}
+    if model.head is not None:
+        parts |= {"head": model.head, "target_head": model.teacher_head}
+    return {name: {key: value.clone() for key, value in part.state_dict().items()} for name, part in parts.items()}
+
+
+def changed_parts(model, before):
+    return {
+        name
+        for name, part in parts_of(model).items()
+        if any(not torch.equal(value, before[name][key]) for key, value in part.items())
+    }
+
+
+def test_a_model_starts_from_a_checkpoint(tmp_path):
+    source, model = make_model(0), make_model(1)
+    source.update_teacher(0.5)
+    save_published(tmp_path / "a.pth.tar", **parts_of(source))
+    assert load_model(model, tmp_path / "a.pth.tar") == []
+    assert changed_parts(model, parts_of(source)) == set()
+
+
+def test_heads_that_a_published_file_lacks_are_named_and_kept(tmp_path):
+    model = make_model(1)
+    before = parts_of(model)
+    save_published(tmp_path / "a.pth.tar", **parts_of(make_model(0, head=False)))
+    assert load_model(model, tmp_path / "a.pth.tar") == ["head", "target_head"]
+    assert changed_parts(model, before) == {"encoder", "predictor", "target_encoder"}
+
+
+@pytest.mark.parametrize("spoiled", ["target_encoder", "target_head"])
+def test_a_model_is_started_whole_or_not_at_all(tmp_path, spoiled):
+    model = make_model(1)
+    before = parts_of(model)
+    parts = parts_of(make_model(0))
+    del parts[spoiled]["norm.bias"]
+    save_published(tmp_path / "a.pth.tar", **parts)
+    with pytest.raises(WeightsError, match=rf"(?s){spoiled} of .*missing: norm\.bias"):
+        load_model(model, tmp_path / "a.pth.tar")
+    del parts[spoiled]
+    save_published(tmp_path / "b.pth.tar", **parts)
+    with pytest.raises(WeightsError, match=f"no weights of {spoiled}"):
+        load_model(model, tmp_path / "b.pth.tar")
+    assert changed_parts(model, before) == set()
 
 
 def test_code_in_a_file_is_not_run(tmp_path):
