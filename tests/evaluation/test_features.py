@@ -65,3 +65,16 @@ def test_pixels_ignore_brightness_and_are_at_most_32_a_side():
     small = extract_pixels([(images[:, :, :5, :7], None, ["", ""])])
     assert small.pooled.shape == (2, 3 * 5 * 7)
     assert small.labels is None
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_a_gpu_is_close_to_float32_on_the_cpu(batches):
+    torch.manual_seed(0)
+    arguments = {"embed_dim": 64, "depth": 3, "num_heads": 2}
+    encoder = VisionTransformer(16, 8, **arguments)
+    on_gpu = VisionTransformer(16, 8, **arguments, device_type="cuda")
+    on_gpu.load_state_dict(encoder.state_dict())
+    expected = extract_features(encoder, batches, progress=False).pooled
+    features = extract_features(on_gpu, batches, device="cuda", progress=False)
+    assert features.pooled.device.type == "cpu"
+    torch.testing.assert_close(features.pooled, expected, atol=0.03, rtol=0.03)
