@@ -5,7 +5,8 @@ its kernels are compiled. Exits with 1 if a kernel spills registers or needs mor
 
     python -m benchmarks.bench_compile [--shapes huge] [--architectures 80 90 100] [--out FOLDER]
 
-`loads` are the global loads of the machine code, as count x bytes per thread; predicated loads count too.
+`loads` and `stores` are those of global memory in the machine code, as count x bytes per thread: each instruction
+counts once, also in a loop. Where architectures differ, a cell has a value for each.
 """
 
 import argparse
@@ -128,20 +129,30 @@ def compile_kernels(shape: Shape, architecture: int, dtype: torch.dtype) -> list
     return rows
 
 
+COLUMNS = {
+    "warps": lambda row: str(row["num_warps"]),
+    "registers": lambda row: str(row["registers"]),
+    "spilled bytes": lambda row: str(row["spill_bytes"]),
+    "shared bytes": lambda row: str(row["shared_bytes"]),
+    "loads": lambda row: " ".join(f"{n}x{width}" for width, n in row["load_bytes"].items()),
+    "stores": lambda row: " ".join(f"{n}x{width}" for width, n in row["store_bytes"].items()),
+    "bytes of loads": lambda row: str(sum(n * width for width, n in row["load_bytes"].items())),
+}
+
+
 def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table; architectures whose numbers agree share a line."""
-    merged: dict[tuple, list[str]] = {}
+    """The rows as a Markdown table; a cell has one value per architecture, or one where they agree."""
+    grouped: dict[tuple, list[dict]] = {}
     for row in rows:
-        cells = [row["case"], row["kernel"], row["shape"]]
-        cells += [row[key] for key in ("num_warps", "registers", "spill_bytes", "shared_bytes")]
-        cells += [" ".join(f"{n}x{width}" for width, n in row[key].items()) for key in ("load_bytes", "store_bytes")]
-        merged.setdefault(tuple(map(str, cells)), []).append(row["architecture"].removeprefix("sm_"))
+        grouped.setdefault((row["case"], row["kernel"], row["shape"]), []).append(row)
     lines = [
-        "| operator | kernel | shape | sm | warps | registers | spilled | shared | loads | stores |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(["operator", "kernel", "shape", *COLUMNS]) + " |",
+        "|" + "---|" * (3 + len(COLUMNS)),
     ]
-    for cells, architectures in merged.items():
-        lines.append("| " + " | ".join([*cells[:3], " ".join(architectures), *cells[3:]]) + " |")
+    for names, per_architecture in grouped.items():
+        values = [[column(row) for row in per_architecture] for column in COLUMNS.values()]
+        cells = [column[0] if len(set(column)) == 1 else ", ".join(column) for column in values]
+        lines.append("| " + " | ".join([*names, *cells]) + " |")
     return "\n".join(lines)
 
 

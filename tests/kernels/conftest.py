@@ -1,7 +1,7 @@
 """The implementations that every operator test runs, and memory that does not hide an unwritten element.
 
-`cpu` is the CPU implementation. `interpreter` is the Triton kernels on CPU tensors, in Triton's interpreter, through the
-same operators: their CPU implementations are switched off. `cuda` is the Triton kernels on a GPU.
+`cpu` is the CPU implementation. `interpreter` is the Triton kernels on CPU tensors, in Triton's interpreter, through
+the same operators: their CPU implementations are switched off. `cuda` is the Triton kernels on a GPU.
 """
 
 from contextlib import ExitStack

@@ -1,0 +1,38 @@
+"""Every kernel compiles for the three architectures without a GPU, spills nothing, and loads 16 bytes at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Kernels that move rows: every load of a row is 16 bytes wide. (The patches of huge, 14 bytes wide, allow 2 bytes.)
+ROW_KERNELS = {
+    "base": {"gather_tokens", "scatter_tokens", "embed_patches"},
+    "huge": {"gather_tokens", "scatter_tokens", "select_neighbors", "aggregate_neighbors", "pool_neighbors"}
+    | {"smooth_l1", "smooth_l1_backward"},
+}
+
+
+@pytest.mark.parametrize(("shape", "architectures"), [("huge", ["80", "90", "100"]), ("base", ["90"])])
+def test_compiles_without_spills(shape, architectures, tmp_path):
+    # A process of its own, since the interpreter may be on in this one.
+    command = [sys.executable, "-m", "benchmarks.bench_compile", "--shapes", shape, "--architectures", *architectures]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--out", tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "compile.json").read_text())["rows"]
+    assert len({row["kernel"] for row in rows}) == 9
+    assert {row["architecture"] for row in rows} == {f"sm_{number}" for number in architectures}
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert row["shared_bytes"] <= 163 * 1024, row
+        if row["kernel"] in ROW_KERNELS[shape] and "NHWC" not in row["case"]:
+            assert row["load_bytes"].get("16", 0) >= 2, row
+            assert set(row["load_bytes"]) <= {"16", "8", "4", "2"}, row
