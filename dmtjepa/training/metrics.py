@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
+# Above this share of the time without data, over so many steps, the run says what can be done.
+MAX_WAIT, WAIT_STEPS = 0.05, 100
 COLUMNS = ("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)")
 
 
@@ -89,6 +94,7 @@ class Metrics:
         self._records: list[StepRecord] = []
         self._previous = self.stopwatch.mark()
         self._rate: float | None = None
+        self._waits: list[tuple[float, float]] | None = []  # (seconds, seconds without data) of steps; None: said
         path = folder / f"{tag}_r{rank}.csv"
         rows = _rows_before(path, first_step, steps_per_epoch)
         self._file = path.open("w", newline="")
@@ -152,6 +158,7 @@ class Metrics:
         self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
         last = steps[-1]
         self._board_rows(steps, rate, waited / total if total > 0 else 0.0)
+        self._warn_of_waiting(steps)
         text = {
             "loss": f"{sum(v.loss for v in steps) / len(steps):.4f}",
             "images/s": f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}",
@@ -166,6 +173,24 @@ class Metrics:
         line = "  ".join(f"{key} {value}" for key, value in text.items())
         place = f"epoch {last.record.epoch + 1}  step {last.record.step + 1}/{self._num_steps}"
         print(f"{place}  {line}", file=sys.stderr, flush=True)
+
+    def _warn_of_waiting(self, steps: Sequence[StepValues]) -> None:
+        """Once, when the run waits for data; the first steps fill the loader's queues, and do not count."""
+        if self._waits is None:
+            return
+        self._waits += [(value.seconds, value.waited) for value in steps]
+        if len(self._waits) < 2 * WAIT_STEPS:
+            return
+        total, waited = map(sum, zip(*self._waits[WAIT_STEPS:], strict=True))
+        if waited <= MAX_WAIT * total:
+            self._waits = self._waits[:WAIT_STEPS]
+            return
+        logger.warning(
+            "%.0f%% of the time goes by waiting for data. Raise data.num_workers towards the cores of this process, "
+            "install DALI (data.loader: dali), or read from a faster disk or tar shards: docs/data.md, Speed",
+            100 * waited / total,
+        )
+        self._waits = None
 
     def _board_rows(self, steps: Sequence[StepValues], rate: float, waited: float) -> None:
         for value in steps:
