@@ -135,7 +135,7 @@ class Trainer:
             build_model(config, world.device.type),
             self.mesh,
             dtype=torch.bfloat16 if on_cuda and config.meta.use_bfloat16 else torch.float32,
-            compile_blocks=runtime.compile == "on" or (runtime.compile == "auto" and on_cuda),
+            compiled=runtime.compile == "on" or (runtime.compile == "auto" and on_cuda),
             activation_checkpointing=runtime.activation_checkpointing,
             reshard_after_forward=runtime.reshard_after_forward,
         )

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +29,7 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     dtype: torch.dtype,
-    compile_blocks: bool,
+    compiled: bool = False,
     activation_checkpointing: bool = False,
     reshard_after_forward: bool = True,
 ) -> DMTJEPA:
@@ -37,37 +37,27 @@ def parallelize(
 
     Args:
         dtype: of the computation; blocks see their weights in it.
-        compile_blocks: compile each block and the heads, with a symbolic number of patches where it varies.
+        compiled: see `compile_blocks`.
         activation_checkpointing: recompute the blocks of encoder and predictor in the backward pass.
         reshard_after_forward: whether the student's blocks are gathered again for the backward pass.
     """
-    student = [*model.encoder.blocks, *model.predictor.predictor_blocks]
-    teacher = [*model.teacher_encoder.blocks]
-    heads = [head for head in (model.teacher_head, model.head) if head is not None]
+    student, teacher, heads = _units(model)
     if activation_checkpointing:
         for block in student:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if compile_blocks:
-        for block in student:
-            block.forward = compile_varying(block.forward)
-        for block in teacher:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-        for head in heads:
-            head.aggregate_context = compile_varying(head.aggregate_context)
-            head.aggregate_neighbors = compile_varying(head.aggregate_neighbors)
+    if compiled:
+        compile_blocks(model)
     shard = functools.partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
-    for module in [*teacher, model.teacher_encoder, model.teacher_head]:
-        if module is not None:
-            shard(module, reshard_after_forward=True)  # no backward pass will need it
-    for module in [*student, model.encoder, model.predictor, model.head]:
-        if module is not None:
-            shard(module, reshard_after_forward=reshard_after_forward)
+    for module in [*teacher, model.teacher_encoder, *heads[:1]]:
+        shard(module, reshard_after_forward=True)  # no backward pass will need it
+    for module in [*student, model.encoder, model.predictor, *heads[1:]]:
+        shard(module, reshard_after_forward=reshard_after_forward)
+    shard(model, reshard_after_forward=False)
+    for module, method in [(model, "compute_targets"), (model, "predict_targets")]:
+        register_fsdp_forward_method(module, method)
     for head in heads:
         register_fsdp_forward_method(head, "aggregate_context")
         register_fsdp_forward_method(head, "aggregate_neighbors")
-    shard(model, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "compute_targets")
-    register_fsdp_forward_method(model, "predict_targets")
     # Gather the next unit's weights while this one computes.
     forward = [model.teacher_encoder, *teacher, *heads[:1], model.encoder, *model.encoder.blocks, *heads[1:]]
     forward += [model.predictor, *model.predictor.predictor_blocks]
@@ -80,9 +70,28 @@ def parallelize(
     return model
 
 
-def compile_varying(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function` compiled once for all numbers of patches, which is dimension 1 of a batch and 0 of a patch list."""
-    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+def compile_blocks(model: DMTJEPA, compiler: Callable[..., Callable] = torch.compile) -> None:
+    """Compile each block and the heads, without graph breaks. The number of patches is symbolic where it varies."""
+    student, teacher, heads = _units(model)
+    for block in student:
+        block.forward = _compile_varying(block.forward, compiler)
+    for block in teacher:
+        block.forward = compiler(block.forward, fullgraph=True, dynamic=False)
+    for head in heads[:1]:
+        head.aggregate_neighbors = _compile_varying(head.aggregate_neighbors, compiler)
+    for head in heads[1:]:
+        head.aggregate_context = _compile_varying(head.aggregate_context, compiler)
+
+
+def _units(model: DMTJEPA) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+    """Blocks of the student, blocks of the teacher, and the heads of teacher and student (none in plain I-JEPA)."""
+    heads = [] if model.head is None else [model.teacher_head, model.head]
+    return [*model.encoder.blocks, *model.predictor.predictor_blocks], [*model.teacher_encoder.blocks], heads
+
+
+def _compile_varying(function: Callable[..., Tensor], compiler: Callable[..., Callable]) -> Callable[..., Tensor]:
+    """`function` compiled for any number of patches: dimension 1 of a batch [B, L, D], dimension 0 of a patch list."""
+    compiled = compiler(function, fullgraph=True, dynamic=False)
 
     @functools.wraps(function)
     def run(*arguments: Tensor | tuple[int, int] | None) -> Tensor:
