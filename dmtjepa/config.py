@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
-ModelName = Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"]
+ModelName = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"]
 
 
 class ConfigError(ValueError):
@@ -132,6 +132,7 @@ class MetaSettings(Section):
     pred_emb_dim: int = Field(384, ge=8, description="width of the predictor")
     read_checkpoint: str | None = Field(None, description="checkpoint to start from, a file or below logging.folder")
     use_bfloat16: bool = Field(True, description="compute in bfloat16 on CUDA")
+    init_std: float = Field(0.02, gt=0, le=1, description="standard deviation of the initial weights (published: 0.02)")
 
 
 class OptimizationSettings(Section):

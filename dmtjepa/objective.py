@@ -110,7 +110,8 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
     """
     architecture = ARCHITECTURES[config.meta.model_name]
     kernels = config.runtime.kernels
-    build = {"attention": config.runtime.attention, "device_type": device_type}
+    init_std = config.meta.init_std
+    build = {"attention": config.runtime.attention, "device_type": device_type, "init_std": init_std}
     encoder = VisionTransformer(
         config.data.image_size, config.mask.patch_size, **architecture, **build, kernels=kernels
     )
@@ -130,6 +131,7 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
             num_neighbors=config.patch.patch_k_num,
             window=config.patch.patch_k_size,
             border=config.patch.border,
+            init_std=init_std,
             kernels=kernels,
         )
     return DMTJEPA(encoder, predictor, head, loss=config.optimization.loss, kernels=kernels)

@@ -87,6 +87,7 @@ class AggregationHead(nn.Module):
         num_neighbors: K, neighbours aggregated into a target.
         window: side of the window they are chosen from, odd.
         border: `wrap` takes the window round the grid (the published code), `clip` keeps to the grid.
+        init_std: standard deviation of the initial weights.
         kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
     """
 
@@ -98,6 +99,7 @@ class AggregationHead(nn.Module):
         window: int = 3,
         border: str = "wrap",
         *,
+        init_std: float = 0.02,
         kernels: str = "triton",
     ) -> None:
         super().__init__()
@@ -114,7 +116,7 @@ class AggregationHead(nn.Module):
         self.border = border
         self.cls_blocks = nn.ModuleList(AggregationBlock(embed_dim, num_heads) for _ in range(2))
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.apply(initialize_weights)
+        initialize_weights(self, init_std)
 
     def aggregate_context(self, z: Tensor) -> Tensor:
         """Aggregate the encoded context over each image: [B, C, D] -> [B, C, D]."""

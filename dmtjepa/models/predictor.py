@@ -18,6 +18,7 @@ class Predictor(nn.Module):
         embed_dim: width D of the encoder.
         predictor_dim: width of the predictor.
         depth, num_heads: blocks and heads; the published predictors have as many heads as their encoders.
+        init_std: standard deviation of the initial weights.
         attention, device_type: see `choose_attention`.
     """
 
@@ -29,6 +30,7 @@ class Predictor(nn.Module):
         depth: int = 6,
         num_heads: int = 12,
         *,
+        init_std: float = 0.02,
         attention: str = "auto",
         device_type: str = "cpu",
     ) -> None:
@@ -41,8 +43,8 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(Block(predictor_dim, num_heads, 4.0, attend) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=LAYER_NORM_EPS)
         self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
-        self.apply(initialize_weights)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        initialize_weights(self, init_std)
+        nn.init.trunc_normal_(self.mask_token, std=init_std)
 
     def forward(self, context: Tensor, context_index: Tensor, target_index: Tensor) -> Tensor:
         """Predict the targets.

@@ -19,8 +19,10 @@ from dmtjepa.models.layers import (
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# width, depth, heads, MLP ratio: ViT (arXiv 2010.11929), DeiT for tiny and small, I-JEPA for giant.
+# width, depth, heads, MLP ratio: ViT (arXiv 2010.11929), DeiT for tiny and small, I-JEPA for giant; nano is this
+# project's, for CPUs.
 ARCHITECTURES = {
+    "vit_nano": {"embed_dim": 128, "depth": 4, "num_heads": 2, "mlp_ratio": 4.0},
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.0},
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4.0},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0},
@@ -50,6 +52,7 @@ class VisionTransformer(nn.Module):
             size are encoded with the embedding resampled to their grid.
         patch_size: side of a patch in pixels.
         embed_dim, depth, num_heads, mlp_ratio: width D, blocks, heads, MLP width over D (see `ARCHITECTURES`).
+        init_std: standard deviation of the initial weights.
         attention: backend, see `choose_attention`.
         kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
         device_type: where the model will run; chooses the attention backend.
@@ -64,6 +67,7 @@ class VisionTransformer(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         *,
+        init_std: float = 0.02,
         attention: str = "auto",
         kernels: str = "triton",
         device_type: str = "cpu",
@@ -85,7 +89,7 @@ class VisionTransformer(nn.Module):
         attend = choose_attention(attention, device_type, embed_dim // num_heads)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, attend) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.apply(initialize_weights)
+        initialize_weights(self, init_std)
 
     def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
         """Encode the patches of `index`, or all.
