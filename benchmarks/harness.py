@@ -2,8 +2,8 @@
 
 A benchmark module defines `cases(shape, device, dtype)`; a case is one operator call with its arguments, its
 implementations, a reference, and the bytes it must move: every input element that is needed read once, every output
-element written once. Timed are the Triton kernels (without a GPU the CPU implementation) and plain PyTorch, eager and
-compiled; none is timed unless its result agrees with the reference.
+element written once. Timed are the Triton kernels and plain PyTorch, eager and compiled, on a GPU; without one the CPU
+implementation and plain PyTorch. Nothing is timed unless its result agrees with the reference.
 
     python -m benchmarks.bench_gather_tokens [--shapes base huge] [--dtype bfloat16] [--out FOLDER]
 """
@@ -94,10 +94,11 @@ class Case:
 
     def providers(self, device: str) -> dict[str, Callable]:
         """The implementations to compare on a device."""
-        own = {"triton": self.launch} if device == "cuda" else {"cpu": self.cpu}
+        if device == "cpu":
+            return {"cpu": self.cpu, "eager": self.plain}
         # dynamic=False: the best code torch.compile has for exactly this shape.
         compiled = torch.compile(self.plain, fullgraph=True, dynamic=False)
-        return {**own, "eager": self.plain, "compile": compiled}
+        return {"triton": self.launch, "eager": self.plain, "compile": compiled}
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -143,11 +144,11 @@ def measure(case: Case, device: str) -> list[dict]:
             row["gb_per_s"] = case.unique_bytes / row["ms"] / 1e6
             row["of_copy"] = 1e9 * row["gb_per_s"] / copy_bandwidth(device)
         rows.append(row)
-    compiled = next(row for row in rows if row["provider"] == "compile")
+    times = {row["provider"]: row["ms"] for row in rows if row["correct"]}
     for row in rows:
         row["unique_bytes"] = case.unique_bytes
-        if "ms" in row and "ms" in compiled:
-            row["speed_vs_compile"] = compiled["ms"] / row["ms"]
+        if row["correct"]:
+            row["speed_vs"] = {name: times[name] / row["ms"] for name in ("eager", "compile") if name in times}
     return rows
 
 
@@ -179,12 +180,16 @@ def _processor() -> str:
 
 def table(rows: Iterable[dict]) -> str:
     """The rows as text, one line each."""
-    lines = [f"{'operator':<28}{'shape':<14}{'provider':<10}{'ms':>9}{'GB/s':>9}{'of copy':>9}{'vs compile':>12}"]
+    titles = f"{'ms':>9}{'GB/s':>8}{'of copy':>9}{'vs eager':>10}{'vs compile':>12}"
+    lines = [f"{'operator':<28}{'shape':<14}{'provider':<10}{titles}"]
     for row in rows:
         start = f"{row['operator']:<28}{row['shape']:<14}{row['provider']:<10}"
-        if "ms" in row:
-            ratio = f"{row['speed_vs_compile']:.2f}x" if "speed_vs_compile" in row else "-"
-            lines.append(f"{start}{row['ms']:>9.3f}{row['gb_per_s']:>9.0f}{row['of_copy']:>9.0%}{ratio:>12}")
+        if row["correct"]:
+            ratios = [
+                f"{row['speed_vs'][name]:.2f}x" if name in row["speed_vs"] else "-" for name in ("eager", "compile")
+            ]
+            numbers = f"{row['ms']:>9.3f}{row['gb_per_s']:>8.0f}{row['of_copy']:>9.0%}{ratios[0]:>10}{ratios[1]:>12}"
+            lines.append(start + numbers)
         else:
             lines.append(f"{start}  WRONG: error {row['error']:.2e} above {row['limit']:.2e}, not timed")
     return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""Everything that only a GPU can show, in under 10 minutes: CUDA tests, then every benchmark.
+
+    python -m benchmarks.gpu_check --out benchmarks/results
+
+Writes a folder named after the GPU and the day: each benchmark's JSON, each step's output, and `summary.json` with
+hardware, versions, commit, what passed, and which of the goals of docs/performance.md are met. Exits with 1 if a test
+failed or a result was wrong. Goals that are missed are printed and are no failure. Benchmarks do not run when the tests
+of the operators fail: a fast wrong kernel has no speed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import environment
+
+ROOT = Path(__file__).parents[1]
+TIME_LIMIT = 9.5 * 60
+STATES = {0: "passed", 5: "no tests", None: "stopped: no time left"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and for how many seconds it may run."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+
+
+def benchmark(module: str, out: Path, seconds: float, *options: str) -> Step:
+    command = (sys.executable, "-m", f"benchmarks.{module}", "--out", str(out), *options)
+    return Step(module, command, seconds)
+
+
+def steps(out: Path) -> list[Step]:
+    """What is run, the most telling first; benchmarks of other parts of the trainer where they exist."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+    found = [
+        Step("tests of the operators", (*pytest, "tests/kernels"), 240),
+        benchmark("bench_select_neighbors", out, 60, "--shapes", "huge"),
+        benchmark("bench_aggregate_neighbors", out, 90, "--shapes", "huge"),
+        benchmark("bench_gather_tokens", out, 60, "--shapes", "huge"),
+        benchmark("bench_embed_patches", out, 90, "--shapes", "huge", "base"),
+        benchmark("bench_indexed_smooth_l1", out, 60, "--shapes", "huge"),
+        benchmark("bench_targets", out, 90, "--shapes", "huge:128"),
+    ]
+    for module in ("bench_step", "bench_memory"):
+        if (ROOT / "benchmarks" / f"{module}.py").exists():
+            found.append(benchmark(module, out, 120))
+    found.append(Step("other tests", (*pytest, "tests", "--ignore=tests/kernels"), 120))
+    if sanitizer := shutil.which("compute-sanitizer"):
+        command = (sanitizer, "--error-exitcode", "1", *pytest, "tests/kernels", "-k", "strides or covered_patches")
+        found.append(Step("compute-sanitizer", command, 120))
+    return found
+
+
+def run(step: Step, out: Path, seconds_left: float) -> dict:
+    """Runs a step, its output into a file; the return code is None if it was stopped or there was no time for it."""
+    seconds = min(step.seconds, seconds_left)
+    log = out / f"{step.name.replace(' ', '-')}.log"
+    row = {"name": step.name, "command": " ".join(step.command), "return_code": None, "seconds": 0.0, "log": log.name}
+    if seconds <= 5:
+        return row
+    start = time.perf_counter()
+    with log.open("w") as file:
+        try:
+            environment_variables = {**os.environ, "TRITON_INTERPRET": "0"}
+            done = subprocess.run(
+                step.command, cwd=ROOT, env=environment_variables, stdout=file, stderr=file, timeout=seconds
+            )
+            row["return_code"] = done.returncode
+        except subprocess.TimeoutExpired:
+            pass
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+def goals(out: Path) -> dict[str, bool]:
+    """The goals of docs/performance.md that the results in `out` decide."""
+    least = {  # share of the measured copy bandwidth
+        "gather_tokens": 0.80,
+        "embed_patches": 0.80,
+        "select_neighbors": 0.70,
+        "aggregate_neighbors": 0.70,
+        "pool_neighbors": 0.70,
+    }
+    rows = [row for path in out.glob("*.json") for row in json.loads(path.read_text()).get("rows", [])]
+    timed = [row for row in rows if row.get("provider") == "triton" and "ms" in row]
+    found = {}
+    for row in timed:
+        what = f"{row['operator']}, {row['shape']}"
+        share = least.get(row["operator"].split()[0])
+        if share:
+            found[f"{what}: at least {share:.0%} of copy bandwidth ({row['of_copy']:.0%})"] = row["of_copy"] >= share
+        ratio = row["speed_vs"].get("compile", 0.0)
+        found[f"{what}: faster than torch.compile ({ratio:.2f}x)"] = ratio > 1
+    neighbors = ("select_neighbors", "aggregate_neighbors", "pool_neighbors")
+    own = {row["operator"]: row["ms"] for row in timed if row["operator"] in neighbors}
+    eager = {row["operator"]: row["ms"] for row in rows if row.get("provider") == "eager" and row["operator"] in own}
+    if len(own) == len(eager) == 3:
+        ratio = sum(eager.values()) / sum(own.values())
+        found[f"selection and aggregation: at least 3x eager ({ratio:.1f}x)"] = ratio >= 3
+    for row in rows:
+        if row.get("provider") == "this project" and "time_of_reference" in row:
+            speed, memory = 1 / row["time_of_reference"], row["memory_of_reference"]
+            what = f"target head, {row['shape']} B={row['batch']}"
+            found[f"{what}: at least 5x the reference ({speed:.1f}x)"] = speed >= 5
+            found[f"{what}: at most 0.15x its memory ({memory:.2f}x)"] = memory <= 0.15
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for a folder of results")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu_check needs a CUDA device, and torch sees none (torch.cuda.is_available() is False)")
+
+    start = time.perf_counter()
+    name = torch.cuda.get_device_name().replace(" ", "-").lower()
+    out = (options.out / f"{name}-{date.today()}").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for step in steps(out):
+        row = run(step, out, TIME_LIMIT - (time.perf_counter() - start))
+        rows.append(row)
+        state = STATES.get(row["return_code"], "FAILED")
+        print(f"{step.name:<28}{state:<24}{row['seconds']:>7.1f} s   {out / row['log']}", flush=True)
+        if step.name == "tests of the operators" and row["return_code"] not in STATES:
+            break
+    summary = {**environment("cuda"), "steps": rows, "goals": goals(out)}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    for goal, met in summary["goals"].items():
+        print(f"{'met   ' if met else 'MISSED'}  {goal}")
+    print(f"results: {out}")
+    raise SystemExit(any(row["return_code"] not in STATES for row in rows))
+
+
+if __name__ == "__main__":
+    main()
