@@ -34,9 +34,13 @@ class _Center(Dataset):
 
 
 def crop_center(picture: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
-    """Shorter side to 256/224 of the crop's, then the central crop: uint8 [H,W,3]."""
+    """Shorter side to 256/224 of the crop's, then the central crop: uint8 [H,W,3].
+
+    An image too small for the margin is only enlarged to the crop itself: its borders are not cut off.
+    """
     height, width = image_size
-    scale = max(width / picture.width, height / picture.height) * 256 / 224
+    fit = max(width / picture.width, height / picture.height)
+    scale = fit * min(256 / 224, max(1.0, 1 / fit))
     resized_width = max(width, round(picture.width * scale))
     resized_height = max(height, round(picture.height * scale))
     left, top = round((resized_width - width) / 2), round((resized_height - height) / 2)

@@ -46,6 +46,12 @@ def test_center_crop_is_torchvisions(size: tuple[int, int]):
         assert np.array_equal(ours, np.asarray(expected))
 
 
+def test_an_image_of_the_crops_size_is_not_touched():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(crop_center(Image.fromarray(pixels), (32, 32)), pixels)
+    assert crop_center(Image.fromarray(pixels[:20]), (32, 32)).shape == (32, 32, 3)
+
+
 def test_broken_images_are_left_out(image_folder: Path, tmp_path: Path):
     shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images" / "ant" / "000.jpg").write_bytes(b"oh")
