@@ -50,8 +50,8 @@ class DataSettings(Section):
     dataset: Literal["folder", "shapes"] = Field("folder", description="a folder of images, or the drawn set `shapes`")
     loader: Literal["auto", "torchvision", "dali"] = Field("auto", description="auto: DALI when it is installed")
     max_broken: float = Field(0.01, ge=0, le=1, description="share of unreadable images above which a run stops")
-    hw_decoder_load: float = Field(0.7, ge=0, le=1, description="DALI on a GPU: share of JPEGs for the hardware decoder")
-    worker_timeout: float = Field(50, gt=0, description="seconds without an image after which a loader counts as stalled")
+    hw_decoder_load: float = Field(0.7, ge=0, le=1, description="DALI on a GPU: JPEGs decoded in hardware")
+    worker_timeout: float = Field(50, gt=0, description="seconds without an image until a loader counts as stalled")
 
     @field_validator("crop_size")
     @classmethod
@@ -125,14 +125,26 @@ class PatchSettings(Section):
 class MetaSettings(Section):
     """The model, and what it starts from."""
 
-    copy_data: bool = Field(False, description="copy the images to node-local storage first ($SLURM_TMPDIR or $TMPDIR)")
-    load_checkpoint: bool = Field(False, description="start from read_checkpoint, or fail when it is not there")
+    copy_data: bool = Field(False, description="of the released schema; true is refused, see docs/data.md")
+    load_checkpoint: bool = Field(
+        False, description="a new run starts from read_checkpoint, if that is set; a begun run always goes on by itself"
+    )
     model_name: ModelName = Field("vit_base", description="encoder")
     pred_depth: int = Field(6, ge=1, le=64, description="blocks of the predictor")
     pred_emb_dim: int = Field(384, ge=8, description="width of the predictor")
-    read_checkpoint: str | None = Field(None, description="checkpoint to start from, a file or below logging.folder")
+    read_checkpoint: str | None = Field(None, description="a .pth.tar file, by itself or below logging.folder")
     use_bfloat16: bool = Field(True, description="compute in bfloat16 on CUDA")
     init_std: float = Field(0.02, gt=0, le=1, description="standard deviation of the initial weights (published: 0.02)")
+
+    @field_validator("copy_data")
+    @classmethod
+    def _no_copy(cls, value: bool) -> bool:
+        if value:
+            raise ValueError(
+                "images are not copied to local disks; pack them into tar shards, which a network file system serves "
+                "well (python -m dmtjepa.data.pack), and leave this false"
+            )
+        return value
 
 
 class OptimizationSettings(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import logging
 import multiprocessing.forkserver
 import os
@@ -20,10 +21,19 @@ from PIL import Image
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
-import tiny_architecture  # noqa: E402, F401
-
 from dmtjepa.config import Config, parse_config  # noqa: E402
+from dmtjepa.models import ARCHITECTURES  # noqa: E402
 from dmtjepa.training.launch import launch  # noqa: E402
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _tiny_architecture():
+    """The tiny network in this process too, for these tests alone: other tests know the real `vit_tiny`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "vit_tiny", ARCHITECTURES["vit_tiny"])  # what is put back
+        sys.modules.pop("tiny_architecture", None)
+        importlib.import_module("tiny_architecture")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -96,8 +106,8 @@ def settings(settings_in, tmp_path) -> Callable[..., Config]:
     return lambda name="run", **changes: settings_in(tmp_path / name, **changes)
 
 
-@pytest.fixture(scope="session")
-def plain(settings_in, tmp_path_factory) -> Config:
+@pytest.fixture(scope="package")
+def plain(settings_in, tmp_path_factory, _tiny_architecture) -> Config:
     """An uninterrupted run on one process."""
     config = settings_in(tmp_path_factory.mktemp("plain"))
     assert launch(config, ["cpu"]) == 0
