@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,27 @@ from dmtjepa.data.shapes import find_shapes
 from dmtjepa.data.shards import ShardSource, is_shards
 from dmtjepa.data.sources import LIST_EXTENSIONS, DataError, FolderSource, ImageSource, ListSource, find_images
 
-__all__ = ["DataError", "EvaluationLoader", "Loader", "build_eval_loader", "build_loader", "open_images", "open_source"]
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "DataError",
+    "EvaluationLoader",
+    "Loader",
+    "build_eval_loader",
+    "build_loader",
+    "is_dali_installed",
+    "open_images",
+    "open_source",
+]
+    "DataError",
+    "EvaluationLoader",
+    "Loader",
+    "build_eval_loader",
+    "build_loader",
+    "is_dali_installed",
+    "open_images",
+    "open_source",
+]
 
 
 class Loader(Protocol):
@@ -57,6 +78,11 @@ def open_source(settings: DataSettings) -> ImageSource:
     return open_images(settings.path)
 
 
+def is_dali_installed() -> bool:
+    """Whether NVIDIA DALI can be imported, told without importing it."""
+    return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
+
+
 def build_loader(
     settings: DataSettings,
     *,
@@ -67,7 +93,7 @@ def build_loader(
 ) -> Loader:
     """The training loader of a rank. Batches are uint8 [batch_size,3,H,W], pinned when the device is CUDA.
 
-    Raises DataError when there are no images, or fewer than a global batch.
+    Raises DataError when there are no images, or fewer than a global batch, or DALI is asked for and does not work.
     """
     source = open_source(settings)
     global_batch = settings.batch_size * world_size
@@ -76,11 +102,17 @@ def build_loader(
             f"the batch is larger than the data set: {settings.batch_size} images x {world_size} processes = "
             f"{global_batch}, but there are {len(source)} images; lower data.batch_size"
         )
-    if settings.loader == "dali" or (settings.loader == "auto" and importlib.util.find_spec("nvidia.dali")):
-        from dmtjepa.data.dali import DaliLoader  # takes a second, and is an extra
+    device = torch.device(device)
+    if settings.loader == "dali" or (settings.loader == "auto" and is_dali_installed()):
+        try:
+            from dmtjepa.data.dali import DaliLoader  # takes a second, and is an extra
 
-        return DaliLoader(source, settings, seed=seed, rank=rank, world_size=world_size, device=torch.device(device))
-    pin_memory = settings.pin_mem and torch.device(device).type == "cuda"
+            return DaliLoader(source, settings, seed=seed, rank=rank, world_size=world_size, device=device)
+        except DataError as error:
+            if settings.loader == "dali":
+                raise
+            logger.warning("DALI is installed but does not work here, so torchvision loads the images: %s", error)
+    pin_memory = settings.pin_mem and device.type == "cuda"
     return TorchvisionLoader(source, settings, seed=seed, rank=rank, world_size=world_size, pin_memory=pin_memory)
 
 

@@ -255,6 +255,10 @@ class DaliLoader:
         self._source, self._settings, self._seed, self._device = source, settings, seed, device
         self._order = SampleOrder(len(source), settings.batch_size, seed, rank, world_size)
         self._broken = BrokenImages(source, settings.max_broken, world_size)
+        try:
+            Decoder(settings, device).close()  # what cannot work says so now, not in the first epoch
+        except RuntimeError as error:
+            raise DataError(f"DALI cannot start on {device}, set data.loader: torchvision ({error})") from error
         self._reader: Reader | None = None
         self._decoder: Decoder | None = None
         self._next = (-1, -1)  # epoch and step of the batch that comes next

@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 
 from dmtjepa.config import DataSettings
+from dmtjepa.data import is_dali_installed
+
+needs_dali = pytest.mark.skipif(not is_dali_installed(), reason="NVIDIA DALI is not installed")
 
 
 def smooth_image(rng: np.random.Generator, width: int, height: int) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import time
@@ -16,11 +15,11 @@ from PIL import Image
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_loader
 from dmtjepa.data.jpeg import read_plain_size
-from tests.data.conftest import smooth_image
+from tests.data.conftest import needs_dali, smooth_image
 from tests.data.damage import encode
 from tests.data.test_damage import flip_bytes
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("nvidia.dali") is None, reason="NVIDIA DALI is not installed")
+pytestmark = needs_dali
 
 
 def use(settings: DataSettings, **changes: object) -> DataSettings:
@@ -150,6 +149,26 @@ def test_a_stalled_read_ends_the_run_with_its_cause(settings: DataSettings, monk
         list(loader.epoch(0))
     assert Stall(settings.path).name(11) in str(error.value)
     assert time.monotonic() - started < 60
+
+
+def test_where_dali_does_not_work_auto_takes_torchvision(settings: DataSettings, monkeypatch, caplog):
+    from dmtjepa.data import dali
+
+    def fail(self: object) -> None:
+        raise RuntimeError("CUDA driver version is insufficient")
+
+    monkeypatch.setattr(dali.Pipeline, "build", fail)
+    with pytest.raises(DataError, match=r"DALI cannot start on cpu, set data\.loader: torchvision \(CUDA driver"):
+        build_loader(use(settings), seed=0)
+    loader = build_loader(use(settings, loader="auto", num_workers=0), seed=0)
+    assert type(loader).__name__ == "TorchvisionLoader"
+    assert "does not work here" in caplog.text
+
+
+def test_auto_takes_dali(settings: DataSettings, monkeypatch):
+    assert type(build_loader(use(settings, loader="auto"), seed=0)).__name__ == "DaliLoader"
+    monkeypatch.setattr("dmtjepa.data.is_dali_installed", lambda: False)
+    assert type(build_loader(use(settings, loader="auto"), seed=0)).__name__ == "TorchvisionLoader"
 
 
 def test_an_error_that_is_no_images_fault_is_raised(settings: DataSettings, monkeypatch):

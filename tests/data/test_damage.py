@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from dmtjepa.data.check import check
 from dmtjepa.data.images import BrokenImage, decode_image
 from dmtjepa.data.jpeg import read_plain_size
 from dmtjepa.data.sources import FolderSource
-from tests.data.conftest import smooth_image
+from tests.data.conftest import needs_dali, smooth_image
 from tests.data.damage import encode, list_kinds
 
-needs_dali = pytest.mark.skipif(importlib.util.find_spec("nvidia.dali") is None, reason="NVIDIA DALI is not installed")
 LOADERS = ["torchvision", pytest.param("dali", marks=needs_dali)]
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import build_loader
-
-needs_dali = pytest.mark.skipif(importlib.util.find_spec("nvidia.dali") is None, reason="NVIDIA DALI is not installed")
+from tests.data.conftest import needs_dali
 
 
 def private_memory() -> int:

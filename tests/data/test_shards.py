@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import pickle
@@ -19,8 +18,7 @@ from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, build_eval_loader, build_loader, check, open_images, pack
 from dmtjepa.data.shards import ShardSource, find_shards, read_members
 from dmtjepa.data.sources import FolderSource, ListSource
-
-needs_dali = pytest.mark.skipif(importlib.util.find_spec("nvidia.dali") is None, reason="NVIDIA DALI is not installed")
+from tests.data.conftest import needs_dali
 
 
 @pytest.fixture(autouse=True)
