@@ -36,7 +36,7 @@ def main() -> int:
     # Imported late: a mistyped command line is answered at once.
     from dmtjepa.config import ConfigError, load_config
     from dmtjepa.training.distributed import check_device
-    from dmtjepa.training.launch import USER_ERRORS, default_devices, launch, run_process
+    from dmtjepa.training.launch import USER_ERRORS, default_devices, hand_over, launch, run_process
 
     try:
         config = load_config(options.fname, options.overrides)
@@ -53,7 +53,7 @@ def main() -> int:
             print(describe(config, world_size, devices[0]))
             return 0
         if under_torchrun:
-            run_process(config, devices[0].partition(":")[0])
+            hand_over(run_process(config, devices[0].partition(":")[0]))
             return 0
         return launch(config, devices)
     except USER_ERRORS as error:

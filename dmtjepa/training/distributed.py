@@ -18,7 +18,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +31,10 @@ class DeviceError(ValueError):
 
 class DistributedError(RuntimeError):
     """The processes of a run could not join, or stand still; the message names the rank and host."""
+
+
+class LostPeer(DistributedError):
+    """Another rank ended without a message: its process was killed or its node lost."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class World:
 
 
 def check_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called `name`; plain `cuda` is the GPU numbered `local_rank`.
+    """The device called `name`; plain `cuda` is the GPU numbered `local_rank`, or the only one that is visible.
 
     Raises DeviceError where there is no such device.
     """
@@ -65,7 +68,7 @@ def check_device(name: str, local_rank: int = 0) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         raise DeviceError(f"device {name!r}: this machine has no usable CUDA device; pass --devices cpu")
-    index = local_rank if device.index is None else device.index
+    index = device.index if device.index is not None else local_rank if count > 1 else 0
     if index >= count:
         raise DeviceError(f"device cuda:{index}: this machine has {count} CUDA devices, numbered from 0")
     return torch.device("cuda", index)
@@ -94,8 +97,11 @@ def joined(device: torch.device, *, start_timeout: float, hang_timeout: float) -
         torch.cuda.set_device(device)
     try:
         if "RANK" in os.environ:
-            store, rank, world_size = next(iter(rendezvous("env://", timeout=start)))
-            store.set_timeout(start)
+            served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, or by main.py
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            master = rank == 0 and not served
+            store = dist.TCPStore(host, port, is_master=master, wait_for_workers=False, timeout=start)
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         else:
             store = dist.HashStore()
         world = World(rank, world_size, device, store)
@@ -112,7 +118,7 @@ def joined(device: torch.device, *, start_timeout: float, hang_timeout: float) -
         dist.all_reduce(total)
         if int(total) != world_size:
             raise DistributedError(f"the first sum over all ranks is {int(total)}")
-    except (RuntimeError, ValueError, OSError) as error:  # DistStoreError and DistBackendError are RuntimeErrors
+    except (KeyError, RuntimeError, ValueError, OSError) as error:  # torch.distributed's are RuntimeErrors
         raise DistributedError(
             f"rank {rank} of {world_size} on {socket.gethostname()} could not join the run at {address} "
             f"within {start_timeout:g} s (runtime.start_timeout): {error}"
@@ -134,6 +140,50 @@ def _wait_for_all(world: World, timeout: float) -> None:
             raise DistributedError(f"ranks {missing} have not come")
         if missing:
             time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def first_failure(world: World) -> Iterator[None]:
+    """Let every rank end with the failure that came first, not with the broken connections that follow from it.
+
+    The first rank that fails keeps its exception. The others raise a DistributedError that quotes it, or LostPeer where
+    a rank vanished without a word.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = f"{world.name} failed first: {type(error).__name__}: {error}"
+        try:
+            first = _read_failure(world) if _is_broken_connection(error) else _write_failure(world, text)
+        except RuntimeError:  # the rank that serves the store is gone
+            first = None if _is_broken_connection(error) else text
+        if first is None:
+            raise LostPeer(f"{world.name} lost another rank, which ended without a message: {error}") from None
+        if first != text:
+            raise DistributedError(f"{world.name} stopped, since {first}") from None
+        if world.rank == 0 and world.world_size > 1:
+            time.sleep(2)  # under SLURM rank 0 serves the store: let the others read this
+        raise
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    """Whether a collective failed for want of its partners; gloo's failures have no type of their own."""
+    gone = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
+    return gone or any(word in str(error) for word in ("gloo", "Connection closed", "Connection reset", "Broken pipe"))
+
+
+def _write_failure(world: World, text: str) -> str:
+    """Note the failure of this rank, unless there is one already; returns the one that was first."""
+    return world.store.compare_set("failure", "", text).decode()
+
+
+def _read_failure(world: World) -> str | None:
+    """The failure that another rank has noted, which it does before its connections close."""
+    for _ in range(10):
+        if world.store.check(["failure"]):
+            return world.store.get("failure").decode()
+        time.sleep(0.1)
+    return None
 
 
 class Agreement:

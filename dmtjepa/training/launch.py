@@ -20,16 +20,17 @@ import torch.distributed as dist
 
 from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import DataError
+from dmtjepa.interop import WeightsError
 from dmtjepa.masking import MaskError
-from dmtjepa.training.distributed import DeviceError, check_device, joined
-from dmtjepa.training.loop import hand_over, train
+from dmtjepa.training.distributed import DeviceError, check_device, first_failure, joined
+from dmtjepa.training.loop import Outcome, train
 from dmtjepa.training.run_folder import RunFolderError
 
 # After the first failure the other processes have this long to fail by themselves, which tells more than being killed.
 GRACE_SECONDS = 2.0
 
 # Faults of the settings or the machine: their message is all that a user needs.
-USER_ERRORS = (ConfigError, DataError, MaskError, RunFolderError, DeviceError)
+USER_ERRORS = (ConfigError, DataError, MaskError, RunFolderError, WeightsError, DeviceError)
 
 
 def default_devices() -> list[str]:
@@ -38,19 +39,27 @@ def default_devices() -> list[str]:
     return [f"cuda:{index}" for index in range(count)] or ["cpu"]
 
 
-def run_process(config: Config, device_name: str) -> None:
-    """One process of a run: join the others, train, and hand a stop signal over to whoever handles it."""
+def run_process(config: Config, device_name: str) -> Outcome:
+    """One process of a run: join the others and train.
+
+    Raises the process's own failure, or DistributedError with the failure that another process met first.
+    """
     device = check_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     runtime = config.runtime
     with joined(device, start_timeout=runtime.start_timeout, hang_timeout=runtime.hang_timeout) as world:
-        outcome = train(config, world)
+        with first_failure(world):
+            outcome = train(config, world)
         if world.rank == 0:
-            complete = "finished" if outcome.step == outcome.num_steps else "stopped by a signal and saved"
-            print(
-                f"{complete} at step {outcome.step} of {outcome.num_steps}; the run is in {config.logging.folder}",
-                file=sys.stderr,
-            )
-    hand_over(outcome)
+            how = "finished" if outcome.complete else "stopped by a signal and saved"
+            place = f"step {outcome.step} of {outcome.num_steps}"
+            print(f"{how} at {place}; the run is in {config.logging.folder}", file=sys.stderr)
+        return outcome
+
+
+def hand_over(outcome: Outcome) -> None:
+    """Give the signal that stopped a run to whoever handled it before; by default the system ends the process."""
+    if not outcome.complete:
+        signal.raise_signal(outcome.signals[-1])
 
 
 def launch(config: Config, devices: Sequence[str]) -> int:
@@ -60,7 +69,7 @@ def launch(config: Config, devices: Sequence[str]) -> int:
     others are ended. SIGTERM, SIGUSR1 and SIGUSR2 are passed on to all.
     """
     if len(devices) == 1:
-        run_process(config, devices[0])
+        hand_over(run_process(config, devices[0]))
         return 0
     # This process serves the store, so its port is known before anyone needs it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
@@ -141,7 +150,7 @@ def _run_child(config: Config, device_name: str, rank: int, world_size: int, por
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is served already, by the parent
     }
     try:
-        run_process(config, device_name)
+        hand_over(run_process(config, device_name))
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             raise

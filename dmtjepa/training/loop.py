@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from torch import Tensor
 
 from dmtjepa.config import Config, OptimizationSettings
 from dmtjepa.data import Loader, build_loader
+from dmtjepa.interop import load_model
 from dmtjepa.masking import MaskBatch, check_masks, sample_masks
-from dmtjepa.objective import build_model
+from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training import checkpoint as checkpoints
 from dmtjepa.training.distributed import Agreement, DistributedError, StopSignals, Watchdog, World
 from dmtjepa.training.metrics import Metrics, StepRecord, StepValues
@@ -40,11 +40,15 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: after `step` of `num_steps`, by `signals` that were received (none where it is complete)."""
+    """How a run ended: after `step` of `num_steps`; `signals` are those that any rank received."""
 
     step: int
     num_steps: int
     signals: tuple[int, ...]
+
+    @property
+    def complete(self) -> bool:
+        return self.step == self.num_steps
 
 
 def train(config: Config, world: World) -> Outcome:
@@ -75,7 +79,9 @@ def train(config: Config, world: World) -> Outcome:
         trainer = Trainer(config, world, folder, watchdog)
         stack.callback(trainer.close)
         step = trainer.run(signals)
-        return Outcome(step, trainer.schedules.num_steps, tuple(signals.received))
+        received: list[list[int]] = [[]] * world.world_size
+        dist.all_gather_object(received, signals.received)
+        return Outcome(step, trainer.schedules.num_steps, tuple(sorted({n for part in received for n in part})))
 
 
 def _on_rank_0(world: World, work: Callable[[], Any]) -> Any:
@@ -131,8 +137,12 @@ class Trainer:
         torch.manual_seed(runtime.seed)  # the same weights on every rank
         self.mesh = build_mesh(world.device.type, world.world_size, runtime.shard_size)
         on_cuda = world.device.type == "cuda"
+        model = build_model(config, world.device.type)
+        begun = self._find_checkpoint()
+        if begun is None:
+            self._load_initial(model)
         self.model = parallelize(
-            build_model(config, world.device.type),
+            model,
             self.mesh,
             dtype=torch.bfloat16 if on_cuda and config.meta.use_bfloat16 else torch.float32,
             compiled=runtime.compile == "on" or (runtime.compile == "auto" and on_cuda),
@@ -150,7 +160,8 @@ class Trainer:
         self.step = 0
         self.num_skipped = 0
         self.epoch_loss = [0.0, 0]  # sum and number of the finite losses of the current epoch
-        self._resume()
+        if begun is not None:
+            self._resume(begun)
         if world.rank == 0:
             write_environment(folder, world.world_size, world.device, self.global_batch, self.step)
         self.metrics = Metrics(
@@ -365,18 +376,35 @@ class Trainer:
         then = (lambda written: _export(written, paths)) if paths else None
         self.writer.save(self._state(), self._meta(keep), then)
 
-    def _resume(self) -> None:
-        """Go on from the newest whole checkpoint of the folder, if there is one."""
+    def _find_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint of the run folder, if there is one."""
 
-        def find() -> str | None:
+        def find() -> Path | None:
             checkpoints.remove_leftovers(self.folder / "checkpoints")
-            found = checkpoints.newest_whole(self.folder / "checkpoints")
-            return None if found is None else str(found)
+            return checkpoints.newest_whole(self.folder / "checkpoints")
 
-        found = _on_rank_0(self.world, find)
-        if found is None:
+        return _on_rank_0(self.world, find)
+
+    def _load_initial(self, model: DMTJEPA) -> None:
+        """Start a new run from the weights that `meta.read_checkpoint` names; every rank reads the file."""
+        meta = self.config.meta
+        if not meta.load_checkpoint:
             return
-        meta = checkpoints.read_meta(Path(found))
+        if meta.read_checkpoint is None:
+            if self.world.rank == 0:
+                logger.info("meta.load_checkpoint: %s holds no checkpoint yet; the run starts afresh", self.folder)
+            return
+        path = Path(os.path.expandvars(meta.read_checkpoint)).expanduser()
+        if not path.exists():
+            path = self.folder / meta.read_checkpoint
+        absent = load_model(model, path)
+        if self.world.rank == 0:
+            kept = f"; it holds no {' and no '.join(absent)}: newly drawn" if absent else ""
+            logger.info("started from the weights of %s%s", path, kept)
+
+    def _resume(self, found: Path) -> None:
+        """Go on from a checkpoint."""
+        meta = checkpoints.read_meta(found)
         if meta["steps_per_epoch"] != self.schedules.steps_per_epoch:
             raise checkpoints.CheckpointError(
                 f"{found} counts {meta['steps_per_epoch']} steps per epoch of {meta['num_images']} images, and this "
@@ -385,7 +413,7 @@ class Trainer:
         state = self._state()
         if meta["world_size"] != self.world.world_size:  # no generator of another number of ranks can be continued
             state = {name: tensor for name, tensor in state.items() if not name.startswith("rng.")}
-        checkpoints.load_into(state, Path(found))
+        checkpoints.load_into(state, found)
         self.model.load_state_dict(
             {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         )
@@ -449,9 +477,3 @@ class BatchStream:
         for tensor in (images, *vars(masks).values()):
             tensor.record_stream(current)
         return images, masks
-
-
-def hand_over(outcome: Outcome) -> None:
-    """Give the signal that stopped a run to whoever handled it before: the system's default ends the process."""
-    for number in outcome.signals[-1:]:
-        signal.raise_signal(number)

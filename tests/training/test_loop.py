@@ -108,7 +108,7 @@ def stop_after(config, steps, devices, monkeypatch):
         def record_and_stop(row):
             record(row)
             if row.step + 2 == steps:  # what is wished at one step is done at the next
-                signals.received.append(signal.SIGUSR1)
+                signals.received.append(int(signal.SIGUSR1))
 
         self.metrics.record = record_and_stop
         return original(self, signals)
@@ -288,3 +288,10 @@ def test_full_disk_leaves_the_last_checkpoint_and_says_so(settings, start):
     assert "File too large" in output
     assert checkpoint.newest_whole(checkpoints) == before
     assert not list(checkpoints.glob(".writing-*"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_compiled_equals_eager(plain, settings, losses, weights, processes):
+    config = settings(**{"runtime.compile": "on", "data.batch_size": 16 // processes})
+    assert launch(config, ["cpu"] * processes) == 0
+    assert_same_run(plain, config, losses, weights, tolerance=1e-5)

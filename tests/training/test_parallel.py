@@ -1,14 +1,23 @@
 """Compilation, sharding and their order."""
 
 import functools
+import gc
+import json
 from collections import Counter
+from pathlib import Path
 
+import pytest
 import torch
 import torch._dynamo
 
+from dmtjepa.config import MaskSettings
 from dmtjepa.masking import sample_masks
-from dmtjepa.objective import build_model
-from dmtjepa.training.parallel import compile_blocks
+from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
+from dmtjepa.objective import DMTJEPA, build_model
+from dmtjepa.training.distributed import joined
+from dmtjepa.training.optimization import build_optimizer
+from dmtjepa.training.parallel import build_mesh, compile_blocks, parallelize
+from tests.training.ranks import run_ranks
 
 
 def test_at_most_two_graphs_per_kind_of_block_over_100_mask_shapes(settings):
@@ -55,3 +64,52 @@ def test_at_most_two_graphs_per_kind_of_block_over_100_mask_shapes(settings):
     assert kinds == {("Block", True), ("Block", False), ("AggregationHead", True), ("AggregationHead", False)}
     assert len(graphs) == 5  # encoder and predictor blocks are two kinds
     assert max(graphs.values()) <= 2, graphs
+
+
+def report_bytes(folder, shard_size):
+    """What a rank holds after a step, and by how much its process grew."""
+    with joined(torch.device("cpu"), start_timeout=60, hang_timeout=100) as world:
+        torch.manual_seed(0)
+        encoder = VisionTransformer(32, 8, embed_dim=384, depth=4, num_heads=6)
+        predictor = Predictor((4, 4), embed_dim=384, predictor_dim=192, depth=2, num_heads=6)
+        head = AggregationHead(384, 6)
+        mesh = build_mesh("cpu", world.world_size, shard_size)
+        model = parallelize(DMTJEPA(encoder, predictor, head), mesh, dtype=torch.float32)
+        optimizer = build_optimizer([model.encoder, model.predictor, model.head])
+        settings = MaskSettings(patch_size=8, min_keep=2)
+        masks = sample_masks(settings, (4, 4), 1, seed=0, step=0, rank=world.rank)
+        images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+        loss = model.loss(model.predict_targets(images, masks), model.compute_targets(images, masks), masks)
+        loss.backward()
+        optimizer.step()
+        parameters = list(model.parameters())
+        held = parameters + [p.grad for p in parameters if p.grad is not None]
+        held += [row[name] for row in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        nbytes = sum(tensor.to_local().untyped_storage().nbytes() for tensor in held)
+        del loss
+        gc.collect()
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        (folder / f"{world.world_size}-{world.rank}.json").write_text(json.dumps([nbytes, resident]))
+
+
+def test_memory_of_a_rank_falls_as_one_over_the_number_of_ranks(tmp_path):
+    def measure(count, shard_size=None):
+        ends = run_ranks(report_bytes, count, tmp_path, tmp_path, shard_size)
+        assert [code for code, _ in ends] == [0] * count, ends
+        rows = [json.loads((tmp_path / f"{count}-{rank}.json").read_text()) for rank in range(count)]
+        return tuple(map(max, zip(*rows, strict=True)))
+
+    held, resident = zip(*(measure(count) for count in (1, 2, 4)), strict=True)
+    assert held[0] > 150e6
+    assert held[1] == pytest.approx(held[0] / 2, rel=0.02)
+    assert held[2] == pytest.approx(held[0] / 4, rel=0.02)
+    # What the process occupies besides (PyTorch, activations, one gathered block) is the same for all.
+    assert resident[0] - resident[1] == pytest.approx(held[0] - held[1], rel=0.35)
+    assert resident[0] - resident[2] == pytest.approx(held[0] - held[2], rel=0.35)
+    # HSDP: two copies of two shards.
+    assert measure(4, shard_size=2)[0] == held[1]
+
+
+def test_shards_must_divide_the_processes():
+    with pytest.raises(ValueError, match=r"shard_size: 6 processes cannot be divided into groups of 4"):
+        build_mesh("cpu", 6, 4)

@@ -1,0 +1,115 @@
+"""Train DMT-JEPA on a SLURM cluster, as a job that requeues itself:
+
+    python main_distributed.py --fname configs/in1k_vith14_ep300.yaml --folder $LOGS --partition gpu \\
+        --nodes 2 --tasks-per-node 8 --time 4300
+
+The job saves and requeues when it is preempted or reaches its time limit, and resumes from its run folder
+(logging.folder, which all nodes must share) after any interruption. --folder takes submitit's logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+USAGE = "any setting can follow as section.key=value, e.g. data.batch_size=64 logging.folder=runs/mine"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `overrides` holds `section.key=value` settings."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=USAGE, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--fname", nargs="+", required=True, help="settings file; several become an array of jobs")
+    add("--batch-launch", action="store_true", help="--fname is a YAML list of settings files")
+    add("--folder", required=True, help="folder of submitit's logs, one job_%%j per job")
+    add("--partition", help="partition to submit to")
+    add("--nodes", type=int, default=1, help="nodes of a job")
+    add("--tasks-per-node", type=int, default=1, help="processes of a node, one per GPU")
+    add("--time", type=int, default=4300, help="time limit in minutes; at the limit the job requeues itself")
+    add("--gpus-per-node", type=int, help="default: as many as tasks; 0 trains on CPUs")
+    add("--cpus-per-task", type=int, default=10, help="for the process and its loader")
+    add("--memory", help="of a node, e.g. 500GB; default: the cluster's")
+    add("--account", help="account to charge")
+    add("--qos", help="quality of service")
+    add("--constraint", help="features that nodes must have, e.g. h100")
+    add("--exclude", help="nodes not to use")
+    add("--dependency", help="e.g. afterok:123")
+    add("--job-name", default="dmtjepa")
+    add("--array-parallelism", type=int, default=256, help="jobs of an array that run at a time")
+    add("--signal-delay", type=int, default=120, help="seconds before the time limit at which the job saves")
+    add("--max-timeouts", type=int, default=1000, help="time limits after which the job is not requeued any more")
+    add("--dry-run", action="store_true", help="print the sbatch script and submit nothing")
+    options, options.overrides = parser.parse_known_args(arguments)
+    options.overrides += [name for name in options.fname if "=" in name]
+    options.fname = [name for name in options.fname if "=" not in name]
+    wrong = [text for text in options.overrides if "=" not in text or text.startswith("-")]
+    if wrong:
+        parser.error(f"unknown arguments: {' '.join(wrong)}; {USAGE}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    # Imported late: a mistyped command line is answered at once.
+    import submitit
+    import yaml
+
+    from dmtjepa.config import ConfigError, load_config
+    from dmtjepa.training.slurm import Job
+
+    names = options.fname
+    if options.batch_launch:
+        names = [name for path in names for name in yaml.safe_load(Path(path).read_text())]
+    gpus = options.tasks_per_node if options.gpus_per_node is None else options.gpus_per_node
+    try:
+        configs = [load_config(name, options.overrides) for name in names]
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return 1
+    folders = [os.path.realpath(config.logging.folder) for config in configs]
+    if len(set(folders)) < len(folders):
+        print("ConfigError: two of the settings files write into the same logging.folder", file=sys.stderr)
+        return 1
+
+    if shutil.which("srun") is None:
+        print("SLURM (srun) is not on this machine: run this on a login node, or use main.py", file=sys.stderr)
+        return 1
+    executor = submitit.AutoExecutor(
+        folder=Path(options.folder) / "job_%j", cluster="slurm", slurm_max_num_timeout=options.max_timeouts
+    )
+    parameters = {
+        "name": options.job_name,
+        "nodes": options.nodes,
+        "tasks_per_node": options.tasks_per_node,
+        "cpus_per_task": options.cpus_per_task,
+        "timeout_min": options.time,
+        "slurm_signal_delay_s": options.signal_delay,
+        "stderr_to_stdout": True,
+        "slurm_array_parallelism": options.array_parallelism,
+        "slurm_additional_parameters": {"requeue": True, "open-mode": "append"},
+        "gpus_per_node": gpus or None,
+        "slurm_partition": options.partition,
+        "slurm_account": options.account,
+        "slurm_qos": options.qos,
+        "slurm_constraint": options.constraint,
+        "slurm_exclude": options.exclude,
+        "slurm_dependency": options.dependency,
+        "slurm_mem": options.memory,
+    }
+    executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
+    if options.dry_run:
+        inner = executor._executor
+        print(inner._make_submission_file_text(inner._submitit_command_str, "dry-run"))
+        return 0
+    with executor.batch():
+        jobs = [executor.submit(Job(config, "cuda" if gpus else "cpu")) for config in configs]
+    for name, config, job in zip(names, configs, jobs, strict=True):
+        print(f"{job.job_id}  {name}  run: {config.logging.folder}  logs: {job.paths.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

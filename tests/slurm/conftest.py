@@ -1,0 +1,12 @@
+"""The short runs of tests/training, here too."""
+
+from tests.training.conftest import (  # noqa: F401
+    _fork_server,
+    _one_thread,
+    _quiet,
+    image_folder,
+    losses,
+    settings,
+    settings_in,
+    weights,
+)

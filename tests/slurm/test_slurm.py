@@ -1,0 +1,131 @@
+"""A run on two real SLURM nodes, interrupted in every way that a cluster knows."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dmtjepa.training.launch import launch
+from tests.slurm.cluster import Cluster, install
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("apt-get") is None, reason="needs root on a Debian system"),
+]
+
+
+@pytest.fixture
+def cluster():
+    install()
+    folder = Path(tempfile.mkdtemp(prefix="dmtjepa-slurm-"))  # pytest's own folders are too long for a socket's name
+    with Cluster(folder) as running:
+        yield running
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for(condition, what, seconds, describe):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} has not happened within {seconds} s\n{describe()}"
+        time.sleep(0.1)
+    return value
+
+
+def test_interrupted_job_ends_like_an_uninterrupted_run(cluster, settings, losses, weights, tmp_path):
+    changes = {"data.batch_size": 8, "optimization.epochs": 6, "runtime.log_every": 1, "runtime.save_every_steps": 3}
+    undisturbed = settings("undisturbed", **changes)
+    assert launch(undisturbed, ["cpu", "cpu"]) == 0
+
+    config = settings("run", **changes)
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [
+        sys.executable, HERE / "tiny_job.py", "--fname", path, "--folder", tmp_path / "logs", "--partition", "debug",
+        "--nodes", "2", "--tasks-per-node", "1", "--gpus-per-node", "0", "--cpus-per-task", "1",
+        "--time", "60", "--signal-delay", "30",
+    ]  # fmt: skip
+    environment = cluster.environment | {
+        "PYTHONPATH": f"{ROOT}:{HERE}:{ROOT / 'tests/training'}",
+        "OMP_NUM_THREADS": "1",
+    }
+    pace = tmp_path / "pace"
+    pace.write_text("0.3")
+    submitted = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert submitted.returncode == 0, submitted.stderr
+    number = submitted.stdout.split()[0]
+    folder = Path(config.logging.folder)
+
+    def starts():
+        try:
+            return json.loads((folder / "environment.json").read_text())["starts"]
+        except FileNotFoundError:
+            return []
+
+    def describe():
+        logs = [f"--- {log}\n{log.read_text()[-3000:]}" for log in sorted((tmp_path / "logs").rglob("*.out"))]
+        return "\n".join([str(cluster.job(number)), str([row["step"] for row in starts()]), *logs])
+
+    def wait_for_progress(num_starts):
+        """Until start number `num_starts` has done some steps of its own."""
+        wait_for(lambda: len(starts()) >= num_starts, f"start {num_starts}", 180, describe)
+        goal = starts()[num_starts - 1]["step"] + 5
+        wait_for(lambda: len(losses(config)) >= goal, f"step {goal}", 120, describe)
+
+    wait_for_progress(1)
+    # Preempted: the job is told by its user signal, saves and requeues itself while another takes the nodes.
+    cluster.command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait_for_progress(2)
+    resumed_after_preemption = starts()[1]["step"]
+
+    # Timed out: 30 seconds before its limit, or up to 60 seconds earlier, SLURM sends the job its user signal.
+    pace.write_text("4")
+    minutes, seconds = map(int, cluster.job(number)["RunTime"].split(":")[-2:])
+    cluster.command("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes + (1 if seconds < 20 else 2)}")
+    wait_for(lambda: len(starts()) >= 3, "the requeue at the time limit", 240, describe)
+    cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=60")
+    pace.write_text("0.3")
+    wait_for_progress(3)
+
+    # Requeued by force: nobody is asked to save.
+    cluster.command("scontrol", "requeue", number)
+    wait_for_progress(4)
+
+    # A node is lost, and comes back.
+    cluster.kill_node("node2")
+    wait_for(lambda: cluster.job(number)["JobState"] != "RUNNING", "the loss of the node", 120, describe)
+    cluster.start_node("node2")
+    wait_for_progress(5)
+
+    wait_for(lambda: cluster.job(number)["JobState"] not in ("RUNNING", "COMPLETING"), "the end", 300, describe)
+    assert cluster.job(number)["JobState"] == "COMPLETED", describe()
+    assert int(cluster.job(number)["Restarts"]) == 4
+    assert resumed_after_preemption >= 5  # it was saved when it was preempted, not three steps before
+    assert len(starts()) == 5
+    assert losses(config) == losses(undisturbed)
+    old, new = weights(undisturbed), weights(config)
+    assert all(bool((old[name] == new[name]).all()) for name in old)
+
+
+def test_processes_that_do_not_come_are_named(cluster, settings, tmp_path):
+    """One of two nodes never starts its process: the other says so, within the set time, instead of training alone."""
+    config = settings("alone", **{"data.batch_size": 8, "runtime.start_timeout": 5})
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    environment = cluster.environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/training'}", "OMP_NUM_THREADS": "1"}
+    environment |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
+    command = ["srun", "-N1", "-w", "node1", sys.executable, ROOT / "tests/training/tiny_main.py", "--fname", path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, cwd=ROOT)
+    assert done.returncode != 0
+    assert "rank 0 of 2 on node1 could not join the run at 127.0.0.1:29871 within 5 s" in done.stderr
+    assert "ranks [1] have not come" in done.stderr
+    assert not Path(config.logging.folder).exists()

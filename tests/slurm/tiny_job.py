@@ -1,0 +1,36 @@
+"""main_distributed.py with the tiny network and steps as slow as the test wants, so that it can be interrupted."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiny_architecture  # noqa: F401
+
+from dmtjepa.training import slurm
+from dmtjepa.training.loop import Trainer
+
+
+@dataclass
+class TinyJob(slurm.Job):
+    """Pickled by name: the nodes import this module, and with it the tiny network."""
+
+    def __call__(self) -> None:
+        original = Trainer.train_step
+        pace = Path(self.config.logging.folder).with_name("pace")  # seconds that a step takes longer
+
+        def train_step(trainer, batches):
+            time.sleep(float(pace.read_text()))
+            return original(trainer, batches)
+
+        Trainer.train_step = train_step
+        super().__call__()
+
+
+if __name__ == "__main__":
+    import tiny_job
+
+    import main_distributed
+
+    slurm.Job = tiny_job.TinyJob
+    sys.exit(main_distributed.main())

@@ -1,0 +1,141 @@
+"""Joining, agreeing, failing and hanging."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dmtjepa.training.distributed import (
+    EXIT_HUNG,
+    Agreement,
+    DeviceError,
+    DistributedError,
+    StopSignals,
+    Watchdog,
+    check_device,
+    first_failure,
+    joined,
+)
+from dmtjepa.training.launch import launch
+from tests.training.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def join(hang_timeout=60):
+    return joined(CPU, start_timeout=60, hang_timeout=hang_timeout)
+
+
+@pytest.mark.parametrize(("rank", "reason"), [(0, r"ranks \[1\] have not come"), (1, "")])
+def test_process_alone_of_two_fails_in_time_and_says_who_it_is(monkeypatch, rank, reason):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    values = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    begun = time.monotonic()
+    text = (
+        rf"rank {rank} of 2 on {socket.gethostname()} could not join the run at 127.0.0.1:{port} within 2 s.*{reason}"
+    )
+    with pytest.raises(DistributedError, match=text), joined(CPU, start_timeout=2, hang_timeout=60):
+        pass
+    assert time.monotonic() - begun < 30
+
+
+def test_device_that_is_not_there():
+    with pytest.raises(DeviceError, match="write cpu, cuda or cuda:N"):
+        check_device("gpu0")
+    with pytest.raises(DeviceError, match="runs on cpu or cuda"):
+        check_device("mps")
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match="no usable CUDA device"):
+            check_device("cuda:0")
+
+
+def agree():
+    with join() as world:
+        agreement = Agreement(dist.new_group(backend="gloo"))
+        wishes = [0, 0, 2 if world.rank == 1 else 0, 0, 1 if world.rank == 0 else 0]
+        seen = [agreement.exchange(wish) for wish in wishes]
+        assert seen == [0, 0, 0, 2, 0], seen
+        assert agreement.finish() == 1
+
+
+def test_all_ranks_learn_of_a_wish_at_the_same_exchange(tmp_path):
+    assert [code for code, _ in run_ranks(agree, 2, tmp_path)] == [0, 0]
+
+
+def fail_on(failing, how):
+    with join() as world, first_failure(world):
+        dist.all_reduce(torch.ones(1))
+        if world.rank == failing:
+            if how == "raise":
+                raise KeyError("what went wrong")
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_every_rank_quotes_the_failure_that_came_first(tmp_path, failing):
+    ends = run_ranks(fail_on, 3, tmp_path, failing, "raise")
+    assert [code for code, _ in ends] == [1, 1, 1]
+    for rank, (_, text) in enumerate(ends):
+        if rank == failing:
+            assert text.startswith("KeyError: 'what went wrong'")
+        else:
+            host = socket.gethostname()
+            assert (
+                f"rank {rank} of 3 on {host} stopped, since rank {failing} of 3 on {host} failed first: KeyError"
+                in text
+            )
+
+
+def test_rank_that_vanishes_is_reported_as_lost(tmp_path):
+    ends = run_ranks(fail_on, 2, tmp_path, 1, "kill")
+    assert [code for code, _ in ends] == [1, -signal.SIGKILL]
+    assert ends[0][1].startswith("LostPeer: rank 0 of 2")
+
+
+def hang():
+    with join() as world, Watchdog(world, timeout=4) as watchdog:
+        watchdog.at("backward", 7)
+        dist.all_reduce(torch.ones(1))
+        if world.rank == 1:
+            watchdog.at("data", 8)
+            time.sleep(600)
+        watchdog.at("targets", 8)
+        dist.all_reduce(torch.ones(1))
+
+
+def test_hung_collective_ends_with_a_report_of_where_each_rank_stood(tmp_path):
+    ends = run_ranks(hang, 2, tmp_path)
+    assert [code for code, _ in ends] == [EXIT_HUNG, EXIT_HUNG]
+    host = socket.gethostname()
+    for rank, (_, text) in enumerate(ends):
+        assert f"rank {rank} of 2 on {host}: no progress for 4 s" in text
+        assert f"rank 0 on {host}: step 8, targets" in text
+        assert f"rank 1 on {host}: step 8, data" in text
+        assert "in hang" in text  # its own stack
+
+
+def test_first_traceback_is_what_the_user_sees(settings, capfd):
+    config = settings(**{"data.batch_size": 8})
+    assert launch(config, ["cpu", "cuda:9"]) == 1
+    printed = capfd.readouterr().err
+    assert "rank 1 of 2 failed:" in printed
+    assert "DeviceError: device 'cuda:9'" in printed or "device cuda:9: this machine has" in printed
+    assert "rank 0 of 2 failed" not in printed
+
+
+def test_signals_are_noted_and_handlers_restored():
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == [signal.SIGUSR1, signal.SIGTERM]
+    assert signal.getsignal(signal.SIGUSR1) is before
