@@ -30,15 +30,6 @@ __all__ = [
     "open_images",
     "open_source",
 ]
-    "DataError",
-    "EvaluationLoader",
-    "Loader",
-    "build_eval_loader",
-    "build_loader",
-    "is_dali_installed",
-    "open_images",
-    "open_source",
-]
 
 
 class Loader(Protocol):
