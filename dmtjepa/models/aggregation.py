@@ -67,7 +67,8 @@ class AggregationBlock(nn.Module):
         rows = self.norm1(z)
         mean = self.norm1(z.mean(dim=1))
         key_map, key_bias = self.attn.absorb(mean)
-        score = torch.cat([mean[:, None], rows], dim=1) @ key_map.transpose(1, 2) + key_bias[:, None]
+        score = torch.cat([mean[:, None] @ key_map.transpose(1, 2), rows @ key_map.transpose(1, 2)], dim=1)
+        score = score + key_bias[:, None]
         weight = score.softmax(dim=1)
         pooled = weight[:, 0, :, None] * mean[:, None] + weight[:, 1:].transpose(1, 2) @ rows
         z = z + self.attn.project_pooled(pooled)[:, None]

@@ -29,7 +29,7 @@ from dmtjepa.training.run_folder import RunFolderError
 # After the first failure the other processes have this long to fail by themselves, which tells more than being killed.
 GRACE_SECONDS = 2.0
 
-# Faults of the settings or the machine: their message is all that a user needs.
+# Faults whose message is all that a user needs.
 USER_ERRORS = (ConfigError, DataError, MaskError, RunFolderError, WeightsError, DeviceError)
 
 

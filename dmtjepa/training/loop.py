@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmtjepa.config import Config, OptimizationSettings
+from dmtjepa.config import Config, ConfigError, OptimizationSettings
 from dmtjepa.data import Loader, build_loader
 from dmtjepa.interop import load_model
 from dmtjepa.masking import MaskBatch, check_masks, sample_masks
@@ -128,7 +128,7 @@ class Trainer:
         )
         steps_per_epoch = self.loader.steps_per_epoch // self.accumulation
         if steps_per_epoch == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"the global batch of {self.global_batch} images is larger than the data set of "
                 f"{self.loader.num_images}; lower runtime.accumulation"
             )

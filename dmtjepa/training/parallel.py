@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
+from dmtjepa.config import ConfigError
 from dmtjepa.objective import DMTJEPA
 
 
@@ -20,7 +21,7 @@ def build_mesh(device_type: str, world_size: int, shard_size: int | None = None)
     if shard_size is None or shard_size == world_size:
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
     if world_size % shard_size:
-        raise ValueError(f"runtime.shard_size: {world_size} processes cannot be divided into groups of {shard_size}")
+        raise ConfigError(f"runtime.shard_size: {world_size} processes cannot be divided into groups of {shard_size}")
     return init_device_mesh(device_type, (world_size // shard_size, shard_size), mesh_dim_names=("copy", "shard"))
 
 

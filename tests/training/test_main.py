@@ -1,0 +1,148 @@
+"""The command line, as a new user would get it wrong, and under torchrun."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import main
+import main_distributed
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(config, *arguments) -> exit code and everything printed by main.py."""
+
+    def call(config, *arguments):
+        path = tmp_path / "settings.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        monkeypatch.setattr(sys, "argv", ["main.py", "--fname", str(path), *arguments])
+        code = main.main()
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.root_path=/not/there"], "/not/there"),
+        (["data.batchsize=4"], "data.batchsize: unknown key; did you mean batch_size?"),
+        (["data.batch_size=1000"], "the batch is larger than the data set"),
+        (["data.batch_size=many"], "data.batch_size"),
+        (["data.crop_size=2"], "smaller than a patch"),
+        (["mask.min_keep=60"], "min_keep"),
+        (["--devices", "cpu", "gpu:0"], "write cpu, cuda or cuda:N"),
+        (["runtime.accumulation=9"], "lower runtime.accumulation"),
+    ],
+)
+def test_wrong_settings_are_answered_in_a_line(run, settings, arguments, message):
+    config = settings()
+    code, text = run(config, *(arguments if "--devices" in arguments else ["--devices", "cpu", *arguments]))
+    assert code == 1
+    assert message in text
+    assert "Traceback" not in text
+    assert not list(Path(config.logging.folder).glob("*.csv"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_gpu_that_is_not_there(run, settings):
+    code, text = run(settings(), "--devices", "cuda:0")
+    assert code == 1
+    assert "no usable CUDA device; pass --devices cpu" in text
+
+
+def test_empty_folder(run, settings, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, text = run(settings(), "--devices", "cpu", f"data.root_path={tmp_path / 'empty'}")
+    assert code == 1
+    assert "empty" in text
+
+
+def test_missing_settings_file(monkeypatch, capsys, tmp_path):
+    (tmp_path / "quickstart.yaml").touch()
+    monkeypatch.setattr(sys, "argv", ["main.py", "--fname", str(tmp_path / "quikstart.yaml")])
+    assert main.main() == 1
+    assert "did you mean" in capsys.readouterr().err
+
+
+def test_unknown_argument(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["main.py", "--fname", "x.yaml", "--device", "cpu", "--gpus", "3"])
+    with pytest.raises(SystemExit) as error:
+        main.main()
+    assert error.value.code == 2
+    assert "section.key=value" in capsys.readouterr().err
+
+
+def test_settings_can_follow_devices():
+    options = main.parse_arguments(["--fname", "x.yaml", "--devices", "cpu", "cpu", "data.batch_size=8"])
+    assert options.devices == ["cpu", "cpu"]
+    assert options.overrides == ["data.batch_size=8"]
+
+
+def test_dry_run_writes_nothing(run, settings):
+    config = settings()
+    code, text = run(config, "--dry-run", "--devices", "cpu", "cpu")
+    assert code == 0
+    assert "effective batch    32 = 16 x 2 processes x 1 accumulated" in text
+    assert "GFLOP" in text
+    assert not Path(config.logging.folder).exists()
+
+
+def test_torchrun_gives_the_run_of_main(plain, settings, losses, tmp_path):
+    config = settings(**{"data.batch_size": 8})
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(HERE / "tiny_main.py"), "--fname", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(losses(config), losses(plain), rtol=0, atol=1e-5)
+
+
+def submit(monkeypatch, tmp_path, *arguments):
+    """main_distributed.py's dry run on a machine that may lack SLURM."""
+    fake = tmp_path / "bin" / "srun"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    return main_distributed.main([*arguments, "--folder", str(tmp_path / "logs"), "--dry-run"])
+
+
+def test_sbatch_script_has_what_was_asked_for(monkeypatch, tmp_path, capsys):
+    arguments = "--partition gpu --nodes 2 --tasks-per-node 8 --time 4300 --account vision --qos high --constraint h100"
+    arguments += " --memory 500GB --cpus-per-task 12 --exclude node9 --dependency afterok:7 --signal-delay 90"
+    config = str(ROOT / "configs/in1k_vitb16_ep600.yaml")
+    assert submit(monkeypatch, tmp_path, "--fname", config, *arguments.split()) == 0
+    script = capsys.readouterr().out
+    for line in (
+        "partition=gpu", "nodes=2", "ntasks-per-node=8", "time=4300", "account=vision", "qos=high", "constraint=h100",
+        "mem=500GB", "cpus-per-task=12", "exclude=node9", "dependency=afterok:7", "signal=USR2@90", "gpus-per-node=8",
+        "requeue",
+    ):  # fmt: skip
+        assert f"#SBATCH --{line}\n" in script
+    assert not (tmp_path / "logs").exists()
+
+
+def test_jobs_of_an_array_need_folders_of_their_own(monkeypatch, tmp_path, capsys):
+    config = str(ROOT / "configs/in1k_vitb16_ep600.yaml")
+    assert submit(monkeypatch, tmp_path, "--fname", config, config, "--partition", "gpu") == 1
+    assert "same logging.folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="needs a machine without SLURM")
+def test_machine_without_slurm(capsys, tmp_path):
+    config = str(ROOT / "configs/in1k_vitb16_ep600.yaml")
+    assert main_distributed.main(["--fname", config, "--folder", str(tmp_path)]) == 1
+    assert "srun" in capsys.readouterr().err
