@@ -22,15 +22,25 @@ from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import DataError
 from dmtjepa.interop import WeightsError
 from dmtjepa.masking import MaskError
+from dmtjepa.training.checkpoint import CheckpointError
 from dmtjepa.training.distributed import DeviceError, check_device, first_failure, joined
-from dmtjepa.training.loop import Outcome, train
+from dmtjepa.training.loop import NonFiniteLoss, Outcome, train
 from dmtjepa.training.run_folder import RunFolderError
 
 # After the first failure the other processes have this long to fail by themselves, which tells more than being killed.
 GRACE_SECONDS = 2.0
 
 # Faults whose message is all that a user needs.
-USER_ERRORS = (ConfigError, DataError, MaskError, RunFolderError, WeightsError, DeviceError)
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    MaskError,
+    RunFolderError,
+    WeightsError,
+    DeviceError,
+    CheckpointError,
+    NonFiniteLoss,
+)
 
 
 def default_devices() -> list[str]:
