@@ -1,0 +1,69 @@
+"""Encoders for `torch.hub.load`: the architectures of the published runs, with weights from a file that you give.
+
+encoder = torch.hub.load("PATH/OF/THIS/REPOSITORY", "dmtjepa_vitb16", weights="RUN/jepa-latest.pth.tar", source="local")
+features = encoder(images).mean(1)          # images: uint8 [B,3,224,224], or float normalised as ImageNet's
+"""
+
+from __future__ import annotations
+
+from dmtjepa.interop import load_weights, read_checkpoint
+from dmtjepa.interop.checkpoint import get_part
+from dmtjepa.models import ARCHITECTURES, VisionTransformer
+
+dependencies = ["torch", "torchvision", "pydantic", "yaml", "safetensors"]
+
+
+def _build(model_name: str, patch_size: int, image_size: int, weights: str | None, part: str) -> VisionTransformer:
+    encoder = VisionTransformer(image_size, patch_size, **ARCHITECTURES[model_name])
+    if weights is not None:
+        load_weights(encoder, get_part(read_checkpoint(weights), part, weights), weights)
+    return encoder.eval()
+
+
+def dmtjepa_vitt16(
+    weights: str | None = None, image_size: int = 224, part: str = "target_encoder"
+) -> VisionTransformer:
+    """ViT-Ti/16. weights: a `.pth.tar` file; None leaves them random. part: `target_encoder` (teacher) or `encoder`."""
+    return _build("vit_tiny", 16, image_size, weights, part)
+
+
+def dmtjepa_vits16(
+    weights: str | None = None, image_size: int = 224, part: str = "target_encoder"
+) -> VisionTransformer:
+    """ViT-S/16; arguments as `dmtjepa_vitt16`."""
+    return _build("vit_small", 16, image_size, weights, part)
+
+
+def dmtjepa_vitb16(
+    weights: str | None = None, image_size: int = 224, part: str = "target_encoder"
+) -> VisionTransformer:
+    """ViT-B/16; arguments as `dmtjepa_vitt16`."""
+    return _build("vit_base", 16, image_size, weights, part)
+
+
+def dmtjepa_vitl16(
+    weights: str | None = None, image_size: int = 224, part: str = "target_encoder"
+) -> VisionTransformer:
+    """ViT-L/16; arguments as `dmtjepa_vitt16`."""
+    return _build("vit_large", 16, image_size, weights, part)
+
+
+def dmtjepa_vith14(
+    weights: str | None = None, image_size: int = 224, part: str = "target_encoder"
+) -> VisionTransformer:
+    """ViT-H/14; arguments as `dmtjepa_vitt16`."""
+    return _build("vit_huge", 14, image_size, weights, part)
+
+
+def dmtjepa_vith16_448(
+    weights: str | None = None, image_size: int = 448, part: str = "target_encoder"
+) -> VisionTransformer:
+    """ViT-H/16 at 448 pixels; arguments as `dmtjepa_vitt16`."""
+    return _build("vit_huge", 16, image_size, weights, part)
+
+
+def dmtjepa_vitg16(
+    weights: str | None = None, image_size: int = 224, part: str = "target_encoder"
+) -> VisionTransformer:
+    """ViT-g/16; arguments as `dmtjepa_vitt16`."""
+    return _build("vit_giant", 16, image_size, weights, part)
