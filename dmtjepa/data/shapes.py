@@ -1,8 +1,9 @@
 """`shapes`: drawn pictures of textured objects on textured grounds, so that training needs no download.
 
 An image shows one object of its class, at any place, size and angle, among scraps of other things, under uneven
-light. Textures and colours are drawn afresh for every image and the ground is as textured as the object, so pixels
-alone tell little about the class. Each class prefers one material (`material_share`), as things in the world do.
+light. As things in the world do, a class has its usual material and its usual two colours (`usual_share`). No single
+pixel and no mean tells them: every colour belongs to four classes, either colour can be the pattern or the ground of
+it, and what surrounds the object is as textured as the object.
 
 The set is a pure function of its parameters. It is written once, as JPEG files in a folder per class with PNG masks
 beside them, into a cache folder whose name holds a hash of the parameters:
@@ -32,7 +33,7 @@ from dmtjepa.data.cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
-_DRAWING_VERSION = 1  # of this file: a change to what is drawn raises it
+_DRAWING_VERSION = 2  # of this file: a change to what is drawn raises it
 _SPLITS = "train", "val"
 
 
@@ -43,7 +44,7 @@ class ShapesParameters:
     num_train: int = 4000
     num_val: int = 1000
     image_size: int = 96
-    material_share: float = 0.75
+    usual_share: float = 0.85  # of the objects that have their class's material, and of those that have its colours
     seed: int = 0
 
 
@@ -182,6 +183,12 @@ def _fur(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 _MATERIALS = (_clouds, _grain, _stripes, _checks, _dots, _bricks, _waves, _scales, _speckles, _fur)
 
 
+# The colours of a class: each pair of five hues, as shares of the colour circle.
+_PAIRS = tuple((first / 5, second / 5) for first in range(5) for second in range(first + 1, 5))
+# Grounds and scraps are paler than objects.
+_PALE = 0.35
+
+
 # ---- A picture ------------------------------------------------------------------------------------------------------
 
 
@@ -191,12 +198,13 @@ def draw_image(parameters: ShapesParameters, label: int, number: int) -> tuple[n
     size = parameters.image_size
     rows, columns = np.mgrid[:size, :size].astype(np.float32)
 
-    ground_hue = rng.random()
-    object_hue = ground_hue + rng.uniform(0.2, 0.8)  # told apart from the ground by hue, whichever it is
-    picture = _paint(rng, rng.integers(len(_MATERIALS)), ground_hue, rows, columns)
+    def paint_something() -> np.ndarray:
+        hue = rng.random()
+        return _paint(rng, rng.integers(len(_MATERIALS)), (hue, hue), rows, columns, saturation=_PALE)
+
+    picture = paint_something()
     for _ in range(rng.integers(1, 4)):
-        scrap = _paint(rng, rng.integers(len(_MATERIALS)), rng.random(), rows, columns)
-        picture = _blend(picture, scrap, _cover(_draw_scrap(rng, rows, columns)))
+        picture = _blend(picture, paint_something(), _cover(_draw_scrap(rng, rows, columns)))
 
     radius = size * rng.uniform(0.3, 0.46)
     center = size / 2 + rng.uniform(-1, 1, 2) * (size / 2 - 0.75 * radius)
@@ -210,16 +218,17 @@ def draw_image(parameters: ShapesParameters, label: int, number: int) -> tuple[n
         return OUTLINES[CLASS_NAMES[label]](x / unit * stretch, y / unit / stretch) * unit
 
     picture = picture * (1 - 0.45 * _cover(distance(0.03 * size, 1.02), 4))[..., None]  # its shadow
-    preferred = rng.random() < parameters.material_share
-    material = label if preferred else rng.integers(len(_MATERIALS))
     outside = distance(0, 1)
-    body = _paint(rng, material, object_hue, rows, columns)
+    material = label if rng.random() < parameters.usual_share else rng.integers(len(_MATERIALS))
+    hues = _PAIRS[label if rng.random() < parameters.usual_share else rng.integers(len(_PAIRS))]
+    # Twice as coarse as the rest: a patch of 8 pixels sees the colours one by one.
+    body = _paint(rng, material, hues, rows, columns, period=2.0)
     body = body * (0.72 + 0.28 * np.clip(-outside / (0.16 * radius), 0, 1))[..., None]  # darker towards the edge
     covered = _cover(outside)
     picture = _blend(picture, body, covered)
     if rng.random() < 0.4:  # something thin in front
         strand = _cover(_draw_strand(rng, rows, columns))
-        picture = _blend(picture, _paint(rng, rng.integers(len(_MATERIALS)), rng.random(), rows, columns), strand)
+        picture = _blend(picture, paint_something(), strand)
         covered = covered * (1 - strand)
 
     light = 1 + rng.uniform(0.1, 0.45) * _slope(rng, rows, columns)
@@ -245,17 +254,27 @@ def _slope(rng: np.random.Generator, rows: np.ndarray, columns: np.ndarray) -> n
     return ((columns - half) * math.cos(angle) + (rows - half) * math.sin(angle)) / (half * math.sqrt(2))
 
 
-def _paint(rng: np.random.Generator, material: int, hue: float, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """A material in two colours around a hue: [S,S,3] in 0..1, at a random angle, period and warp."""
+def _paint(
+    rng: np.random.Generator,
+    material: int,
+    hues: tuple[float, float],
+    rows: np.ndarray,
+    columns: np.ndarray,
+    saturation: float = 1.0,
+    period: float = 1.0,
+) -> np.ndarray:
+    """A material in two colours near two hues: [S,S,3] in 0..1, at a random angle, period and warp."""
     size = len(rows)
     angle = rng.uniform(-math.pi, math.pi)
-    frequency = 96 / size * rng.uniform(0.55, 1.25)
+    frequency = 96 / size * rng.uniform(0.55, 1.25) / period
     warp = rng.uniform(0, 5)
     x = (columns * math.cos(angle) + rows * math.sin(angle) + warp * _noise(rng, size, 4)) * frequency
     y = (rows * math.cos(angle) - columns * math.sin(angle) + warp * _noise(rng, size, 4)) * frequency
     field = _MATERIALS[material](rng, x, y)
-    first = _color(hue + rng.uniform(-0.06, 0.06), rng.uniform(0.25, 0.85), rng.uniform(0.6, 0.95))
-    second = _color(hue + rng.uniform(-0.12, 0.12), rng.uniform(0.15, 0.8), rng.uniform(0.2, 0.55))
+    first, second = (
+        _color(hue + rng.uniform(-0.04, 0.04), saturation * rng.uniform(0.55, 0.9), rng.uniform(*values))
+        for hue, values in zip(hues, ((0.6, 0.95), (0.4, 0.85)), strict=True)
+    )
     if rng.random() < 0.5:
         first, second = second, first
     return (second + (first - second) * field[..., None]).astype(np.float32)

@@ -61,3 +61,14 @@ def knn_accuracy(
             score = weight.new_zeros(len(queries), num_classes).scatter_add_(1, votes[:, :k], weight[:, :k])
             correct[k] += int((score.argmax(1) == query_labels).sum())
     return {k: count / len(features) for k, count in correct.items()}
+
+
+def standardize(train_features: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [n,D] and [m,D] less the mean, over the standard deviation, of each dimension of the training features.
+
+    Averages over patches share a large constant (all images have the same positions), which would make all cosines
+    nearly 1.
+    """
+    std, mean = torch.std_mean(train_features, dim=0, correction=0)
+    scale = std.clamp_min(1e-6)
+    return (train_features - mean) / scale, (features - mean) / scale

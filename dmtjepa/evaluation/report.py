@@ -20,7 +20,7 @@ from dmtjepa.data.sources import ImageSource
 from dmtjepa.evaluation.collapse import collapse_numbers
 from dmtjepa.evaluation.features import Features, extract_features, extract_patches, extract_pixels
 from dmtjepa.evaluation.formatting import Report, format_markdown
-from dmtjepa.evaluation.knn import knn_accuracy
+from dmtjepa.evaluation.knn import knn_accuracy, standardize
 from dmtjepa.evaluation.linear import fit_linear
 from dmtjepa.evaluation.pictures import PictureData, pick_queries, read_losses, save_pictures
 from dmtjepa.evaluation.segmentation import find_mask, read_mask, score_segmentation
@@ -146,8 +146,12 @@ def _measure_features(
     for name, features in validation.items():
         rows = (train[name].pooled, train[name].labels, features.pooled, features.labels)
         if fitting:
-            report.knn[name] = knn_accuracy(*rows, num_neighbors=fitting, device=device)
-            report.knn_plain[name] = knn_accuracy(*rows, num_neighbors=fitting, weighted=False, device=device)
+            gallery, queries = train[name].pooled, features.pooled
+            if name != "pixels":  # pixels, less their image's mean, do better without
+                gallery, queries = standardize(gallery, queries)
+            search = (gallery, train[name].labels, queries, features.labels)
+            report.knn[name] = knn_accuracy(*search, num_neighbors=fitting, device=device)
+            report.knn_plain[name] = knn_accuracy(*search, num_neighbors=fitting, weighted=False, device=device)
         if name != "pixels":
             probe = fit_linear(*rows[:2], device=device)
             report.linear[name] = probe.accuracy(*rows[2:])

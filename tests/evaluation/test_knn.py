@@ -50,3 +50,18 @@ def test_tiny_temperature_is_the_nearest_neighbour(blobs):
 def test_refuses_k_outside_the_training_set(blobs, k):
     with pytest.raises(ValueError, match="from 1 to the size of the training set, which is 200"):
         knn.knn_accuracy(*blobs, num_neighbors=(k,))
+
+
+def test_standardized_features_have_the_training_sets_mean_and_scale():
+    train, features = 3 + 2 * torch.randn(50, 4), torch.randn(20, 4)
+    train[:, 3] = 7.0  # a dead dimension stays finite
+    a, b = knn.standardize(train, features)
+    torch.testing.assert_close(a[:, :3].mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(a[:, :3].std(0, correction=0), torch.ones(3))
+    torch.testing.assert_close(b[:, :3], (features - train.mean(0))[:, :3] / train.std(0, correction=0)[:3])
+    assert b.isfinite().all()
+    # A constant that all images share hides their differences from the cosine, and not from this.
+    labels = torch.arange(50) % 2
+    informative = torch.stack([torch.full((50,), 1e3), labels + 0.01 * torch.randn(50)], dim=1)
+    train, features = knn.standardize(informative, informative)
+    assert knn.knn_accuracy(train, labels, features, labels)[5] == 1
