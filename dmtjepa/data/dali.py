@@ -53,6 +53,7 @@ class Sample:
     encoded: np.ndarray
     start: tuple[int, int]
     shape: tuple[int, int]
+    by_pil: bool = False  # raw pixels, which PIL decoded
 
 
 @dataclass
@@ -143,7 +144,7 @@ def _wrap(image: int, pixels: np.ndarray) -> Sample:
     """Pixels [H,W,3] as a PPM file, which DALI decodes by copying."""
     height, width, _ = pixels.shape
     header = f"P6\n{width} {height}\n255\n".encode()
-    return Sample(image, np.frombuffer(header + pixels.tobytes(), np.uint8), (0, 0), (height, width))
+    return Sample(image, np.frombuffer(header + pixels.tobytes(), np.uint8), (0, 0), (height, width), by_pil=True)
 
 
 class Decoder:
@@ -363,7 +364,7 @@ class DaliLoader:
                         if named
                         else self._find_refused(decoder, batch, range(self._settings.batch_size))
                     )
-                    if all(batch.samples[row].image in batch.refused for row in refused):  # not for an image's sake
+                    if all(batch.samples[row].by_pil for row in refused):  # not for an image's sake
                         raise
                     logger.debug("DALI refused %d images of a batch: %s", len(refused), error)
                     self._reader.read_again(batch, refused)

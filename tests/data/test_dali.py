@@ -135,6 +135,27 @@ def test_damage_that_dali_refuses_depends_on_no_history(tmp_path: Path):
         assert all(torch.equal(a, b) for a, b in zip(whole[10 + start :], rest, strict=True))
 
 
+def test_a_refused_image_that_is_in_the_batch_twice(tmp_path: Path, monkeypatch):
+    """A broken image can be replaced by one that the batch holds already, and that DALI refuses."""
+    rng = np.random.default_rng(5)
+    refused = bytearray(encode(smooth_image(rng, 50, 40), "JPEG"))
+    table = refused.index(b"\xff\xdb")
+    refused[table + 4] = 0x5C  # a quantisation table of no number
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(encode(smooth_image(rng, 50, 40), "JPEG"))
+    (tmp_path / "4.jpg").write_bytes(refused)
+    (tmp_path / "5.jpg").write_bytes(b"no image")
+    assert read_plain_size(bytes(refused)) == (50, 40)
+
+    def candidates(image: int, *rest: int) -> list[int]:
+        return {5: [5, 4, 0], 4: [4, 1]}.get(image, [image])
+
+    monkeypatch.setattr("dmtjepa.data.dali.candidate_images", candidates)
+    settings = DataSettings(root_path=str(tmp_path), batch_size=6, crop_size=32, loader="dali", max_broken=1)
+    (images,) = batches(settings)
+    assert len(images) == 6
+
+
 def test_a_stalled_read_ends_the_run_with_its_cause(settings: DataSettings, monkeypatch):
     class Stall(FolderSource):
         def read(self, image: int) -> bytes:
