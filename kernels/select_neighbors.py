@@ -148,18 +148,18 @@ def _select_neighbors_kernel(
     """
     num_patches: tl.constexpr = ROWS * COLS
     radius: tl.constexpr = WINDOW // 2
+    num_groups: tl.constexpr = (WINDOW * WINDOW - 1) // 8
     o_u = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
     o_slot = tl.arange(0, 8)
     m_u = o_u < num_covered
     b_patch = tl.load(p_patches + o_u, mask=m_u, other=0).to(tl.int64)
-    b_image = b_patch // num_patches
     b_n = (b_patch % num_patches).to(tl.int32)
-    p_image = p_h + b_image * s_image
+    p_image = p_h + b_patch // num_patches * s_image
     p_own = p_image + b_n.to(tl.int64) * s_patch
 
     b_best = tl.full([8, BLOCK_U], float("-inf"), dtype=tl.float32)
     b_best_n = tl.full([8, BLOCK_U], num_patches, dtype=tl.int32)
-    for group in tl.static_range((WINDOW * WINDOW - 1) // 8):
+    for group in range(num_groups):
         o_step = group * 8 + tl.arange(0, 8)
         o_step += (o_step >= WINDOW * WINDOW // 2).to(tl.int32)  # the patch in the middle is no candidate
         b_row = (b_n // COLS)[None, :] + (o_step // WINDOW - radius)[:, None]
@@ -189,7 +189,7 @@ def _select_neighbors_kernel(
         b_similarity = tl.where(b_similarity == b_similarity, b_similarity, -3.0e38)
         b_similarity = tl.where(m_candidate, b_similarity, float("-inf"))
 
-        if group > 0:  # rank these 8 among the best so far
+        if num_groups > 1:  # rank these 8 among the best so far
             b_similarity = tl.reshape(tl.permute(tl.join(b_similarity, b_best), (2, 0, 1)), [16, BLOCK_U])
             b_candidate = tl.reshape(tl.permute(tl.join(b_candidate, b_best_n), (2, 0, 1)), [16, BLOCK_U])
         for slot in tl.static_range(K):
@@ -203,7 +203,7 @@ def _select_neighbors_kernel(
             b_candidate = tl.where(m_taken, num_patches, b_candidate)
 
     m_found = b_best_n < num_patches
-    b_neighbor = tl.where(m_found, (b_image * num_patches)[None, :] + b_best_n, -1)
+    b_neighbor = tl.where(m_found, (b_patch - b_n)[None, :] + b_best_n, -1)
     p_neighbor = p_neighbor_index + o_u.to(tl.int64)[None, :] * K + o_slot[:, None]
     tl.store(p_neighbor, b_neighbor, mask=m_u[None, :] & (o_slot < K)[:, None])
     tl.store(p_count + o_u, tl.sum(m_found.to(tl.int32), axis=0), mask=m_u)

@@ -60,8 +60,7 @@ def similarity_of(h, patches, neighbor_index):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("grid_size", "window", "border", "k"), CASES, ids=CASE_NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [24, 80])
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 24), (torch.bfloat16, 80), (torch.float16, 24)])
 def test_random_features(device, grid_size, window, border, k, dtype, dim):
     torch.manual_seed(0)
     num_patches = grid_size[0] * grid_size[1]
