@@ -2,8 +2,7 @@
 
 Measured is `AggregationHead.aggregate_neighbors` on one step's covered patches, beside the reference's
 `aggregate_neighbors` on all patches followed by reading the target blocks, as published. Time is the median of
-interleaved calls; memory is what a call allocates on top of its inputs at its peak (on a CPU: by how much the resident
-set of the process grows).
+interleaved calls; memory is what a call's tensors hold at their peak, on top of its inputs.
 
     python -m benchmarks.bench_targets [--shapes base:8 huge:16] [--published CHECKOUT] [--out FOLDER]
 
@@ -65,15 +64,16 @@ def peak_memory(function: Callable[[], object], device: str) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    function()
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    # Allocations and releases of tensors in their order; the resident set would also count what malloc keeps.
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def measure(shape: Shape, batch_size: int, device: str, dtype: torch.dtype, repeats: int, published=None) -> list[dict]:

@@ -57,8 +57,8 @@ def test_released_parameter_names():
 # Parameters of the published encoders: ViT-B/16 and H/14 as in I-JEPA, without class token and with 3 image channels.
 @pytest.mark.parametrize(
     ("name", "patch", "millions"),
-    [("vit_nano", 16, 0.9), ("vit_tiny", 16, 5.4), ("vit_small", 16, 21.5), ("vit_base", 16, 85.6), ("vit_large", 16, 303.1),
-     ("vit_huge", 14, 630.4), ("vit_giant", 16, 1011.4)],
+    [("vit_nano", 16, 0.9), ("vit_tiny", 16, 5.4), ("vit_small", 16, 21.5), ("vit_base", 16, 85.6),
+     ("vit_large", 16, 303.1), ("vit_huge", 14, 630.4), ("vit_giant", 16, 1011.4)],
 )  # fmt: skip
 def test_sizes(name, patch, millions):
     with torch.device("meta"):
