@@ -293,3 +293,23 @@ def test_compiled_equals_eager(plain, settings, losses, weights, monkeypatch):
     config = settings(**{"runtime.compile": "on"})
     assert launch(config, ["cpu"]) == 0
     assert_same_run(plain, config, losses, weights, tolerance=1e-5)
+
+
+def test_processes_end_with_the_one_that_started_them(settings, losses, start):
+    config = settings(**{"optimization.epochs": 50, "data.batch_size": 8})
+    process = start(config, "cpu", "cpu")
+    wait_for(lambda: Path(config.logging.folder, "jepa_r1.csv").exists() and len(losses(config, rank=1)) > 2, process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while _group_is_alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _group_is_alive(process.pid)
+
+
+def _group_is_alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
