@@ -52,8 +52,9 @@ def _quiet():
     logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _one_thread():
+    """Another number of threads sums in another order: runs are compared bit by bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -107,7 +108,7 @@ def settings(settings_in, tmp_path) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="package")
-def plain(settings_in, tmp_path_factory, _tiny_architecture) -> Config:
+def plain(settings_in, tmp_path_factory, _tiny_architecture, _one_thread) -> Config:
     """An uninterrupted run on one process."""
     config = settings_in(tmp_path_factory.mktemp("plain"))
     assert launch(config, ["cpu"]) == 0
