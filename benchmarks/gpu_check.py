@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in under 10 minutes: CUDA tests, then every benchmark.
 
-    python -m benchmarks.gpu_check --out benchmarks/results
+    python -m benchmarks.gpu_check --out benchmarks/results [--images FOLDER]
 
 Writes a folder named after the GPU and the day: each benchmark's JSON, each step's output, and `summary.json` with
 hardware, versions, commit, what passed, and which of the goals of docs/performance.md are met. Exits with 1 if a test
@@ -43,7 +43,7 @@ def benchmark(module: str, out: Path, seconds: float, *options: str) -> Step:
     return Step(module, command, seconds)
 
 
-def steps(out: Path) -> list[Step]:
+def steps(out: Path, images: Path | None) -> list[Step]:
     """What is run, the most telling first; benchmarks of other parts of the trainer where they exist."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
     found = [
@@ -58,6 +58,9 @@ def steps(out: Path) -> list[Step]:
     for module in ("bench_step", "bench_memory"):
         if (ROOT / "benchmarks" / f"{module}.py").exists():
             found.append(benchmark(module, out, 120))
+    if images is not None:
+        command = (sys.executable, "-m", "benchmarks.bench_loader", str(images), "--device", "cuda")
+        found.append(Step("bench_loader", (*command, "--json", str(out / "loader.json")), 120))
     found.append(Step("other tests", (*pytest, "tests", "--ignore=tests/kernels"), 120))
     if sanitizer := shutil.which("compute-sanitizer"):
         command = (sanitizer, "--error-exitcode", "1", *pytest, "tests/kernels", "-k", "strides or covered_patches")
@@ -123,6 +126,7 @@ def goals(out: Path) -> dict[str, bool]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for a folder of results")
+    parser.add_argument("--images", type=Path, help="a folder of photographs, to measure the loaders too")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("gpu_check needs a CUDA device, and torch sees none (torch.cuda.is_available() is False)")
@@ -132,7 +136,7 @@ def main() -> None:
     out = (options.out / f"{name}-{date.today()}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for step in steps(out):
+    for step in steps(out, options.images):
         row = run(step, out, TIME_LIMIT - (time.perf_counter() - start))
         rows.append(row)
         state = STATES.get(row["return_code"], "FAILED")
