@@ -6,6 +6,7 @@ runs on it can be found, and killed as a lost node would be.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -48,15 +49,22 @@ def _path() -> str:
 class Cluster:
     """The cluster, while entered. Partition `high` preempts `debug`, whose jobs get their user signal first."""
 
-    def __init__(self, folder: Path, first_port: int = 17800) -> None:
-        self._folder, self._port = folder, first_port
-        self._munged = self._controller = 0
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._ports = folder, _free_ports(1 + len(NODES))
         self.environment = os.environ | {
             "SLURM_CONF": str(folder / "etc/slurm.conf"),
             "PATH": f"{folder / 'bin'}:{_path()}",
         }
 
     def __enter__(self) -> Cluster:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
         folder = self._folder
         for name in ("etc", "run", "log", "state", "bin", *(f"spool/{node}" for node in NODES)):
             (folder / name).mkdir(parents=True)
@@ -77,19 +85,20 @@ class Cluster:
         for node in NODES:
             self.start_node(node)
         self.wait_until_idle()
-        return self
 
     def __exit__(self, *_) -> None:
-        self.command("scancel", "--user=root", check=False)
-        deadline = time.monotonic() + 15
-        while self.command("squeue", "-h", check=False) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.command("scancel", "--user=root", check=False)
+            deadline = time.monotonic() + 15
+            while self.command("squeue", "-h", check=False) and time.monotonic() < deadline:
+                time.sleep(0.1)
         for node in NODES:
             self.kill_node(node)
         for name in ("slurmctld", "munged"):
             path = self._folder / f"run/{name}.pid"
             if path.exists():
-                os.kill(int(path.read_text()), signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(path.read_text()), signal.SIGKILL)
 
     def command(self, *arguments: str | Path, check: bool = True) -> str:
         """Run a command of SLURM's; returns what it prints."""
@@ -134,7 +143,7 @@ class Cluster:
     def _configuration(self) -> str:
         folder, host = self._folder, socket.gethostname()
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.1.{number} Port={self._port + number} "
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.1.{number} Port={self._ports[number]} "
             "CPUs=8 RealMemory=64000"
             for number, node in enumerate(NODES, start=1)
         )
@@ -144,7 +153,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/run/munge.socket,cred_expire=5
-SlurmctldPort={self._port}
+SlurmctldPort={self._ports[0]}
 SlurmctldParameters=preempt_send_user_signal
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -171,6 +180,15 @@ AccountingStorageType=accounting_storage/none
 PartitionName=debug Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def _host_name_space(pid: int) -> str | None:
