@@ -58,8 +58,14 @@ def test_interrupted_job_ends_like_an_uninterrupted_run(cluster, settings, losse
         "PYTHONPATH": f"{ROOT}:{HERE}:{ROOT / 'tests/training'}",
         "OMP_NUM_THREADS": "1",
     }
-    pace = tmp_path / "pace"
-    pace.write_text("0.3")
+
+    def set_pace(seconds):
+        """Seconds that each step takes longer; replaced at once, for the job reads it before every step."""
+        writing = tmp_path / "pace.part"
+        writing.write_text(seconds)
+        os.replace(writing, tmp_path / "pace")
+
+    set_pace("0.3")
     submitted = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert submitted.returncode == 0, submitted.stderr
     number = submitted.stdout.split()[0]
@@ -88,12 +94,12 @@ def test_interrupted_job_ends_like_an_uninterrupted_run(cluster, settings, losse
     resumed_after_preemption = starts()[1]["step"]
 
     # Timed out: 30 seconds before its limit, or up to 60 seconds earlier, SLURM sends the job its user signal.
-    pace.write_text("4")
+    set_pace("4")
     minutes, seconds = map(int, cluster.job(number)["RunTime"].split(":")[-2:])
     cluster.command("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes + (1 if seconds < 20 else 2)}")
     wait_for(lambda: len(starts()) >= 3, "the requeue at the time limit", 240, describe)
     cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=60")
-    pace.write_text("0.3")
+    set_pace("0.3")
     wait_for_progress(3)
 
     # Requeued by force: nobody is asked to save.
