@@ -133,7 +133,7 @@ class MetaSettings(Section):
     pred_depth: int = Field(6, ge=1, le=64, description="blocks of the predictor")
     pred_emb_dim: int = Field(384, ge=8, description="width of the predictor")
     read_checkpoint: str | None = Field(None, description="a .pth.tar file, by itself or below logging.folder")
-    use_bfloat16: bool = Field(True, description="compute in bfloat16 on CUDA")
+    use_bfloat16: bool = Field(True, description="compute in bfloat16 on CUDA; see runtime.precision")
     init_std: float = Field(0.02, gt=0, le=1, description="standard deviation of the initial weights (published: 0.02)")
 
     @field_validator("copy_data")
@@ -187,6 +187,16 @@ class RuntimeSettings(Section):
     attention: Literal["auto", "xformers", "sdpa"] = Field("auto", description="attention backend on CUDA")
     kernels: Literal["triton", "torch"] = Field("triton", description="operators on CUDA; a CPU always runs torch's")
     accumulation: int = Field(1, ge=1, description="batches of a device whose gradients are summed into one step")
+    precision: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="of the computation; weights, their gradients and their updates are always float32. auto: "
+        "meta.use_bfloat16 on CUDA, float32 on a CPU (bfloat16 pays on CPUs with AVX512-BF16 or AMX, compiled)",
+    )
+    teacher_precision: Literal["same", "fp8"] = Field(
+        "same",
+        description="of the matrix products in the teacher's blocks. fp8: float8_e4m3fn with a scale per row, on GPUs "
+        "of compute capability 8.9 and 9.0 or later; a CPU emulates it, slowly",
+    )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of each block; auto: on CUDA")
     activation_checkpointing: bool = Field(False, description="recompute the student's blocks in the backward pass")
     shard_size: int | None = Field(

@@ -261,5 +261,3 @@ def train(
                     for average, p in zip(teacher.parameters(), trained_module.parameters(), strict=True):
                         average.copy_(momenta[step] * average + (1 - momenta[step]) * p)
     return model, losses
-
-

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictor, VisionTransformer
-from dmtjepa.models.attention import choose_attention, sdpa_attention
+from dmtjepa.models.attention import choose_attention, cpu_attention, sdpa_attention
 from dmtjepa.models.layers import resample_position_embedding, sincos_position_embedding
 
 
@@ -120,9 +120,28 @@ def test_impossible_models_are_refused(build, words):
         build()
 
 
-def test_a_cpu_always_runs_sdpa():
+def test_a_cpu_has_one_attention():
     for backend in ("auto", "xformers", "sdpa"):
-        assert choose_attention(backend, "cpu", 64) is sdpa_attention
+        assert choose_attention(backend, "cpu", 64) is cpu_attention
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention_of_a_cpu_equals_the_definition(dtype, tolerance):
+    inputs = [torch.randn(2, 13, 3, 24).to(dtype) for _ in range(3)]
+
+    def definition(query, key, value):
+        score = torch.einsum("blhe,bmhe->bhlm", query, key) / 24**0.5
+        return torch.einsum("bhlm,bmhe->blhe", score.softmax(-1), value)
+
+    results = []
+    for attend, wide in ((cpu_attention, dtype), (definition, torch.float64)):
+        leaves = [x.to(wide, copy=True).requires_grad_() for x in inputs]
+        out = attend(*leaves)
+        out.double().square().sum().backward()
+        results.append([out, *(x.grad for x in leaves)])
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == dtype
+        assert (actual.double() - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.gpu

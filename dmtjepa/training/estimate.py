@@ -15,6 +15,7 @@ from dmtjepa.masking import sample_masks
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
 from dmtjepa.training.loop import build_schedules
+from dmtjepa.training.parallel import compute_dtype
 
 GIB = 2**30
 
@@ -108,7 +109,7 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     parameters = count_parameters(config)
     student = sum(count for name, count in parameters.items() if not name.startswith("teacher"))
     teacher = sum(parameters.values()) - student
-    size = 2 if on_cuda and config.meta.use_bfloat16 else 4
+    size = compute_dtype(config, "cuda" if on_cuda else "cpu").itemsize
     compiled = runtime.compile == "on" or (runtime.compile == "auto" and on_cuda)
     kept = 1 if runtime.activation_checkpointing else 12 if compiled else 16
     shards = min(runtime.shard_size or world_size, world_size)

@@ -25,13 +25,12 @@ from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training import checkpoint as checkpoints
 from dmtjepa.training.distributed import Agreement, DistributedError, StopSignals, Watchdog, World
 from dmtjepa.training.metrics import Metrics, StepRecord, StepValues
-from dmtjepa.training.optimization import Schedules, build_optimizer, clip_gradients, gradient_norm, set_schedules
-from dmtjepa.training.parallel import build_mesh, parallelize
+from dmtjepa.training.optimization import Schedules
+from dmtjepa.training.parallel import build_mesh, compute_dtype, parallelize
 from dmtjepa.training.run_folder import check_folder, claimed, write_environment, write_settings
+from dmtjepa.training.step import Batch, TrainStep
 
 logger = logging.getLogger(__name__)
-
-Batch = tuple[Tensor, MaskBatch]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -144,14 +143,13 @@ class Trainer:
         self.model = parallelize(
             model,
             self.mesh,
-            dtype=torch.bfloat16 if on_cuda and config.meta.use_bfloat16 else torch.float32,
+            dtype=compute_dtype(config, world.device.type),
             compiled=runtime.compile == "on" or (runtime.compile == "auto" and on_cuda),
             activation_checkpointing=runtime.activation_checkpointing,
             reshard_after_forward=runtime.reshard_after_forward,
         )
-        modules = (self.model.encoder, self.model.predictor, self.model.head)
-        self.optimizer = build_optimizer(module for module in modules if module is not None)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.update = TrainStep(self.model, config.optimization, self.schedules, self.mesh, world.device, self._at)
+        self.optimizer = self.update.optimizer
 
         self.agreement = Agreement(dist.new_group(backend="gloo"))
         self.writer = checkpoints.CheckpointWriter(
@@ -169,34 +167,9 @@ class Trainer:
             first_step=self.step, steps_per_epoch=steps_per_epoch, global_batch=self.global_batch,
         )  # fmt: skip
 
-    # ---- The step
-
     def train_step(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """One update from the batches of an accumulation; returns loss and gradient norm, scalars on the device.
-
-        Where either is not finite on any rank, the student stays as it is.
-        """
-        loss = torch.zeros((), device=self.world.device)
-        for images, masks in batches:
-            self._at("targets")
-            targets = self.model.compute_targets(images, masks)
-            self._at("predictions")
-            predictions = self.model.predict_targets(images, masks)
-            part = self.model.loss(predictions, targets, masks) / self.accumulation
-            self._at("backward")
-            part.backward()
-            loss += part.detach()
-
-        self._at("update")
-        norm = gradient_norm(self.parameters, loss, num_copies=self.mesh.size() // self.mesh["shard"].size())
-        if self.config.optimization.clip_grad is not None:
-            clip_gradients(self.parameters, norm, self.config.optimization.clip_grad)
-        set_schedules(self.optimizer, self.schedules.learning_rate(self.step), self.schedules.decay(self.step))
-        self.optimizer.found_inf = (~norm.isfinite()).float()  # AdamW's kernel skips on the device
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.model.update_teacher(self.schedules.momentum(self.step))
-        return loss, norm
+        """One update; loss and gradient norm, scalars on the device."""
+        return self.update(batches, self.step)
 
     # ---- The loop
 

@@ -12,8 +12,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
-from dmtjepa.config import ConfigError
+from dmtjepa.config import Config, ConfigError
 from dmtjepa.objective import DMTJEPA
+
+
+def compute_dtype(config: Config, device_type: str) -> torch.dtype:
+    """What blocks compute in on a device, `cuda` or `cpu` (`runtime.precision`)."""
+    if config.runtime.precision != "auto":
+        return getattr(torch, config.runtime.precision)
+    return torch.bfloat16 if device_type == "cuda" and config.meta.use_bfloat16 else torch.float32
 
 
 def build_mesh(device_type: str, world_size: int, shard_size: int | None = None) -> DeviceMesh:
