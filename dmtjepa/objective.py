@@ -13,6 +13,7 @@ from dmtjepa import kernels as operators
 from dmtjepa.config import Config
 from dmtjepa.masking import MaskBatch
 from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictor, VisionTransformer
+from dmtjepa.models.fp8 import compute_in_fp8
 
 
 class DMTJEPA(nn.Module):
@@ -134,4 +135,7 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
             init_std=init_std,
             kernels=kernels,
         )
-    return DMTJEPA(encoder, predictor, head, loss=config.optimization.loss, kernels=kernels)
+    model = DMTJEPA(encoder, predictor, head, loss=config.optimization.loss, kernels=kernels)
+    if config.runtime.teacher_precision == "fp8":
+        compute_in_fp8(model.teacher_encoder.blocks, device_type)
+    return model
