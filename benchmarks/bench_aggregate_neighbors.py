@@ -70,4 +70,4 @@ def cases(shape: Shape, device: str, dtype: torch.dtype) -> list[Case]:
 
 
 if __name__ == "__main__":
-    main(cases, __doc__)
+    main(__doc__, "aggregate_neighbors", cases)

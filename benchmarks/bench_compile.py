@@ -25,22 +25,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import (
-    bench_aggregate_neighbors,
-    bench_embed_patches,
-    bench_gather_tokens,
-    bench_indexed_smooth_l1,
-    bench_select_neighbors,
-)
+from benchmarks.bench_operators import BENCHMARKS
 from benchmarks.harness import SHAPES, Shape, environment
 
-BENCHMARKS = (
-    bench_gather_tokens,
-    bench_embed_patches,
-    bench_select_neighbors,
-    bench_aggregate_neighbors,
-    bench_indexed_smooth_l1,
-)
 # What a program may use on an A100, the smallest of the three.
 SHARED_MEMORY_LIMIT = 163 * 1024
 

@@ -42,4 +42,4 @@ def cases(shape: Shape, device: str, dtype: torch.dtype) -> list[Case]:
 
 
 if __name__ == "__main__":
-    main(cases, __doc__)
+    main(__doc__, "embed_patches", cases)

@@ -17,9 +17,7 @@ import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.harness import environment
+from benchmarks.published import open_checkout
 from dmtjepa.config import DataSettings
 from dmtjepa.data import FolderSource, Loader, build_loader
 from dmtjepa.data.pack import pack
@@ -125,16 +125,14 @@ def check_pixels(path: Path, args: argparse.Namespace) -> None:
         sys.exit(f"DALI's pixels differ from torchvision's by {apart:.2f} grey levels; nothing is timed")
 
 
-def environment(args: argparse.Namespace) -> dict[str, str | int]:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "pillow", "numpy")}
+def describe(args: argparse.Namespace) -> dict[str, str | int | bool | None]:
+    versions = {name: importlib.metadata.version(name) for name in ("torchvision", "pillow", "numpy")}
     versions["dali"] = importlib.metadata.version("nvidia-dali-cuda130")
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
+        **environment("cpu" if args.device == "cpu" else "cuda"),
+        "device": args.device,
         "workers": args.workers,
         "batch_size": args.batch_size,
-        "commit": commit.stdout.strip(),
         **versions,
     }
 
@@ -152,7 +150,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results there, too")
     args = parser.parse_args()
     if args.published:
-        sys.path.insert(0, str(args.published))
+        open_checkout(args.published.resolve())
     torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as temporary:
@@ -179,8 +177,8 @@ def main() -> None:
         for name, results in found.items()
     }
     base = rates["torchvision, folder"]
-    environment_ = environment(args)
-    print(", ".join(f"{key} {value}" for key, value in environment_.items()))
+    described = describe(args)
+    print(", ".join(f"{key} {value}" for key, value in described.items()))
     print(f"\n{'loader':<22}{'images/s':>10}{'per core':>10}{'of torchvision':>16}{'per core':>10}")
     for name, rate in rates.items():
         total, core = rate["images_per_second"], rate["images_per_core_second"]
@@ -194,7 +192,7 @@ def main() -> None:
             cores = "".join(f"{need / rate['images_per_core_second']:>16.1f} cores" for rate in rates.values())
             print(f"{gpu + ', ' + model:<28}{need:>10}{cores}")
     if args.json:
-        args.json.write_text(json.dumps({"environment": environment_, "rates": rates, "needs": NEEDS}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"environment": described, "rates": rates, "needs": NEEDS}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

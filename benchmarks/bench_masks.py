@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +22,8 @@ import numpy as np
 import torch
 from scipy import stats
 
+from benchmarks.harness import environment, number, text_table
+from benchmarks.published import open_checkout
 from dmtjepa.config import MaskSettings
 from dmtjepa.masking import sample_masks
 from dmtjepa.reference_masks import sample_masks_reference
@@ -97,15 +96,14 @@ def check_agreement(first: list[tuple[int, int]], second: list[tuple[int, int]],
             sys.exit(f"{what}: {name} differ in distribution (p = {pvalue:.1e}); nothing is timed")
 
 
-def environment() -> dict[str, str]:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one used",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-    }
+COLUMNS = {
+    "grid and batch": lambda row: row["case"],
+    "sampler": lambda row: row["sampler"],
+    "ms": number("ms", "{:.2f}"),
+    "ratio": number("ratio"),
+    "mean C": number("C"),
+    "mean T": number("T"),
+}
 
 
 def main() -> None:
@@ -116,7 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # as in a loader's worker
     if args.published:
-        sys.path.insert(0, str(args.published))
+        open_checkout(args.published.resolve())
 
     rows = []
     for grid_size, batch_size in CASES:
@@ -140,15 +138,13 @@ def main() -> None:
             context, target = np.mean(found["sizes"], axis=0).round(1).tolist()
             rows.append({"case": case, "sampler": name, "ms": ms, "ratio": slow / ms, "C": context, "T": target})
 
-    print(", ".join(f"{name} {value}" for name, value in environment().items()))
+    described = environment("cpu")
+    print(", ".join(f"{name} {value}" for name, value in described.items()))
     print(f"medians of {args.batches} batches; ratio: time of the {baseline} over this time\n")
-    print(f"{'grid and batch':20} {'sampler':24} {'ms':>8} {'ratio':>7} {'mean C':>7} {'mean T':>7}")
-    for row in rows:
-        print(f"{row['case']:20} {row['sampler']:24} {row['ms']:8.2f} {row['ratio']:7.1f}", end=" ")
-        print(f"{row['C']:7.1f} {row['T']:7.1f}")
+    print(text_table(COLUMNS, rows, num_names=2))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"environment": environment(), "baseline": baseline, "rows": rows}, indent=2))
+        args.json.write_text(json.dumps({"environment": described, "baseline": baseline, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -13,20 +13,16 @@ Its queries come from other images when B > 1, so it is timed with its own targe
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.harness import SHAPES, Shape, environment, relative_error
+from benchmarks.harness import SHAPES, Shape, default_device, number, peak_memory, relative_error, save, text_table
+from benchmarks.published import open_checkout, published_head
 from dmtjepa import reference
 from dmtjepa.config import MaskSettings
 from dmtjepa.masking import sample_masks
@@ -36,47 +32,15 @@ LIMIT = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 TARGETS_CPU = ["base:8", "huge:16"]
 
 
-def load_published_head(checkout: Path) -> Callable[[int, int], nn.Module]:
-    """The published `LocalAggHead`, read from a checkout: (width, heads) -> module."""
-    sys.path.insert(0, str(checkout))
-    from src.models.vision_transformer import MLP
-
-    path = checkout / "src/models/local_agg_head.py"
-    spec = importlib.util.spec_from_file_location("published_head", path)
-    module = importlib.util.module_from_spec(spec)
-    module.Mlp = MLP
-    spec.loader.exec_module(module)
-    return lambda dim, num_heads: module.LocalAggHead(dim, num_heads, k_num=4, k_size=3)
-
-
 def read_blocks(h: Tensor, target_index: Tensor) -> Tensor:
     """[B, N, D] at [B, M, T] -> [B, M, T, D], as the published step does."""
     rows = h.gather(1, target_index.flatten(1)[..., None].expand(-1, -1, h.shape[-1]))
     return rows.unflatten(1, target_index.shape[1:])
 
 
-def peak_memory(function: Callable[[], object], device: str) -> int:
-    """Bytes that a call allocates at its peak."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        function()
-    # Allocations and releases of tensors in their order; the resident set would also count what malloc keeps.
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def measure(shape: Shape, batch_size: int, device: str, dtype: torch.dtype, repeats: int, published=None) -> list[dict]:
+def measure(
+    shape: Shape, batch_size: int, device: str, dtype: torch.dtype, repeats: int, published: bool
+) -> list[dict]:
     """One row per provider."""
     torch.manual_seed(0)
     masks = sample_masks(MaskSettings(), shape.grid_size, batch_size, seed=0, step=0, rank=0)
@@ -89,15 +53,17 @@ def measure(shape: Shape, batch_size: int, device: str, dtype: torch.dtype, repe
         return head.aggregate_neighbors(h, shape.grid_size, masks.target_unique, masks.neighborhood)
 
     def slow() -> Tensor:
-        everywhere = reference.aggregate_neighbors(parameters, h, shape.grid_size, shape.num_heads)
+        with torch.device(device):  # where the reference makes its tables
+            everywhere = reference.aggregate_neighbors(parameters, h, shape.grid_size, shape.num_heads)
         return read_blocks(everywhere, masks.target_index)
 
     providers = {"this project": fast, "reference": slow}
     if device == "cuda":
         compiled = torch.compile(slow)
         providers["reference, compiled"] = compiled
-    if published is not None:
-        theirs = published(shape.dim, shape.num_heads).to(device, dtype).requires_grad_(False)
+    if published:
+        theirs = published_head().LocalAggHead(shape.dim, shape.num_heads, k_num=4, k_size=3)
+        theirs = theirs.to(device, dtype).requires_grad_(False)
         theirs.load_state_dict(head.state_dict())
         providers["published"] = lambda: read_blocks(theirs(h, loc=True), masks.target_index)
 
@@ -127,8 +93,18 @@ def measure(shape: Shape, batch_size: int, device: str, dtype: torch.dtype, repe
     return rows
 
 
+COLUMNS = {
+    "shape": lambda row: f"{row['shape']}:{row['batch']}",
+    "provider": lambda row: row["provider"],
+    "ms": number("ms", "{:.2f}"),
+    "speed": lambda row: f"{1 / row['time_of_reference']:.2f}x",
+    "peak MiB": number("peak_mib"),
+    "memory": number("memory_of_reference", "{:.2f}x"),
+}
+
+
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [f"{s.name}:{s.batch_size}" for s in SHAPES.values()] if device == "cuda" else TARGETS_CPU
     parser.add_argument("--shapes", nargs="+", default=default, help="model:batch, e.g. base:8")
@@ -137,26 +113,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for a JSON file of the results")
     options = parser.parse_args()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    published = load_published_head(options.published) if options.published else None
+    if options.published:
+        open_checkout(options.published.resolve())
     rows = []
-    print(f"{'shape':<12}{'provider':<22}{'ms':>10}{'speed':>8}{'peak MiB':>10}{'memory':>8}")
     for text in options.shapes:
         name, batch = text.split(":")
         with torch.inference_mode():
-            found = measure(SHAPES[name], int(batch), device, dtype, options.repeats, published)
-        rows += found
-        for row in found:
-            speed = f"{1 / row['time_of_reference']:.2f}x"
-            print(
-                f"{text:<12}{row['provider']:<22}{row['ms']:>10.2f}{speed:>8}{row['peak_mib']:>10.1f}"
-                f"{row['memory_of_reference']:>7.2f}x"
-            )
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        hardware = "cpu" if device == "cpu" else torch.cuda.get_device_name().replace(" ", "-").lower()
-        path = options.out / f"{hardware}-{date.today()}-targets.json"
-        path.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1))
-        print(f"written to {path}")
+            rows += measure(SHAPES[name], int(batch), device, dtype, options.repeats, options.published is not None)
+    print(text_table(COLUMNS, rows, num_names=2))
+    save(options.out, "targets", device, rows)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What every operator benchmark shares: shapes, the correctness gate, timing, the table and the JSON file.
+"""What the benchmarks share: a description of the machine and its ceilings, peak memory, tables, files and plots.
 
-A benchmark module defines `cases(shape, device, dtype)`; a case is one operator call with its arguments, its
-implementations, a reference, and the bytes it must move: every input element that is needed read once, every output
-element written once. Timed are the Triton kernels and plain PyTorch, eager and compiled, on a GPU; without one the CPU
-implementation and plain PyTorch. Nothing is timed unless its result agrees with the reference.
+The second half runs the benchmarks of operators. Such a module defines `cases(shape, device, dtype)`; a case is one
+operator call with its arguments, its implementations, a reference, and the bytes it must move: every input element that
+is needed read once, every output element written once. Timed are the Triton kernels and plain PyTorch, eager and
+compiled, on a GPU; without one the CPU implementation and plain PyTorch. Nothing is timed unless its result agrees with
+the reference.
 
     python -m benchmarks.bench_gather_tokens [--shapes base huge] [--dtype bfloat16] [--out FOLDER]
 """
@@ -14,9 +15,11 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +29,148 @@ from torch import Tensor
 
 from dmtjepa.config import MaskSettings
 from dmtjepa.masking import MaskBatch, sample_masks
+
+GIB = 2**30
+# Dense bfloat16 products on tensor cores, FLOP/s, from NVIDIA's data sheets (SXM modules).
+PEAK_BFLOAT16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ---- The machine and its ceilings
+
+
+def environment(device: str) -> dict:
+    """Hardware, versions, commit and command, for every file of results."""
+    root = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    return {
+        "command": " ".join(["python", *(os.path.basename(a) if os.path.isabs(a) else a for a in sys.orig_argv[1:])]),
+        "date": str(date.today()),
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": None if device == "cuda" else torch.get_num_threads(),
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} ({os.cpu_count()} threads)"
+
+
+def milliseconds(function: Callable[[], object], device: str) -> float:
+    """Median time of a call, the L2 cache emptied before each on a GPU."""
+    if device == "cuda":
+        return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median")
+    function()
+    times = []
+    while len(times) < 3 or (sum(times) < 1.0 and len(times) < 30):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+@cache
+def copy_bandwidth(device: str) -> float:
+    """Measured bytes per second of a large copy, read plus written: the ceiling of a memory-bound kernel."""
+    source = torch.ones(2**30 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (1e-3 * milliseconds(lambda: target.copy_(source), device))
+
+
+@cache
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Measured FLOP/s of a product of two square matrices: the ceiling of a compute-bound kernel."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / (1e-3 * milliseconds(lambda: a @ b, device))
+
+
+def peak_rate(device: str, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that an MFU refers to, and where the number is from: a data sheet if there is one, else measured."""
+    if device == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name()
+        for known, rate in PEAK_BFLOAT16.items():
+            if known in name:
+                return rate, f"{known}, data sheet"
+    return product_rate(device, dtype), "measured product of square matrices"
+
+
+def peak_memory(function: Callable[[], object], device: str) -> int:
+    """Bytes that a call's tensors hold at their peak, on top of what was held before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        function()
+    # Allocations and releases of tensors in their order; the resident set would also count what malloc keeps.
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+# ---- Tables, files, plots
+
+
+def text_table(columns: dict[str, Callable[[dict], str]], rows: Sequence[dict], num_names: int) -> str:
+    """One line per row; the first `num_names` columns are names, aligned left."""
+    lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def join(line: list[str]) -> str:
+        names = (cell.ljust(width) for cell, width in zip(line[:num_names], widths, strict=False))
+        numbers = (cell.rjust(width) for cell, width in zip(line[num_names:], widths[num_names:], strict=True))
+        return "  ".join([*names, *numbers]).rstrip()
+
+    return "\n".join(map(join, lines))
+
+
+def number(key: str, text: str = "{:.1f}", scale: float = 1.0) -> Callable[[dict], str]:
+    """A column of a table: `row[key] * scale`, or a dash where the row has no such value."""
+    return lambda row: "-" if row.get(key) is None else text.format(row[key] * scale)
+
+
+def save(out: Path | None, name: str, device: str, rows: list[dict], *, plot: Callable | None = None, **more) -> None:
+    """Write `<hardware>-<date>-<name>.json` into the folder `out`, and what `plot(axes, rows)` draws as .png beside it.
+
+    Does nothing without a folder.
+    """
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    hardware = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu"
+    path = out / f"{hardware}-{date.today()}-{name}.json"
+    path.write_text(json.dumps({**environment(device), **more, "rows": rows}, indent=1) + "\n")
+    print(f"written to {path}")
+    if plot is not None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 0.9 + 0.45 * max(6, len(rows))), layout="constrained")
+        plot(figure.add_subplot(), rows)
+        figure.savefig(path.with_suffix(".png"), dpi=120)
+
+
+# ---- Operators
 
 
 @dataclass(frozen=True)
@@ -110,27 +255,6 @@ def num_bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
-def milliseconds(function: Callable[[], object], device: str) -> float:
-    """Median time of a call, the L2 cache emptied before each on a GPU."""
-    if device == "cuda":
-        return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median")
-    function()
-    times = []
-    while len(times) < 3 or (sum(times) < 1.0 and len(times) < 30):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
-
-
-@cache
-def copy_bandwidth(device: str) -> float:
-    """Measured bytes per second of a large copy, read plus written: the ceiling of a memory-bound kernel."""
-    source = torch.ones(2**30 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (1e-3 * milliseconds(lambda: target.copy_(source), device))
-
-
 def measure(case: Case, device: str) -> list[dict]:
     """One row per provider. A provider that fails the gate has an error and no time."""
     reference = case.reference(*case.arguments)
@@ -152,57 +276,37 @@ def measure(case: Case, device: str) -> list[dict]:
     return rows
 
 
-def environment(device: str) -> dict:
-    """Hardware, versions and commit, for every file of results."""
-    root = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
-
-    hardware = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return {
-        "hardware": hardware,
-        "threads": None if device == "cuda" else torch.get_num_threads(),
-        "driver": torch.version.cuda if device == "cuda" else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
-    }
+OPERATOR_COLUMNS = {
+    "operator": lambda row: row["operator"],
+    "shape": lambda row: row["shape"],
+    "provider": lambda row: row["provider"],
+    "ms": number("ms", "{:.3f}"),
+    "GB/s": number("gb_per_s", "{:.0f}"),
+    "of copy": number("of_copy", "{:.0%}"),
+    "vs eager": lambda row: number("eager", "{:.2f}x")(row.get("speed_vs", {})),
+    "vs compile": lambda row: number("compile", "{:.2f}x")(row.get("speed_vs", {})),
+    "": lambda row: "" if row["correct"] else f"WRONG: error {row['error']:.2e} above {row['limit']:.2e}, not timed",
+}
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()} ({os.cpu_count()} threads)"
+def plot_operators(axes, rows: list[dict]) -> None:
+    """Each provider's share of the copy bandwidth."""
+    rows = [row for row in rows if row["correct"]][::-1]
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["provider"] for row in rows))}
+    labels = [f"{row['operator']}, {row['shape']}, {row['provider']}" for row in rows]
+    axes.barh(labels, [row["of_copy"] for row in rows], color=[colors[row["provider"]] for row in rows])
+    axes.axvline(1, color="gray", linewidth=0.8)
+    axes.set_xlabel("unique bytes per second over the bandwidth of a copy")
 
 
-def table(rows: Iterable[dict]) -> str:
-    """The rows as text, one line each."""
-    titles = f"{'ms':>9}{'GB/s':>8}{'of copy':>9}{'vs eager':>10}{'vs compile':>12}"
-    lines = [f"{'operator':<28}{'shape':<14}{'provider':<10}{titles}"]
-    for row in rows:
-        start = f"{row['operator']:<28}{row['shape']:<14}{row['provider']:<10}"
-        if row["correct"]:
-            ratios = [
-                f"{row['speed_vs'][name]:.2f}x" if name in row["speed_vs"] else "-" for name in ("eager", "compile")
-            ]
-            numbers = f"{row['ms']:>9.3f}{row['gb_per_s']:>8.0f}{row['of_copy']:>9.0%}{ratios[0]:>10}{ratios[1]:>12}"
-            lines.append(start + numbers)
-        else:
-            lines.append(f"{start}  WRONG: error {row['error']:.2e} above {row['limit']:.2e}, not timed")
-    return "\n".join(lines)
-
-
-def main(cases: Callable[[Shape, str, torch.dtype], list[Case]], description: str) -> None:
-    """The command line of an operator benchmark. Exits with 1 if a provider failed the gate."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=description)
+def main(description: str, name: str, *operators: Callable[[Shape, str, torch.dtype], list[Case]]) -> None:
+    """The command line of a benchmark of operators, each given as its `cases`. Exits with 1 if one failed the gate."""
+    device = default_device()
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES) if device == "cuda" else ["base"])
     parser.add_argument("--batch", type=int, help="images per device instead of the published number")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--out", type=Path, help="folder for a JSON file of the results")
+    parser.add_argument("--out", type=Path, help="folder for a JSON file of the results and a plot")
     options = parser.parse_args()
 
     if device == "cpu":
@@ -210,17 +314,13 @@ def main(cases: Callable[[Shape, str, torch.dtype], list[Case]], description: st
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     torch.manual_seed(0)
     rows = []
-    for name in options.shapes:
-        shape = SHAPES[name]
-        batch = options.batch or (shape.batch_size if device == "cuda" else 8)
-        shape = Shape(shape.name, shape.dim, shape.num_heads, shape.patch_size, batch)
-        for case in cases(shape, device, dtype):
-            rows += [{"shape": shape.name_and_batch, "dtype": str(dtype), **row} for row in measure(case, device)]
-    print(f"copy: {copy_bandwidth(device) / 1e9:.0f} GB/s\n{table(rows)}")
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        operator = rows[0]["operator"].split()[0]
-        document = {**environment(device), "copy_gb_per_s": copy_bandwidth(device) / 1e9, "rows": rows}
-        (options.out / f"{operator}.json").write_text(json.dumps(document, indent=1))
+    for shape in (SHAPES[shape] for shape in options.shapes):
+        shape = replace(shape, batch_size=options.batch or (shape.batch_size if device == "cuda" else 8))
+        for cases in operators:
+            for case in cases(shape, device, dtype):
+                rows += [{"shape": shape.name_and_batch, "dtype": str(dtype), **row} for row in measure(case, device)]
+    print(f"copy: {copy_bandwidth(device) / 1e9:.0f} GB/s\n{text_table(OPERATOR_COLUMNS, rows, num_names=3)}")
+    gb_per_s = copy_bandwidth(device) / 1e9
+    save(options.out, name, device, rows, plot=plot_operators, copy_gb_per_s=gb_per_s)
     if not all(row["correct"] for row in rows):
         raise SystemExit(1)
