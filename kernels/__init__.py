@@ -18,6 +18,7 @@ Depends on torch and triton alone. `DMTJEPA_DEBUG=1` also checks every index aga
 wait for the device.
 """
 
+import importlib
 import sys
 from types import ModuleType
 
@@ -38,6 +39,9 @@ __all__ = [
     "pool_neighbors",
     "select_neighbors",
 ]
+
+
+importlib.import_module(".flops", __name__)  # its formulas are registered for operators that exist by now
 
 
 def backend(name: str) -> ModuleType:

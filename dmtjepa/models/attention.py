@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -112,3 +113,17 @@ def _differentiate(ctx, grad: Tensor, _grad_log_sum_exp: Tensor) -> tuple[Tensor
 
 
 _memory_efficient.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.dmtjepa.memory_efficient_attention)
+def _forward_flops(query, key, value, start, longest, **_keywords) -> int:
+    """Two products of the queries with as many rows as there are keys: of a packing, its longest sequence's."""
+    batch, length, heads, head_dim = query
+    return 4 * batch * heads * length * (key[1] if start is None else longest) * head_dim
+
+
+@register_flop_formula(torch.ops.dmtjepa.memory_efficient_attention_backward)
+def _backward_flops(grad, query, key, value, start, longest, *_arguments, **_keywords) -> int:
+    """Five such products: the scores again, and the gradients of scores, queries, keys and values."""
+    batch, length, heads, head_dim = query
+    return 10 * batch * heads * length * (key[1] if start is None else longest) * head_dim

@@ -1,0 +1,114 @@
+"""The host never waits for the device between two logged steps; shown without a device, by what would make it wait."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dmtjepa.objective import DMTJEPA
+from dmtjepa.training.launch import launch
+from dmtjepa.training.loop import Trainer
+
+
+class HostWaits(AssertionError):
+    pass
+
+
+class _NoReads(TorchFunctionMode):
+    """Python asks for a value."""
+
+    names = frozenset({"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"})
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if getattr(function, "__name__", "") in self.names:
+            raise HostWaits(f"Tensor.{function.__name__}")
+        return function(*arguments, **(keywords or {}))
+
+
+class _NoUnknownSizes(TorchDispatchMode):
+    """An operator asks for a value, or its output's size depends on one."""
+
+    names = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique", "aten::unique")
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.name()
+        if name.startswith(self.names):
+            raise HostWaits(name)
+        if name.startswith("aten::index") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8)
+            for index in (arguments[1] if isinstance(arguments[1], (list, tuple)) else ())
+        ):
+            raise HostWaits(f"{name} with a mask")
+        if name.startswith("dmtjepa::"):  # the operator of a CPU may read values; that of CUDA is shown by test_gpu.py
+            with torch._C.DisableTorchFunction():
+                return function(*arguments, **(keywords or {}))
+        return function(*arguments, **(keywords or {}))
+
+
+@contextlib.contextmanager
+def host_must_not_wait():
+    with _NoReads(), _NoUnknownSizes():
+        yield
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x.sum()),
+    "comparison": lambda x: bool(x.sum() > 0),
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "mask assignment": lambda x: x.clone().__setitem__(x > 0, 1.0),
+    "unique": lambda x: x.unique(),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_would_wait_is_noticed(name):
+    with pytest.raises(HostWaits), host_must_not_wait():
+        WAITS[name](torch.ones(3))
+
+
+def test_a_step_that_reads_its_loss_is_noticed(settings, monkeypatch):
+    loss, train_step = DMTJEPA.loss, Trainer.train_step
+
+    def read_loss(*arguments):
+        value = loss(*arguments)
+        assert value.item() >= 0
+        return value
+
+    def watched_step(trainer, batches):
+        with host_must_not_wait():
+            return train_step(trainer, batches)
+
+    monkeypatch.setattr(DMTJEPA, "loss", read_loss)
+    monkeypatch.setattr(Trainer, "train_step", watched_step)
+    with pytest.raises(HostWaits, match="item"):
+        launch(settings(), ["cpu"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"patch.local_agg_head": False}, {"optimization.clip_grad": 1.0}])
+def test_no_step_reads_a_value(settings, losses, monkeypatch, changes):
+    num_steps = 0
+    train_step, record = Trainer.train_step, Trainer._record
+
+    def watched_step(trainer, batches):
+        nonlocal num_steps
+        num_steps += 1
+        with host_must_not_wait():
+            return train_step(trainer, batches)
+
+    def watched_record(trainer, *arguments):
+        with host_must_not_wait():
+            return record(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", watched_step)
+    monkeypatch.setattr(Trainer, "_record", watched_record)
+    config = settings(**changes)
+    assert launch(config, ["cpu"]) == 0
+    assert num_steps == len(losses(config)) > 0
+    assert all(map(math.isfinite, losses(config)))
