@@ -102,6 +102,10 @@ class MaskSettings(Section):
         "rank", description="cut contexts to the shortest of the rank's batch (published), or of the global batch"
     )
 
+    pack: bool = Field(
+        False, description="keep every context whole: images have contexts of different lengths, packed for attention"
+    )
+
     @model_validator(mode="after")
     def _ordered(self) -> MaskSettings:
         for name in ("aspect_ratio", "enc_mask_scale", "pred_mask_scale"):

@@ -1,8 +1,9 @@
 """Multi-block masks: which patches the student sees (the context) and which it predicts (M target blocks per image).
 
-One target block size and one context block size hold for a whole step, so that every shape is constant over the
-batch; positions differ per image. The context of an image is its context block without the patches of its target
-blocks, cut to the shortest context of the batch. Two samplers:
+One target block size and one context block size hold for a whole step; positions differ per image. The context of an
+image is its context block without the patches of its target blocks, cut to the shortest context of the batch, so that
+every shape is constant over it. With `pack` nothing is cut, and contexts of different lengths lie one after the other.
+Two samplers:
 
 `released`   the distribution of the published I-JEPA and DMT-JEPA code, which published results were trained with: one
              random number sets both area and aspect of a block; a block is smaller than the grid and never touches the
@@ -20,14 +21,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from dmtjepa.config import MaskSettings
+from dmtjepa.packing import PackedSequences, Packing, pack, pack_predictions
 
 # After so many context blocks that leave too few patches the released sampler gives up one target block.
 TRIES_PER_REGION = 20
@@ -49,22 +51,37 @@ class MaskError(ValueError):
 class MaskBatch:
     """The masks of one batch. Patches are numbered in raster order, n = row * cols + col; flat is b * N + n.
 
-    All tensors are int64. Their sizes are known without any synchronisation.
+    All tensors are int64, if not said otherwise. Their sizes are known without any synchronisation.
     """
 
-    context_index: torch.Tensor  # [B, C] patches that the student sees, ascending in each image
+    context_index: torch.Tensor  # [B, C] patches that the student sees, ascending in each image; packed: [1, L], flat
     target_index: torch.Tensor  # [B, M, T] patches of each target block, in raster order
     target_unique: torch.Tensor  # [U] flat patches that some target block of their image covers, ascending
     target_slot: torch.Tensor  # [B, M, T] place of each target patch in target_unique
     neighborhood: torch.Tensor  # [R] flat patches in the windows around target_unique, themselves included, ascending
+    context_packing: Packing | None = None  # with mask.pack: where each image's patches lie in context_index
+    prediction_packing: PackedSequences | None = None  # with mask.pack: what the predictor makes of them
+
+    @property
+    def context_size(self) -> float:
+        """Context patches per image, in the mean."""
+        return self.context_index.numel() / len(self.target_index)
 
     def pin_memory(self) -> MaskBatch:
         """The same masks in page-locked memory, for copies that do not wait. Needs CUDA."""
-        return MaskBatch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+        return self._map(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> MaskBatch:
         """The same masks on `device`."""
-        return MaskBatch(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MaskBatch:
+        def apply(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return type(value)(*map(apply, value))
+            return None if value is None else function(value)
+
+        return MaskBatch(*(apply(getattr(self, field.name)) for field in fields(self)))
 
 
 def sample_masks(
@@ -87,7 +104,7 @@ def sample_masks(
         batch_size: images of this rank, B. Image b is number rank * B + b of the global batch, and draws by that.
         seed, step: of the run; block sizes depend on these alone, so they agree on all ranks.
         rank, world_size: which slice of the global batch. world_size matters for context_cut "global" alone, which cuts
-            contexts to the shortest of all world_size * B images instead of this rank's.
+            contexts to the shortest of all world_size * B images instead of this rank's. With `pack` none is cut.
         window: side of the neighbourhood around a target patch, odd.
         border: "wrap" takes windows round the grid, "clip" leaves out what is outside of it.
 
@@ -102,7 +119,7 @@ def sample_masks(
         raise ValueError(f"window: {window} is not a positive odd number")
     if border not in ("wrap", "clip"):
         raise ValueError(f"border: {border!r} is neither 'wrap' nor 'clip'")
-    everyone = settings.context_cut == "global"
+    everyone = settings.context_cut == "global" and not settings.pack
     if rank < 0 or (everyone and rank >= world_size):
         raise ValueError(f"rank: {rank} is outside of a world of {world_size}")
 
@@ -119,7 +136,12 @@ def sample_masks(
     num_kept = int(np.count_nonzero(context, axis=1).min())
     context = context[mine]
 
-    if settings.sampler == "released":
+    packings = ()
+    if settings.pack:
+        context_index = np.flatnonzero(context)[None]
+        length = np.count_nonzero(context, axis=1)
+        packings = pack(length), pack_predictions(length, num_targets, math.prod(target_size))
+    elif settings.sampler == "released":
         context_index = _first_patches(context, num_kept)
     else:
         words = _random_words(seed, step, CUT, 0, rank * batch_size * num_patches, batch_size * num_patches)
@@ -140,7 +162,7 @@ def sample_masks(
     neighborhood = np.flatnonzero(enlarged != 0)
 
     arrays = (context_index, target_index, target_unique, target_slot, neighborhood)
-    return MaskBatch(*map(torch.from_numpy, arrays))
+    return MaskBatch(*map(torch.from_numpy, arrays), *packings)
 
 
 def check_masks(settings: MaskSettings, grid_size: tuple[int, int]) -> None:

@@ -74,10 +74,10 @@ class DMTJEPA(nn.Module):
 
     def predict_targets(self, images: Tensor, masks: MaskBatch) -> Tensor:
         """The student's half: encode the context, aggregate it, predict each target block -> [B, M, T, D]."""
-        z = self.encoder(images, masks.context_index)
+        z = self.encoder(images, masks.context_index, masks.context_packing)
         if self.head is not None:
-            z = self.head.aggregate_context(z)
-        return self.predictor(z, masks.context_index, masks.target_index)
+            z = self.head.aggregate_context(z, masks.context_packing)
+        return self.predictor(z, masks.context_index, masks.target_index, masks.prediction_packing)
 
     def loss(self, predictions: Tensor, targets: Tensor, masks: MaskBatch) -> Tensor:
         """Mean over all of predictions [B, M, T, D] against targets [U, D] -> scalar float32 (float64 from float64)."""

@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "kernels": set(),
     "config": set(),
-    "masking": {"config"},
+    "packing": set(),
+    "masking": {"config", "packing"},
     "data": {"config"},
-    "models": {"kernels"},
+    "models": {"kernels", "packing"},
     "objective": {"kernels", "config", "masking", "models"},
     "reference": set(),
     "reference_masks": {"config", "masking"},

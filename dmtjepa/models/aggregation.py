@@ -9,10 +9,12 @@ applied after pooling. The slow form, which this is tested against, is `dmtjepa.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmtjepa import kernels as operators
 from dmtjepa.models.layers import LAYER_NORM_EPS, Mlp, initialize_weights
+from dmtjepa.packing import Packing
 
 
 class QueryAttention(nn.Module):
@@ -62,16 +64,25 @@ class AggregationBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def aggregate_context(self, z: Tensor) -> Tensor:
+    def aggregate_context(self, z: Tensor, packing: Packing | None = None) -> Tensor:
         """One context block: the mean of z attends to [mean; z], and the result is added to every patch."""
+        if packing is None:
+            mean = z.mean(dim=1)
+        else:
+            z, present = packing.pad(z), packing.present
+            mean = (z * present[:, :, None]).sum(dim=1) / packing.length[:, None]
         rows = self.norm1(z)
-        mean = self.norm1(z.mean(dim=1))
+        mean = self.norm1(mean)
         key_map, key_bias = self.attn.absorb(mean)
         score = torch.cat([mean[:, None] @ key_map.transpose(1, 2), rows @ key_map.transpose(1, 2)], dim=1)
         score = score + key_bias[:, None]
+        if packing is not None:
+            score = score.masked_fill(~F.pad(present, (1, 0), value=True)[:, :, None], -torch.inf)
         weight = score.softmax(dim=1)
         pooled = weight[:, 0, :, None] * mean[:, None] + weight[:, 1:].transpose(1, 2) @ rows
         z = z + self.attn.project_pooled(pooled)[:, None]
+        if packing is not None:
+            z = packing.unpad(z)
         return z + self.mlp(self.norm2(z))
 
     def finish(self, x: Tensor, aggregated: Tensor) -> Tensor:
@@ -119,10 +130,10 @@ class AggregationHead(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         initialize_weights(self, init_std)
 
-    def aggregate_context(self, z: Tensor) -> Tensor:
-        """Aggregate the encoded context over each image: [B, C, D] -> [B, C, D]."""
+    def aggregate_context(self, z: Tensor, packing: Packing | None = None) -> Tensor:
+        """Aggregate the encoded context over each image: [B, C, D] -> [B, C, D]; [1, L, D] with a packing."""
         for block in self.cls_blocks:
-            z = block.aggregate_context(z)
+            z = block.aggregate_context(z, packing)
         return self.norm(z)
 
     def aggregate_neighbors(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmtjepa.models.attention import AttentionFunction
+from dmtjepa.packing import Packing
 
 LAYER_NORM_EPS = 1e-6
 
@@ -77,7 +78,10 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention [B, L, D] -> [B, L, D] with a joint projection to queries, keys and values."""
+    """Multi-head self-attention [B, L, D] -> [B, L, D] with a joint projection to queries, keys and values.
+
+    With a packing, [1, L, D] holds sequences of different lengths, and each attends to itself.
+    """
 
     def __init__(self, dim: int, num_heads: int, attend: AttentionFunction) -> None:
         super().__init__()
@@ -88,13 +92,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return self.proj(self.attend(query, key, value).flatten(2))
+        return self.proj(self.attend(query, key, value, packing).flatten(2))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block [B, L, D] -> [B, L, D]."""
+    """A pre-norm transformer block [B, L, D] -> [B, L, D]; for a packing see `Attention`."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attend: AttentionFunction) -> None:
         super().__init__()
@@ -103,6 +107,6 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), packing)
         return x + self.mlp(self.norm2(x))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dmtjepa.models.attention import choose_attention
 from dmtjepa.models.layers import LAYER_NORM_EPS, Block, initialize_weights, sincos_position_embedding
+from dmtjepa.packing import PackedSequences
 
 
 class Predictor(nn.Module):
@@ -46,24 +47,31 @@ class Predictor(nn.Module):
         initialize_weights(self, init_std)
         nn.init.trunc_normal_(self.mask_token, std=init_std)
 
-    def forward(self, context: Tensor, context_index: Tensor, target_index: Tensor) -> Tensor:
+    def forward(
+        self, context: Tensor, context_index: Tensor, target_index: Tensor, packed: PackedSequences | None = None
+    ) -> Tensor:
         """Predict the targets.
 
         Args:
             context: [B, C, D] encoded context.
             context_index: [B, C] its patches.
             target_index: [B, M, T] patches of the M target blocks.
+            packed: where images have different numbers of context patches; context and context_index then are
+                [1, L, D] and [1, L] of b*N + n.
 
         Returns:
             [B, M, T, D] predictions.
         """
-        num_blocks, num_targets = target_index.shape[1:]
+        batch, num_blocks, num_targets = target_index.shape
         context = self.predictor_embed(context)
         position = self.predictor_pos_embed[0].to(context.dtype)
-        context = context + F.embedding(context_index, position)
+        context = context + F.embedding(context_index if packed is None else context_index % len(position), position)
         queries = self.mask_token.to(context.dtype) + F.embedding(target_index, position)
-        x = torch.cat([context[:, None].expand(-1, num_blocks, -1, -1), queries], dim=2).flatten(0, 1)
+        if packed is None:
+            x = torch.cat([context[:, None].expand(-1, num_blocks, -1, -1), queries], dim=2).flatten(0, 1)
+        else:
+            x = F.embedding(packed.index, torch.cat([context[0], queries.flatten(0, 2)]))
         for block in self.predictor_blocks:
-            x = block(x)
-        x = self.predictor_proj(self.predictor_norm(x[:, -num_targets:]))
-        return x.unflatten(0, (-1, num_blocks))
+            x = block(x, packed and packed.packing)
+        x = x[:, -num_targets:] if packed is None else x[:, packed.target]
+        return self.predictor_proj(self.predictor_norm(x)).view(batch, num_blocks, num_targets, -1)

@@ -15,6 +15,7 @@ from dmtjepa.models.layers import (
     resample_position_embedding,
     sincos_position_embedding,
 )
+from dmtjepa.packing import Packing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -91,29 +92,34 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         initialize_weights(self, init_std)
 
-    def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, index: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """Encode the patches of `index`, or all.
 
         Args:
             images: [B, 3, H, W], uint8, or float normalised with ImageNet's mean and standard deviation.
             index: [B, C] patches to encode, in raster order of the grid; None for all. The others are never read.
+            packing: where images have different numbers of patches: how they lie in `index`, which then is [1, L] of
+                b*N + n.
 
         Returns:
-            [B, C or N, D] in the dtype of the weights.
+            [B, C or N, D] in the dtype of the weights; [1, L, D] with a packing.
         """
-        x = self.embed(images, index)
+        x = self.embed(images, index, packing)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, packing)
         return self.norm(x)
 
-    def embed(self, images: Tensor, index: Tensor | None = None) -> Tensor:
-        """Tokens with their position embedding, before the first block: [B, C or N, D]."""
+    def embed(self, images: Tensor, index: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        """Patches with their position embedding, before the first block; arguments and shapes as in `forward`."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"images of {height}x{width} pixels are no multiple of the patch size {self.patch_size}")
         grid_size = (height // self.patch_size, width // self.patch_size)
         dtype = self.patch_embed.proj.weight.dtype
         position = resample_position_embedding(self.pos_embed[0], self.grid_size, grid_size).to(dtype)
+        if packing is not None:
+            # Patch b*N + n of the images is patch b*N + n of one tall image, which has them below one another.
+            images = images.transpose(0, 1).flatten(1, 2)[None]
         if images.dtype == torch.uint8:
             rows = self._embed_patches(
                 images, self.patch_size, index, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype
@@ -122,7 +128,9 @@ class VisionTransformer(nn.Module):
             rows = patchify(images.to(dtype), self.patch_size)
             if index is not None:
                 rows = self._gather_tokens(rows, index)
-        return self.patch_embed(rows) + (position if index is None else F.embedding(index, position))
+        if index is not None:
+            position = F.embedding(index if packing is None else index % len(position), position)
+        return self.patch_embed(rows) + position
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

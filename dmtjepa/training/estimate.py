@@ -45,7 +45,7 @@ def measure_masks(config: Config, num_steps: int = 32) -> tuple[MaskShapes, Mask
             window=config.patch.patch_k_size,
             border=config.patch.border,
         )
-        sizes = masks.context_index.shape[1], masks.target_index.shape[2]
+        sizes = masks.context_size, masks.target_index.shape[2]
         rows.append((*sizes, len(masks.target_unique) / batch, len(masks.neighborhood) / batch))
     columns = list(zip(*rows, strict=True))
     return MaskShapes(*(sum(column) / num_steps for column in columns)), MaskShapes(*map(max, columns))

@@ -247,7 +247,7 @@ class Trainer:
                 step_in_epoch=step_in_epoch,
                 loss=loss,
                 norm=norm,
-                context_size=masks.context_index.shape[1],
+                context_size=round(masks.context_size),
                 target_size=masks.target_index.shape[2],
                 learning_rate=self.schedules.learning_rate(self.step),
                 weight_decay=self.schedules.decay(self.step),

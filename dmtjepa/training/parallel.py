@@ -98,14 +98,19 @@ def _units(model: DMTJEPA) -> tuple[list[nn.Module], list[nn.Module], list[nn.Mo
 
 
 def _compile_varying(function: Callable[..., Tensor], compiler: Callable[..., Callable]) -> Callable[..., Tensor]:
-    """`function` compiled for any number of patches: dimension 1 of a batch [B, L, D], dimension 0 of a patch list."""
+    """`function` compiled for any number of patches: dimension 1 of a batch [B, L, ...], dimension 0 of a list."""
     compiled = compiler(function, fullgraph=True, dynamic=False)
 
     @functools.wraps(function)
-    def run(*arguments: Tensor | tuple[int, int] | None) -> Tensor:
-        for tensor in arguments:
-            if isinstance(tensor, Tensor):
-                torch._dynamo.maybe_mark_dynamic(tensor, 1 if tensor.ndim == 3 else 0)
+    def run(*arguments: Tensor | tuple | None) -> Tensor:
+        mark_varying(arguments)
         return compiled(*arguments)
+
+    def mark_varying(value: Tensor | tuple | int | None) -> None:
+        if isinstance(value, Tensor):
+            torch._dynamo.maybe_mark_dynamic(value, 1 if value.ndim > 1 else 0)
+        elif isinstance(value, tuple):
+            for part in value:
+                mark_varying(part)
 
     return run
