@@ -91,7 +91,9 @@ def test_a_step_that_reads_its_loss_is_noticed(settings, monkeypatch):
         launch(settings(), ["cpu"])
 
 
-@pytest.mark.parametrize("changes", [{}, {"patch.local_agg_head": False}, {"optimization.clip_grad": 1.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"patch.local_agg_head": False}, {"optimization.clip_grad": 1.0}, {"mask.pack": True}]
+)
 def test_no_step_reads_a_value(settings, losses, monkeypatch, changes):
     num_steps = 0
     train_step, record = Trainer.train_step, Trainer._record
