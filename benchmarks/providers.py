@@ -78,7 +78,7 @@ class Workload:
     def mask_shapes(self, step: int) -> MaskShapes:
         masks = self.masks(step)
         per_image = (len(masks.target_unique) / self.batch_size, len(masks.neighborhood) / self.batch_size)
-        return MaskShapes(masks.context_index.shape[1], masks.target_index.shape[2], *per_image)
+        return MaskShapes(masks.context_size, masks.target_index.shape[2], *per_image)
 
     def flops(self, step: int) -> float:
         """Lean FLOPs of a step, at the shapes of its masks (`dmtjepa.training.estimate`)."""
@@ -194,8 +194,11 @@ class ReferenceStep:
 
     def __call__(self, pixels: Tensor, masks: MaskBatch, step: int) -> tuple[Tensor, Tensor]:
         model, at, total = self.model, self.at, torch.zeros((), device=self.device)
-        tensors = (pixels, masks.context_index, masks.target_index)
-        for images, context_index, target_index in zip(*(t.split(self.part) for t in tensors), strict=True):
+        num_patches = model.encoder.grid_size[0] * model.encoder.grid_size[1]
+        contexts = masks.context_index if masks.context_packing is None else masks.contexts(num_patches)
+        for first in range(0, len(pixels), self.part):
+            part = slice(first, first + self.part)
+            images, context_index, target_index = pixels[part], contexts[part], masks.target_index[part]
             # The reference makes its tables wherever the default device is.
             autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
             with self.device, autocast:

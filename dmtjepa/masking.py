@@ -67,6 +67,12 @@ class MaskBatch:
         """Context patches per image, in the mean."""
         return self.context_index.numel() / len(self.target_index)
 
+    def contexts(self, num_patches: int) -> list[torch.Tensor]:
+        """The context patches of each image, [C] of 0 to N - 1, for looking at them: the host waits for the device."""
+        if self.context_packing is None:
+            return list(self.context_index)
+        return list((self.context_index[0] % num_patches).split(self.context_packing.length.tolist()))
+
     def pin_memory(self) -> MaskBatch:
         """The same masks in page-locked memory, for copies that do not wait. Needs CUDA."""
         return self._map(torch.Tensor.pin_memory)

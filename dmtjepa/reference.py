@@ -198,8 +198,16 @@ def compute_targets(model: nn.Module, images: Tensor, target_index: Tensor) -> T
         return torch.stack([take_patches(h, index) for index in target_index.unbind(1)], dim=1)
 
 
-def predict_targets(model: nn.Module, images: Tensor, context_index: Tensor, target_index: Tensor) -> Tensor:
-    """The predictions of a `DMTJEPA`'s student for normalised images: [B, M, T, D]."""
+def predict_targets(
+    model: nn.Module, images: Tensor, context_index: Tensor | Sequence[Tensor], target_index: Tensor
+) -> Tensor:
+    """The predictions of a `DMTJEPA`'s student for normalised images: [B, M, T, D].
+
+    context_index is [B, C], or the patches of each image, as many as it has.
+    """
+    if not isinstance(context_index, Tensor):
+        each = zip(images.split(1), context_index, target_index.split(1), strict=True)
+        return torch.cat([predict_targets(model, image, index[None], blocks) for image, index, blocks in each])
     encoder, predictor, head = model.encoder, model.predictor, model.head
     z = encode(parameters_of(encoder), images, encoder.num_heads, context_index)
     if head is not None:
@@ -208,9 +216,13 @@ def predict_targets(model: nn.Module, images: Tensor, context_index: Tensor, tar
 
 
 def compute_loss(
-    model: nn.Module, images: Tensor, context_index: Tensor, target_index: Tensor, loss: str = "smooth_l1"
+    model: nn.Module,
+    images: Tensor,
+    context_index: Tensor | Sequence[Tensor],
+    target_index: Tensor,
+    loss: str = "smooth_l1",
 ) -> Tensor:
-    """The loss of a batch of normalised images, with gradient to the student."""
+    """The loss of a batch of normalised images, with gradient to the student; contexts as in `predict_targets`."""
     targets = compute_targets(model, images, target_index)
     predictions = predict_targets(model, images, context_index, target_index)
     if loss == "l2":

@@ -82,6 +82,8 @@ def test_every_context_is_whole(sampler):
     for name in ("target_index", "target_unique", "target_slot", "neighborhood"):
         assert torch.equal(getattr(packed, name), getattr(cut, name))
     contexts = contexts_of(packed, 81)
+    assert all(map(torch.equal, packed.contexts(81), contexts))
+    assert all(map(torch.equal, cut.contexts(81), cut.context_index))
     assert [len(context) for context in contexts] == packed.context_packing.length.tolist()
     assert min(map(len, contexts)) == cut.context_index.shape[1]
     assert packed.context_size == sum(map(len, contexts)) / 8 > cut.context_size
@@ -114,11 +116,11 @@ def test_each_image_computes_as_if_alone(case):
     model, images, masks = make_model(case, torch.float64), make_images(case, torch.float64), packed_masks(case)
     contexts = contexts_of(masks, case.grid[0] * case.grid[1])
     assert len(set(map(len, contexts))) > 1
-    losses, predictions = [], []
-    for b, context in enumerate(contexts):
-        one = images[b : b + 1], context[None], masks.target_index[b : b + 1]
-        predictions.append(reference.predict_targets(model, *one))
-        losses.append(reference.compute_loss(model, *one))
+    predictions = reference.predict_targets(model, images, contexts, masks.target_index)
+    losses = [
+        reference.compute_loss(model, images[b : b + 1], context[None], masks.target_index[b : b + 1])
+        for b, context in enumerate(contexts)
+    ]
     expected_loss = torch.stack(losses).mean()
     expected_loss.backward()
     expected = student_gradients(model)
@@ -127,7 +129,7 @@ def test_each_image_computes_as_if_alone(case):
     actual = model.predict_targets(images, masks)
     loss = model.loss(actual, model.compute_targets(images, masks), masks)
     loss.backward()
-    assert relative_error(actual, torch.cat(predictions)) < 1e-9
+    assert relative_error(actual, predictions) < 1e-9
     torch.testing.assert_close(loss, expected_loss, rtol=1e-9, atol=0)
     assert_equal_gradients(model, expected)
 

@@ -47,7 +47,7 @@ class PictureData:
     """What the pictures show. Arrays are on the CPU; parts that are None are left out.
 
     images: uint8 [B,3,H,W]. grid_size: rows and columns of patches, N in all.
-    context_index [B,C], target_index [B,M,T]: patches of the masks.
+    context_index [C] of each image, target_index [B,M,T]: patches of the masks.
     query_index [Q]: patches whose neighbours are shown; neighbor_index [B,Q,K]: most similar first, -1 when missing.
     patches, untrained_patches: float [B,N,D], features for the principal components, less their mean at each place.
     accuracy: name of the features -> {k: share}; `chance` the share of the most frequent class.
@@ -55,7 +55,7 @@ class PictureData:
 
     grid_size: tuple[int, int]
     images: Tensor | None = None
-    context_index: Tensor | None = None
+    context_index: Sequence[Tensor] | None = None
     target_index: Tensor | None = None
     query_index: Tensor | None = None
     neighbor_index: Tensor | None = None
@@ -308,7 +308,9 @@ def _draw_mask_strip(figure: FigureBase, data: PictureData) -> None:
     figure.suptitle("Masks: what the student sees, and the blocks whose targets it predicts", fontsize=12)
     for b, axes in enumerate(_strip(figure, len(data.images))):
         draw_masks(axes, data.images[b], data.context_index[b], data.target_index[b], data.grid_size)
-    handles = [Patch(facecolor=CONTEXT_COLOR, alpha=0.4, label=f"context ({data.context_index.shape[1]} patches)")]
+    sizes = sorted({len(index) for index in data.context_index})
+    shown = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    handles = [Patch(facecolor=CONTEXT_COLOR, alpha=0.4, label=f"context ({shown} patches)")]
     size = data.target_index.shape[2]
     for m in range(data.target_index.shape[1]):
         color = BLOCK_COLORS[m % len(BLOCK_COLORS)]

@@ -220,7 +220,7 @@ def _collect_pictures(
     return PictureData(
         grid_size=config.grid_size,
         images=images,
-        context_index=masks.context_index,
+        context_index=masks.contexts(config.grid_size[0] * config.grid_size[1]),
         target_index=masks.target_index,
         query_index=query_index,
         neighbor_index=neighbor_index,

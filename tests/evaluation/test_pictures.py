@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,13 @@ def test_target_blocks_are_outlined_where_they_are(full):
     image = full.images[0].permute(1, 2, 0).numpy().astype(int)
     assert np.array_equal(shown[0:8, 16:32], image[0:8, 16:32])  # context patches 2 and 3 as they are
     assert shown[16:, :].min() > 150  # outside of the context the image is pale
+
+
+def test_contexts_of_different_lengths(full):
+    figure = Figure()
+    contexts = [torch.tensor([2, 3, 8]), torch.tensor([2]), torch.tensor([3, 8, 12, 13])]
+    pictures._draw_mask_strip(figure, replace(full, context_index=contexts))
+    assert "context (1 to 4 patches)" in {text.get_text() for text in figure.legends[0].get_texts()}
 
 
 def test_an_arrow_leads_to_every_neighbour_that_exists(full):
