@@ -20,7 +20,10 @@ def test_trains_as_on_the_cpu_up_to_bfloat16(plain, settings, losses, compiled):
     torch.testing.assert_close(losses(config), losses(plain), rtol=0.05, atol=0.01)
 
 
-def test_no_step_between_two_logged_ones_waits_for_the_device(settings, losses, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"mask.pack": True}, {"runtime.teacher_precision": "fp8"}], ids=str)
+def test_no_step_between_two_logged_ones_waits_for_the_device(settings, losses, monkeypatch, changes):
+    if changes.get("runtime.teacher_precision") == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8 products")
     original = Trainer.train_step
 
     def train_step(trainer, batches):
@@ -33,7 +36,7 @@ def test_no_step_between_two_logged_ones_waits_for_the_device(settings, losses, 
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    config = settings(**{"runtime.compile": "off"})
+    config = settings(**{"runtime.compile": "off"} | changes)
     assert launch(config, ["cuda:0"]) == 0
     assert all(map(math.isfinite, losses(config)))
 
