@@ -32,7 +32,7 @@ from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training.distributed import World
 from dmtjepa.training.estimate import MaskShapes, step_flops
 from dmtjepa.training.optimization import Schedules
-from dmtjepa.training.parallel import build_mesh, parallelize
+from dmtjepa.training.parallel import build_mesh, parallelize, recomputation
 from dmtjepa.training.step import TrainStep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -99,7 +99,9 @@ PROPERTIES = {
     "bfloat16": "runtime.precision=bfloat16",
     "eager": "runtime.compile='off'",
     "compiled": "runtime.compile='on'",
-    "recompute": "runtime.activation_checkpointing=true",
+    "keep": "runtime.activation_checkpointing=none",
+    "pointwise": "runtime.activation_checkpointing=pointwise",
+    "recompute": "runtime.activation_checkpointing=blocks",
     "xformers": "runtime.attention=xformers",
     "sdpa": "runtime.attention=sdpa",
     "triton": "runtime.kernels=triton",
@@ -155,7 +157,7 @@ class ProjectStep:
             mesh,
             dtype=provider.dtype,
             compiled=config.runtime.compile == "on",
-            activation_checkpointing=config.runtime.activation_checkpointing,
+            recompute=recomputation(config, world.device.type),
         )
         self.step = TrainStep(model, config.optimization, SCHEDULES, mesh, world.device, at)
         aggregate = model.teacher_head.aggregate_neighbors

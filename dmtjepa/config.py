@@ -202,7 +202,11 @@ class RuntimeSettings(Section):
         "of compute capability 8.9 and 9.0 or later; a CPU emulates it, slowly",
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of each block; auto: on CUDA")
-    activation_checkpointing: bool = Field(False, description="recompute the student's blocks in the backward pass")
+    activation_checkpointing: Literal["auto", "none", "pointwise", "blocks"] = Field(
+        "auto",
+        description="what the backward pass computes again instead of keeping it: of the student's blocks, norms and "
+        "GELUs (pointwise) or all (blocks); auto: pointwise where blocks are compiled, where it costs little",
+    )
     shard_size: int | None = Field(
         None, ge=1, description="devices that one copy of the model is sharded over (HSDP); null: all of them (FSDP)"
     )

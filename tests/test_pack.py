@@ -9,10 +9,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmtjepa import reference
-from dmtjepa.config import MaskSettings
+from dmtjepa.config import MaskSettings, parse_config
 from dmtjepa.masking import MaskBatch, sample_masks
 from dmtjepa.models.attention import block_diagonal, choose_attention, cpu_attention, sdpa_attention
 from dmtjepa.packing import Packing, pack, pack_predictions
+from dmtjepa.training.estimate import measure_masks
 from dmtjepa.training.parallel import compile_blocks, parallelize
 from tests.test_objective import PATCH, Case, make_images, make_model, relative_error, student_gradients
 
@@ -93,6 +94,15 @@ def test_every_context_is_whole(sampler):
         alone = draw(settings, batch_size=1, rank=8 + b)
         assert torch.equal(context, alone.context_index[0])
         assert not set(context.tolist()) & set(packed.target_index[b].flatten().tolist())
+
+
+def test_estimate_counts_the_longer_contexts():
+    values = {"data": {"crop_size": 72, "batch_size": 8}, "mask": {"patch_size": 8, "min_keep": 2}}
+    cut, packed = (parse_config(values | {"mask": values["mask"] | {"pack": pack}}) for pack in (False, True))
+    means = [measure_masks(config, num_steps=4)[0] for config in (cut, packed)]
+    sizes = [sample_masks(packed.mask, (9, 9), 8, 0, step, 0).context_packing.length for step in range(4)]
+    assert means[1].context == torch.cat(sizes).double().mean() > means[0].context
+    assert means[1].target == means[0].target
 
 
 @pytest.mark.parametrize("case", [CASE, CASE._replace(head=False)], ids=str)
@@ -177,7 +187,7 @@ def test_compiled_twice_for_many_shapes_and_sharded():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
-        parallelize(model, mesh, dtype=torch.float32, activation_checkpointing=True)
+        parallelize(model, mesh, dtype=torch.float32, recompute="blocks")
         for m, loss in zip(masks[:2], expected, strict=False):
             actual = model.loss(model.predict_targets(images, m), model.compute_targets(images, m), m)
             torch.testing.assert_close(actual, loss)

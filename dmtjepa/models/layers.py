@@ -96,6 +96,14 @@ class Attention(nn.Module):
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         return self.proj(self.attend(query, key, value, packing).flatten(2))
 
+    def attend_from(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Attention from `rows` [B, Q, D] alone, which are some rows of x [B, L, D] -> [B, Q, D]."""
+        dim = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        query = F.linear(rows, weight[:dim], bias[:dim]).unflatten(-1, (self.num_heads, -1))
+        key, value = F.linear(x, weight[dim:], bias[dim:]).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return self.proj(self.attend(query, key, value, None).flatten(2))
+
 
 class Block(nn.Module):
     """A pre-norm transformer block [B, L, D] -> [B, L, D]; for a packing see `Attention`."""
@@ -107,6 +115,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), packing)
+    def forward(self, x: Tensor, packing: Packing | None = None, rows: Tensor | None = None) -> Tensor:
+        """Where the outputs of `rows` [B, Q, D] alone are needed, which are some rows of x: those, [B, Q, D]."""
+        if rows is None:
+            x = x + self.attn(self.norm1(x), packing)
+        else:
+            x = rows + self.attn.attend_from(self.norm1(rows), self.norm1(x))
         return x + self.mlp(self.norm2(x))

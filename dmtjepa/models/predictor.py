@@ -71,7 +71,11 @@ class Predictor(nn.Module):
             x = torch.cat([context[:, None].expand(-1, num_blocks, -1, -1), queries], dim=2).flatten(0, 1)
         else:
             x = F.embedding(packed.index, torch.cat([context[0], queries.flatten(0, 2)]))
-        for block in self.predictor_blocks:
+        *blocks, last = self.predictor_blocks
+        for block in blocks:
             x = block(x, packed and packed.packing)
-        x = x[:, -num_targets:] if packed is None else x[:, packed.target]
+        if packed is None:
+            x = last(x, None, x[:, -num_targets:])  # of the last block, the outputs of the targets alone are read
+        else:
+            x = last(x, packed.packing)[:, packed.target]
         return self.predictor_proj(self.predictor_norm(x)).view(batch, num_blocks, num_targets, -1)

@@ -15,7 +15,7 @@ from dmtjepa.masking import sample_masks
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
 from dmtjepa.training.loop import build_schedules
-from dmtjepa.training.parallel import compute_dtype
+from dmtjepa.training.parallel import compute_dtype, recomputation
 
 GIB = 2**30
 
@@ -69,7 +69,10 @@ def step_flops(config: Config, shapes: MaskShapes) -> dict[str, float]:
     def encoder(count: float) -> float:
         return transformer_flops(count, dim, depth, ratio) + 2 * count * pixels * dim
 
-    predictor = blocks * transformer_flops(shapes.context + shapes.target, narrow, config.meta.pred_depth, 4.0)
+    sequence = shapes.context + shapes.target
+    predictor = blocks * transformer_flops(sequence, narrow, config.meta.pred_depth - 1, 4.0)
+    # The last block has keys and values of all patches, and all else of the targets alone.
+    predictor += blocks * narrow * (4 * narrow * sequence + shapes.target * (20 * narrow + 4 * sequence))
     predictor += 2 * dim * narrow * (shapes.context + blocks * shapes.target)
     flops = {
         "teacher encoder": encoder(num_patches),
@@ -101,7 +104,7 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     """Largest memory of a device, by part; `shapes` are the largest that occur.
 
     Weights, gradients and AdamW's averages are float32 and sharded. What the backward pass needs of a block of width D
-    is 16 D numbers per patch (12 D where a compiled block recomputes its GELU and norms), or D with checkpointing.
+    is 16 D numbers per patch, 10 D where it recomputes GELU and norms, or D where it recomputes all.
     """
     architecture = ARCHITECTURES[config.meta.model_name]
     dim, depth = architecture["embed_dim"], architecture["depth"]
@@ -109,9 +112,9 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     parameters = count_parameters(config)
     student = sum(count for name, count in parameters.items() if not name.startswith("teacher"))
     teacher = sum(parameters.values()) - student
-    size = compute_dtype(config, "cuda" if on_cuda else "cpu").itemsize
-    compiled = runtime.compile == "on" or (runtime.compile == "auto" and on_cuda)
-    kept = 1 if runtime.activation_checkpointing else 12 if compiled else 16
+    device_type = "cuda" if on_cuda else "cpu"
+    size = compute_dtype(config, device_type).itemsize
+    kept = {"none": 16, "pointwise": 10, "blocks": 1}[recomputation(config, device_type)]
     shards = min(runtime.shard_size or world_size, world_size)
     num_patches = config.grid_size[0] * config.grid_size[1]
     one_block = parameters["encoder"] / depth

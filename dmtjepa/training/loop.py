@@ -26,7 +26,7 @@ from dmtjepa.training import checkpoint as checkpoints
 from dmtjepa.training.distributed import Agreement, DistributedError, StopSignals, Watchdog, World
 from dmtjepa.training.metrics import Metrics, StepRecord, StepValues
 from dmtjepa.training.optimization import Schedules
-from dmtjepa.training.parallel import build_mesh, compute_dtype, parallelize
+from dmtjepa.training.parallel import build_mesh, compute_dtype, is_compiled, parallelize, recomputation
 from dmtjepa.training.run_folder import check_folder, claimed, write_environment, write_settings
 from dmtjepa.training.step import Batch, TrainStep
 
@@ -135,7 +135,6 @@ class Trainer:
 
         torch.manual_seed(runtime.seed)  # the same weights on every rank
         self.mesh = build_mesh(world.device.type, world.world_size, runtime.shard_size)
-        on_cuda = world.device.type == "cuda"
         model = build_model(config, world.device.type)
         begun = self._find_checkpoint()
         if begun is None:
@@ -144,8 +143,8 @@ class Trainer:
             model,
             self.mesh,
             dtype=compute_dtype(config, world.device.type),
-            compiled=runtime.compile == "on" or (runtime.compile == "auto" and on_cuda),
-            activation_checkpointing=runtime.activation_checkpointing,
+            compiled=is_compiled(config, world.device.type),
+            recompute=recomputation(config, world.device.type),
             reshard_after_forward=runtime.reshard_after_forward,
         )
         self.update = TrainStep(self.model, config.optimization, self.schedules, self.mesh, world.device, self._at)

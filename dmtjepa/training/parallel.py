@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dmtjepa.config import Config, ConfigError
 from dmtjepa.objective import DMTJEPA
@@ -21,6 +22,21 @@ def compute_dtype(config: Config, device_type: str) -> torch.dtype:
     if config.runtime.precision != "auto":
         return getattr(torch, config.runtime.precision)
     return torch.bfloat16 if device_type == "cuda" and config.meta.use_bfloat16 else torch.float32
+
+
+def recomputation(config: Config, device_type: str) -> str:
+    """What a run computes again in the backward pass: `none`, `pointwise` (norms and GELUs) or `blocks`.
+
+    A block of width D keeps about 16 D numbers per patch for the backward pass; 10 D; or D.
+    """
+    if config.runtime.activation_checkpointing != "auto":
+        return config.runtime.activation_checkpointing
+    return "pointwise" if is_compiled(config, device_type) else "none"
+
+
+def is_compiled(config: Config, device_type: str) -> bool:
+    """Whether blocks are compiled on a device (`runtime.compile`)."""
+    return config.runtime.compile == "on" or (config.runtime.compile == "auto" and device_type == "cuda")
 
 
 def build_mesh(device_type: str, world_size: int, shard_size: int | None = None) -> DeviceMesh:
@@ -38,7 +54,7 @@ def parallelize(
     *,
     dtype: torch.dtype,
     compiled: bool = False,
-    activation_checkpointing: bool = False,
+    recompute: str = "none",
     reshard_after_forward: bool = True,
 ) -> DMTJEPA:
     """Spread student and teacher over `mesh`, in place. Weights, gradients and their reduction are float32.
@@ -46,13 +62,13 @@ def parallelize(
     Args:
         dtype: of the computation; blocks see their weights in it.
         compiled: see `compile_blocks`.
-        activation_checkpointing: recompute the blocks of encoder and predictor in the backward pass.
+        recompute: what the backward pass computes again of the blocks of encoder and predictor, see `recomputation`.
         reshard_after_forward: whether the student's blocks are gathered again for the backward pass.
     """
     student, teacher, heads = _units(model)
-    if activation_checkpointing:
-        for block in student:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if recompute == "blocks" or not compiled:
+        checkpoint_blocks(student, recompute)
+    set_memory_budget(recompute)
     if compiled:
         compile_blocks(model)
     shard = functools.partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
@@ -76,6 +92,46 @@ def parallelize(
     for current, following in itertools.pairwise(backward):
         current.set_modules_to_backward_prefetch([following])
     return model
+
+
+# Operators whose outputs are kept where pointwise ones are computed again.
+_PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+) | {torch.ops.dmtjepa.memory_efficient_attention.default}
+
+
+def checkpoint_blocks(blocks: Sequence[nn.Module], recompute: str) -> None:
+    """Make the backward pass of `blocks` compute again what `recompute` says, see `recomputation`."""
+    if recompute == "none":
+        return
+    contexts = {"context_fn": _keep_products} if recompute == "pointwise" else {}
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+
+
+def _keep_products():
+    def choose(_context, operator, *_arguments, **_keywords) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operator in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(choose)
+
+
+def set_memory_budget(recompute: str) -> None:
+    """The same of blocks that will be compiled, where it is for the partitioner of their graphs to decide.
+
+    At a budget of 1 it keeps what a backward pass without recomputation would. Anything less first gives up what is no
+    product of matrices, and that is enough for 0.9.
+    """
+    torch._functorch.config.activation_memory_budget = 0.9 if recompute == "pointwise" else 1.0
 
 
 def compile_blocks(model: DMTJEPA, compiler: Callable[..., Callable] = torch.compile) -> None:

@@ -92,7 +92,15 @@ def test_a_step_that_reads_its_loss_is_noticed(settings, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"patch.local_agg_head": False}, {"optimization.clip_grad": 1.0}, {"mask.pack": True}]
+    "changes",
+    [
+        {},
+        {"patch.local_agg_head": False},
+        {"optimization.clip_grad": 1.0},
+        {"mask.pack": True},
+        {"runtime.teacher_precision": "fp8"},
+    ],
+    ids=str,
 )
 def test_no_step_reads_a_value(settings, losses, monkeypatch, changes):
     num_steps = 0

@@ -89,9 +89,10 @@ def test_export_has_the_published_layout(plain):
         (1, {"data.batch_size": 8, "runtime.accumulation": 2}),
         (2, {"data.batch_size": 4, "runtime.accumulation": 2, "runtime.reshard_after_forward": False}),
         (4, {"data.batch_size": 4, "runtime.shard_size": 2}),
-        (1, {"runtime.activation_checkpointing": True}),
+        (1, {"runtime.activation_checkpointing": "blocks"}),
+        (1, {"runtime.activation_checkpointing": "pointwise"}),
     ],
-    ids=["2", "4", "accumulation", "2-accumulation", "hsdp", "activation-checkpointing"],
+    ids=["2", "4", "accumulation", "2-accumulation", "hsdp", "blocks", "pointwise"],
 )
 def test_same_training_however_the_global_batch_is_divided(plain, settings, losses, weights, processes, changes):
     divided = settings("divided", **changes)

@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 import torch
 import torch._dynamo
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmtjepa.config import MaskSettings
 from dmtjepa.masking import sample_masks
@@ -14,7 +16,13 @@ from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training.distributed import joined
 from dmtjepa.training.optimization import build_optimizer
-from dmtjepa.training.parallel import build_mesh, compile_blocks, parallelize
+from dmtjepa.training.parallel import (
+    build_mesh,
+    checkpoint_blocks,
+    compile_blocks,
+    parallelize,
+    set_memory_budget,
+)
 from tests.training.ranks import run_ranks
 
 
@@ -26,7 +34,8 @@ def test_at_most_two_graphs_per_kind_of_block_over_100_mask_shapes(settings):
     def kind_of(function):
         module = function.__self__
         width = next(module.parameters()).shape[-1]
-        return type(module).__name__, function.__name__, width, next(module.parameters()).requires_grad
+        name = "last Block" if module is model.predictor.predictor_blocks[-1] else type(module).__name__
+        return name, function.__name__, width, next(module.parameters()).requires_grad
 
     @functools.cache
     def counting_backend(kind):
@@ -59,8 +68,9 @@ def test_at_most_two_graphs_per_kind_of_block_over_100_mask_shapes(settings):
         if len(shapes) % 25 == 1:
             torch.testing.assert_close(loss, eager(images, masks), rtol=0, atol=0)
     kinds = {(name, trained) for name, _, _, trained in graphs}
-    assert kinds == {("Block", True), ("Block", False), ("AggregationHead", True), ("AggregationHead", False)}
-    assert len(graphs) == 5  # encoder and predictor blocks are two kinds
+    heads = {("AggregationHead", True), ("AggregationHead", False)}
+    assert kinds == {("Block", True), ("Block", False), ("last Block", True)} | heads
+    assert len(graphs) == 5 + (config.meta.pred_depth > 1)  # encoder and predictor blocks are two kinds
     assert max(graphs.values()) <= 2, graphs
 
 
@@ -112,3 +122,65 @@ def test_memory_of_a_rank_falls_as_one_over_the_number_of_ranks(tmp_path):
 def test_shards_must_divide_the_processes():
     with pytest.raises(ValueError, match=r"shard_size: 6 processes cannot be divided into groups of 4"):
         build_mesh("cpu", 6, 4)
+
+
+class _Created(TorchDispatchMode):
+    """Remembers, without keeping them alive, all memory that operators allocate."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        output = function(*arguments, **(keywords or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            if isinstance(tensor, torch.Tensor):
+                self.storages[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        return output
+
+    def num_bytes(self):
+        return sum(size for storage, size in self.storages.items() if not storage.expired())
+
+
+@pytest.mark.parametrize(("recompute", "least", "most"), [("none", 15, 17), ("pointwise", 9, 13), ("blocks", 0, 2)])
+def test_what_is_kept_for_the_backward_pass_of_a_block(recompute, least, most):
+    """In numbers per patch and channel: what a forward pass leaves behind, its output included."""
+    torch.manual_seed(0)
+    encoder = VisionTransformer(64, 8, embed_dim=64, depth=1, num_heads=2)
+    block, x = encoder.blocks[0], torch.randn(4, 64, 64, requires_grad=True)
+    block(x).sum().backward()
+    expected = x.grad.clone()
+    model = DMTJEPA(encoder, Predictor((8, 8), embed_dim=64, predictor_dim=32, depth=1, num_heads=2), None)
+    checkpoint_blocks([*model.encoder.blocks], recompute)
+    x.grad = None
+    with _Created() as created:
+        y = block(x)
+        weights = sum(4 * p.numel() for p in block.parameters())  # their transposes
+        kept = (created.num_bytes() - weights) / (4 * x.numel())
+    assert least <= kept <= most
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_compiled_blocks_keep_less_where_pointwise_operators_are_recomputed(settings):
+    config = settings()
+    kept = {}
+    for recompute in ("none", "pointwise"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = build_model(config)
+        set_memory_budget(recompute)
+        compile_blocks(model)
+        storages = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(8, 36, model.encoder.embed_dim, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.encoder.blocks[0](x).sum().backward()
+        weights = sum(4 * p.numel() for p in model.encoder.blocks[0].parameters())
+        kept[recompute] = (sum(storages.values()) - weights) / (4 * x.numel())
+    set_memory_budget("none")
+    assert kept["pointwise"] < 0.75 * kept["none"]
