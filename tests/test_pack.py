@@ -166,7 +166,7 @@ def test_attention_of_a_cpu(dtype):
         torch.testing.assert_close(actual[:, first:end].float(), sdpa_attention(*one), rtol=tolerance, atol=tolerance)
 
 
-def test_compiled_twice_for_many_shapes_and_sharded():
+def test_compiled_once_for_many_shapes_and_sharded():
     model, images = make_model(CASE, torch.float32), make_images(CASE, torch.float32)
     masks = [packed_masks(CASE, step) for step in range(4)]
     assert len({len(m.context_packing.sequence) for m in masks}) == 4
@@ -181,8 +181,7 @@ def test_compiled_twice_for_many_shapes_and_sharded():
     compile_blocks(model, functools.partial(torch.compile, backend=backend))
     for m, loss in zip(masks, expected, strict=True):
         torch.testing.assert_close(model(images, m), loss)
-    # Blocks of encoder, predictor and teacher, two of each kind, which share their code; and two heads.
-    assert len(graphs) <= 8
+    assert len(graphs) == 5  # blocks of encoder, predictor and teacher, which share theirs; and two heads
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -77,5 +77,5 @@ class Predictor(nn.Module):
         if packed is None:
             x = last(x, None, x[:, -num_targets:])  # of the last block, the outputs of the targets alone are read
         else:
-            x = last(x, packed.packing)[:, packed.target]
+            x = last(x, packed.packing)[0].index_select(0, packed.target)
         return self.predictor_proj(self.predictor_norm(x)).view(batch, num_blocks, num_targets, -1)
