@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from dmtjepa.config import MaskSettings, parse_config
+from dmtjepa.evaluation.report import load_teacher
 from dmtjepa.masking import sample_masks
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer, fp8
 from dmtjepa.objective import DMTJEPA, build_model
@@ -169,6 +170,19 @@ def test_setting():
     assert type(plain.teacher_encoder.blocks[0].mlp.fc1) is nn.Linear
     assert isinstance(rounded.teacher_encoder.blocks[0].mlp.fc1, fp8.Fp8Linear)
     assert type(rounded.encoder.blocks[0].mlp.fc1) is nn.Linear
+
+
+def test_a_report_measures_the_weights_without_rounding(tmp_path):
+    values = {
+        "data": {"crop_size": 32},
+        "mask": {"patch_size": 8, "min_keep": 0},
+        "meta": {"model_name": "vit_tiny", "pred_emb_dim": 48, "pred_depth": 1},
+        "runtime": {"teacher_precision": "fp8"},
+    }
+    config = parse_config(values)
+    torch.save({"target_encoder": build_model(config).teacher_encoder.state_dict()}, tmp_path / "jepa.pth.tar")
+    for encoder in load_teacher(config, tmp_path / "jepa.pth.tar", "cpu"):
+        assert not any(isinstance(module, fp8.Fp8Linear) for module in encoder.modules())
 
 
 def test_other_gpus_are_refused(monkeypatch):

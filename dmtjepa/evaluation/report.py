@@ -100,7 +100,8 @@ def load_teacher(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
-        model = build_model(config, torch.device(device).type)
+        runtime = config.runtime.model_copy(update={"teacher_precision": "same"})  # in which weights are measured
+        model = build_model(config.model_copy(update={"runtime": runtime}), torch.device(device).type)
     trained, untrained = model.teacher_encoder, model.encoder
     weights = get_part(read_checkpoint(checkpoint_path), "target_encoder", checkpoint_path)
     load_weights(trained, weights, checkpoint_path)
