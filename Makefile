@@ -23,9 +23,10 @@ lint: venv
 	$(VENV)/bin/ruff check .
 
 # On a machine with a CUDA device: correctness first, then every benchmark, in under 10 minutes.
-# IMAGES=folder of photographs measures the loaders, too.
+# PUBLISHED=checkout of the published code compares with it; IMAGES=folder of photographs measures the loaders, too.
 gpu-check: venv
-	$(RUN) -m benchmarks.gpu_check --out benchmarks/results $(if $(IMAGES),--images $(IMAGES))
+	$(RUN) -m benchmarks.gpu_check --out benchmarks/results $(if $(PUBLISHED),--published $(PUBLISHED)) \
+		$(if $(IMAGES),--images $(IMAGES))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

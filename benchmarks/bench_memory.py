@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_memory [--models vit_huge] [--batches 64 128] [--published CHECKOUT] [--out FOLDER]
 
-Providers are described in benchmarks/providers.py (`project:recompute` is activation checkpointing). The step is the
+Providers are described in benchmarks/providers.py (`project:recompute` checkpoints blocks). The step is the
 one with the largest masks of the first 32, after one that creates AdamW's moments. `held` are weights, averages and
 moments, `peak` is held plus what the step adds at its worst; the estimate, of this project's providers alone, is
 `dmtjepa.training.estimate.memory_bytes` at the shapes of the same masks. On CUDA the allocator's own figures are used,
@@ -114,15 +114,18 @@ def main() -> None:
         for model in options.models:
             workload = Workload(model, 1, tuple(options.set))
             for batch in options.batches:
-                done = [measure(replace(workload, batch_size=batch), provider, world) for provider in providers]
-                rows += [row | ratios(row, done) for row in done]
+                for provider in providers:
+                    rows.append(measure(replace(workload, batch_size=batch), provider, world))
+                    rows = [row | ratios(row, rows) for row in rows]
+                    save(options.out, "memory", device, rows, plot=plot)
             if device == "cuda":
                 ours = [provider for provider in providers if provider.code == "project"]
                 found = [largest_batch(rows, workload, provider, world) for provider in ours]
                 rows += [row for row in found if row is not None]
     print(text_table(COLUMNS, rows, num_names=2), *problems(rows), sep="\n\n")
     save(options.out, "memory", device, rows, plot=plot)
-    raise SystemExit(failed(rows))
+    if failed(rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.harness import GIB, default_device, number, save, text_table
 from benchmarks.providers import PHASES, open_published, parse_provider, parse_workload
-from benchmarks.steps import failed, measure_steps, problems
+from benchmarks.steps import failed, measure_steps, problems, ratios
 from dmtjepa.config import RuntimeSettings
 from dmtjepa.training.distributed import check_device, joined
 
@@ -109,14 +109,18 @@ def main() -> None:
     with joined(check_device(device), start_timeout=60, hang_timeout=600) as world:
         for text in options.models:
             workload = parse_workload(text, options.set)
-            rows += measure_steps(
-                workload, providers, world, warmup=options.warmup, steps=options.steps, seconds=options.seconds
-            )
-            done = [row for row in rows if row["model"] == workload.name]
+            # On CUDA each provider has the memory for itself.
+            for group in [providers] if on_cpu else [[provider] for provider in providers]:
+                rows += measure_steps(
+                    workload, group, world, warmup=options.warmup, steps=options.steps, seconds=options.seconds
+                )
+                rows = [row | ratios(row, rows) for row in rows]
+                save(options.out, "step", device, rows, plot=plot)
+            done = rows[-len(providers) :]
             tables = [text_table(columns, done, num_names=2) for columns in (COLUMNS, PHASE_COLUMNS)]
             print(*tables, *problems(done), sep="\n\n", flush=True)
-            save(options.out, "step", device, rows, plot=plot)
-    raise SystemExit(failed(rows))
+    if failed(rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Everything that only a GPU can show, in under 10 minutes: CUDA tests, then every benchmark.
 
-    python -m benchmarks.gpu_check --out benchmarks/results [--images FOLDER]
+    python -m benchmarks.gpu_check --out benchmarks/results [--published CHECKOUT] [--images FOLDER]
 
 Writes a folder named after the GPU and the day: each benchmark's JSON, each step's output, and `summary.json` with
-hardware, versions, commit, what passed, and which of the goals of docs/performance.md are met. Exits with 1 if a test
+hardware, versions, commit, what passed, and which of the goals of docs/performance.md are met; those of the whole step
+are against the published code where a checkout of it is named, else against the reference. Exits with 1 if a test
 failed, a result was wrong or the tests of the operators did not finish; then no benchmark runs, because a fast wrong
 kernel has no speed. Goals that are missed are printed and are no failure.
 """
@@ -25,6 +26,7 @@ from benchmarks.harness import environment
 
 ROOT = Path(__file__).parents[1]
 TIME_LIMIT = 9.5 * 60
+OTHER_MODELS = ("vit_base:256", "vit_large:256")
 OPERATOR_TESTS = "tests of the operators"
 STATES = {0: "passed", 5: "no tests", None: "stopped: out of time"}  # by return code; any other is a failure
 
@@ -38,26 +40,24 @@ class Step:
     seconds: float
 
 
-def benchmark(module: str, out: Path, seconds: float, *options: str) -> Step:
+def benchmark(module: str, out: Path, seconds: float, *options: str, name: str | None = None) -> Step:
     command = (sys.executable, "-m", f"benchmarks.{module}", "--out", str(out), *options)
-    return Step(module, command, seconds)
+    return Step(name or module, command, seconds)
 
 
-def steps(out: Path, images: Path | None) -> list[Step]:
-    """What is run, the most telling first; benchmarks of other parts of the trainer where they exist."""
+def steps(out: Path, images: Path | None, published: Path | None) -> list[Step]:
+    """What is run, the most telling first."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+    theirs = ("--published", str(published)) if published else ()
     found = [
-        Step(OPERATOR_TESTS, (*pytest, "tests/kernels"), 300),
-        benchmark("bench_select_neighbors", out, 60, "--shapes", "huge"),
-        benchmark("bench_aggregate_neighbors", out, 90, "--shapes", "huge"),
-        benchmark("bench_gather_tokens", out, 60, "--shapes", "huge"),
-        benchmark("bench_embed_patches", out, 90, "--shapes", "huge", "base"),
-        benchmark("bench_indexed_smooth_l1", out, 60, "--shapes", "huge"),
-        benchmark("bench_targets", out, 90, "--shapes", "huge:128"),
+        Step(OPERATOR_TESTS, (*pytest, "tests/kernels"), 200),
+        benchmark("bench_step", out, 150, "--models", "vit_huge:128", *theirs),
+        benchmark("bench_operators", out, 150, "--shapes", "huge"),
+        benchmark("bench_memory", out, 110, "--providers", "project", *(["published"] if published else []), *theirs),
+        benchmark("profile_step", out, 60),
+        benchmark("bench_step", out / "others", 150, "--models", *OTHER_MODELS, *theirs, name="others"),
+        benchmark("bench_targets", out, 60, "--shapes", "huge:128"),
     ]
-    for module in ("bench_step", "bench_memory"):
-        if (ROOT / "benchmarks" / f"{module}.py").exists():
-            found.append(benchmark(module, out, 120))
     if images is not None:
         command = (sys.executable, "-m", "benchmarks.bench_loader", str(images), "--device", "cuda")
         found.append(Step("bench_loader", (*command, "--json", str(out / "loader.json")), 120))
@@ -89,21 +89,30 @@ def run(step: Step, out: Path, seconds_left: float) -> dict:
     return row
 
 
+# Of the measured copy bandwidth.
+LEAST_SHARE = {
+    "gather_tokens": 0.80,
+    "embed_patches": 0.80,
+    "select_neighbors": 0.70,
+    "aggregate_neighbors": 0.70,
+    "pool_neighbors": 0.70,
+}
+# Of the whole step: speed against the published code, and MFU.
+LEAST_SPEED = {"ViT-huge": (2.0, 0.48), "ViT-large": (2.1, 0.44), "ViT-base": (2.3, 0.38)}
+
+
 def goals(out: Path) -> dict[str, bool]:
     """The goals of docs/performance.md that the results in `out` decide."""
-    least = {  # share of the measured copy bandwidth
-        "gather_tokens": 0.80,
-        "embed_patches": 0.80,
-        "select_neighbors": 0.70,
-        "aggregate_neighbors": 0.70,
-        "pool_neighbors": 0.70,
-    }
-    rows = [row for path in out.glob("*.json") for row in json.loads(path.read_text()).get("rows", [])]
+    rows = [row for path in sorted(out.rglob("*.json")) for row in json.loads(path.read_text()).get("rows", [])]
+    return operator_goals(rows) | target_goals(rows) | step_goals(rows)
+
+
+def operator_goals(rows: list[dict]) -> dict[str, bool]:
     timed = [row for row in rows if row.get("provider") == "triton" and "ms" in row]
     found = {}
     for row in timed:
         what = f"{row['operator']}, {row['shape']}"
-        share = least.get(row["operator"].split()[0])
+        share = LEAST_SHARE.get(row["operator"].split()[0])
         if share:
             found[f"{what}: at least {share:.0%} of copy bandwidth ({row['of_copy']:.0%})"] = row["of_copy"] >= share
         ratio = row["speed_vs"].get("compile", 0.0)
@@ -114,6 +123,11 @@ def goals(out: Path) -> dict[str, bool]:
     if len(own) == len(eager) == 3:
         ratio = sum(eager.values()) / sum(own.values())
         found[f"selection and aggregation: at least 3x eager ({ratio:.1f}x)"] = ratio >= 3
+    return found
+
+
+def target_goals(rows: list[dict]) -> dict[str, bool]:
+    found = {}
     for row in rows:
         if row.get("provider") == "this project" and "time_of_reference" in row:
             speed, memory = 1 / row["time_of_reference"], row["memory_of_reference"]
@@ -123,9 +137,34 @@ def goals(out: Path) -> dict[str, bool]:
     return found
 
 
+def step_goals(rows: list[dict]) -> dict[str, bool]:
+    """Of the fastest provider of each model, and of the float8 teacher against it."""
+    found = {}
+    timed = [row for row in rows if "mfu" in row and row["provider"].startswith("project")]
+    for model in dict.fromkeys(row["model"] for row in timed):
+        mine = sorted((row for row in timed if row["model"] == model), key=lambda row: row["images_per_s"])
+        plain, fp8 = ([row for row in mine if ("fp8" in row["provider"]) == wanted] for wanted in (False, True))
+        if plain and fp8:
+            gain = fp8[-1]["images_per_s"] / plain[-1]["images_per_s"] - 1
+            found[f"{model}: float8 teacher at least 10% faster ({gain:+.0%})"] = gain >= 0.10
+        least = LEAST_SPEED.get(model.partition("/")[0])
+        if not plain or least is None:
+            continue
+        row = plain[-1]
+        other = "published" if "speed_vs_published" in row else "reference"
+        speed, memory = row.get(f"speed_vs_{other}"), row.get(f"memory_vs_{other}")
+        if speed is not None:
+            found[f"{model}: at least {least[0]}x the {other} step ({speed:.2f}x)"] = speed >= least[0]
+        if memory is not None:
+            found[f"{model}: at most 0.5x the memory of the {other} step ({memory:.2f}x)"] = memory <= 0.5
+        found[f"{model}: MFU of at least {least[1]:.0%} ({row['mfu']:.1%})"] = row["mfu"] >= least[1]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for a folder of results")
+    parser.add_argument("--published", type=Path, help="a checkout of the published code, to compare with")
     parser.add_argument("--images", type=Path, help="a folder of photographs, to measure the loaders too")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -136,7 +175,7 @@ def main() -> None:
     out = (options.out / f"{name}-{date.today()}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for step in steps(out, options.images):
+    for step in steps(out, options.images, options.published and options.published.resolve()):
         row = run(step, out, TIME_LIMIT - (time.perf_counter() - start))
         rows.append(row)
         state = STATES.get(row["return_code"], "FAILED")

@@ -161,7 +161,6 @@ def save(out: Path | None, name: str, device: str, rows: list[dict], *, plot: Ca
     hardware = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu"
     path = out / f"{hardware}-{date.today()}-{name}.json"
     path.write_text(json.dumps({**environment(device), **more, "rows": rows}, indent=1) + "\n")
-    print(f"written to {path}")
     if plot is not None:
         from matplotlib.figure import Figure
 

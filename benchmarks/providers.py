@@ -3,14 +3,14 @@
 A workload is a model at a batch. Its images are one batch of random pixels; its masks are those that the trainer would
 sample at steps 0, 1, 2, ... of seed 0, so that a recording of masks is a number of steps. A provider is written
 
-    project[:float32|:bfloat16][:eager|:compiled][:xformers|:sdpa][:triton|:torch][:recompute][:fp8]
+    project[:float32|:bfloat16][:eager|:compiled][:keep|:pointwise|:recompute][:xformers|:sdpa][:triton|:torch][:fp8]
     reference[:float32|:bfloat16]
     published[:float32|:bfloat16]
 
-`project` is `parallelize` (FSDP2) and `TrainStep`, as in a run; `recompute` is activation checkpointing, `fp8` the
-teacher's precision. `reference` is `dmtjepa.reference` with autograd and PyTorch's AdamW, under autocast for bfloat16.
-`published` is the published code (`benchmarks.published`), which gets its images normalised, outside of what is timed.
-All start from the same weights.
+`project` is `parallelize` (FSDP2) and `TrainStep`, as in a run; `keep`, `pointwise` and `recompute` are what the
+backward pass computes again (nothing, norms and GELUs, or whole blocks), `fp8` is the teacher's precision. `reference`
+is `dmtjepa.reference` with autograd and PyTorch's AdamW, under autocast for bfloat16. `published` is the published code
+(`benchmarks.published`), which gets its images normalised, outside of what is timed. All start from the same weights.
 """
 
 from __future__ import annotations
