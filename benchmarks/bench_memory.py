@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_memory [--models vit_huge] [--batches 64 128] [--published CHECKOUT] [--out FOLDER]
 
-Providers are described in benchmarks/providers.py (`project:recompute` checkpoints blocks). The step is the
-one with the largest masks of the first 32, after one that creates AdamW's moments. `held` are weights, averages and
-moments, `peak` is held plus what the step adds at its worst; the estimate, of this project's providers alone, is
+Providers are described in benchmarks/providers.py (`project:recompute` checkpoints blocks). The step is the one with
+the largest masks of the first 32, made for the second time. `held` are weights, averages and moments, `peak` is held
+plus what the step adds at its worst; the estimate, of this project's providers alone, is
 `dmtjepa.training.estimate.memory_bytes` at the shapes of the same masks. On CUDA the allocator's own figures are used,
 and for each of this project's providers the largest batch that fits is found: predicted by the line through the two
 largest measured batches, then run.
@@ -41,7 +41,8 @@ def measure(workload: Workload, provider: Provider, world: World) -> dict:
         row["estimate_bytes"] = sum(memory_bytes(config, shapes, world.world_size, on_cuda).values())
     with failures_noted(row):
         run = Run(workload, provider, world)
-        run(steps[0])
+        for step in (steps[0], steps[-1]):  # averages exist, and code for both is compiled
+            run(step)
         row |= run.measure_memory(steps[-1])
         if "estimate_bytes" in row:
             row["estimate_error"] = row["estimate_bytes"] / row["peak_bytes"] - 1

@@ -81,7 +81,7 @@ def plot(axes, rows: list[dict]) -> None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for place, row in enumerate(rows):
         axes.text(left[place], place, f" {row['images_per_s']:.0f} images/s", va="center")
-    axes.margins(x=0.15)
+    axes.set_xlim(0, 1.2 * max(left, default=1.0))
     axes.set_xlabel("milliseconds per image")
     axes.legend(fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
 

@@ -164,7 +164,7 @@ def save(out: Path | None, name: str, device: str, rows: list[dict], *, plot: Ca
     if plot is not None:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(9, 0.9 + 0.45 * max(6, len(rows))), layout="constrained")
+        figure = Figure(figsize=(9, 1 + 0.35 * min(25, max(8, len(rows)))), layout="constrained")
         plot(figure.add_subplot(), rows)
         figure.savefig(path.with_suffix(".png"), dpi=120)
 

@@ -80,7 +80,8 @@ def num_bytes(name: str, shapes: Shapes, types: Sequence[str]) -> float | None:
 
 def operator_rows(profile: torch.profiler.profile, device: str, num_steps: int, ceilings: tuple[float, float]) -> list:
     """One row per operator, most time first; times, FLOPs and bytes are of one step."""
-    types = {event.correlation_id(): event.dtypes() for event in profile.profiler.kineto_results.events()}
+    kineto = profile.profiler.kineto_results.events()
+    types = {event.correlation_id(): event.dtypes() for event in kineto if event.dtypes()}
     total: dict[str, dict] = defaultdict(lambda: {"calls": 0, "us": 0.0, "bound_us": 0.0, "flops": 0.0, "bytes": 0.0})
     rate, bandwidth = ceilings
     for event in profile.events():
