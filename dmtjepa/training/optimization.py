@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,34 @@ def _decays(name: str, parameter: Tensor) -> bool:
     return "bias" not in name and parameter.ndim != 1
 
 
-def build_optimizer(modules: Iterable[nn.Module]) -> torch.optim.AdamW:
-    """AdamW with the published groups and torch's defaults (betas 0.9 and 0.999, eps 1e-8), in one fused kernel.
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW in one fused kernel, on this rank's shards as ordinary tensors; betas 0.9 and 0.999, eps 1e-8.
 
-    The fused kernel also takes `found_inf`, with which `step` is skipped on the device, without asking the host.
+    Through sharded tensors (DTensor) the same kernel would cost time on the host, and memory without end: their
+    dispatch remembers each call by its arguments, and learning rate and weight decay are new ones at every step.
+
+    `found_inf`, a float32 scalar on the device, makes a step do nothing where it is 1, without asking the host.
     """
-    return torch.optim.AdamW(parameter_groups(modules), lr=0.0, fused=True)
+
+    def __init__(self, groups: list[dict]) -> None:
+        super().__init__(groups, lr=0.0, fused=True)
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            state: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+            self._init_group(group, *state)
+            beta1, beta2 = group["betas"]
+            adamw(
+                *map(local_tensors, state), fused=True, found_inf=self.found_inf, amsgrad=False, beta1=beta1,
+                beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            )  # fmt: skip
+
+
+def build_optimizer(modules: Iterable[nn.Module]) -> ShardedAdamW:
+    """The optimizer with the published groups."""
+    return ShardedAdamW(parameter_groups(modules))
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:

@@ -1,6 +1,7 @@
 """The host never waits for the device between two logged steps; shown without a device, by what would make it wait."""
 
 import contextlib
+import gc
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmtjepa.objective import DMTJEPA
+from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training.launch import launch
 from dmtjepa.training.loop import Trainer
 
@@ -122,3 +123,20 @@ def test_no_step_reads_a_value(settings, losses, monkeypatch, changes):
     assert launch(config, ["cpu"]) == 0
     assert num_steps == len(losses(config)) > 0
     assert all(map(math.isfinite, losses(config)))
+
+
+def test_memory_of_the_host_does_not_grow_with_the_steps(settings, losses, monkeypatch):
+    """Learning rate and weight decay differ at every step: nothing may be remembered by them."""
+    train_step, counts = Trainer.train_step, []
+
+    def counted_step(trainer, batches):
+        gc.collect()
+        counts.append(len(gc.get_objects()))
+        return train_step(trainer, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", counted_step)
+    config = settings(**{"optimization.epochs": 4, "runtime.log_every": 1})
+    assert launch(config, ["cpu"]) == 0
+    half = len(counts) // 2
+    num_parameters = sum(1 for _ in build_model(config).parameters())
+    assert counts[-1] - counts[half] < num_parameters  # less than one object per parameter in all these steps
