@@ -109,6 +109,7 @@ def test_there_is_a_config_for_every_published_run():
         "in1k_vith16-448_ep300",
         "in22k_vitg16_ep44",
         "cifar10_vits4",
+        "cifar10_cpu",
         "quickstart",
     }
 
