@@ -17,12 +17,20 @@ Batch = tuple[Tensor, Tensor | None, list[str]]
 """images uint8 [B,3,H,W], labels int64 [B] or None, paths."""
 
 
+LAYOUT_SIDE = 4
+"""Features that keep the layout of an image are averages over at most this many fields of the grid a side."""
+
+
 @dataclass(frozen=True)
 class Features:
-    """Features of n images: pooled float32 [n,D] on the CPU; labels int64 [n], or None where there are none."""
+    """Features of n images: pooled float32 [n,D] on the CPU; labels int64 [n], or None where there are none.
+
+    layout: float32 [n,S*S*D], averages over S x S fields of the grid one after the other, if they were asked for.
+    """
 
     pooled: Tensor
     labels: Tensor | None
+    layout: Tensor | None = None
 
 
 @torch.no_grad()
@@ -32,6 +40,7 @@ def extract_features(
     *,
     device: torch.device | str = "cpu",
     num_layers: int = 1,
+    grid_size: tuple[int, int] | None = None,
     description: str = "features",
     progress: bool = True,
 ) -> Features:
@@ -44,6 +53,7 @@ def extract_features(
         encoder: maps images uint8 [B,3,H,W] to [B,N,D]; with num_layers > 1 it has `blocks` and a final `norm`.
         batches: images uint8 [B,3,H,W], labels int64 [B] or None, paths.
         num_layers: concatenate the averages of this many last blocks, each through the final norm: D * num_layers.
+        grid_size: rows and columns of patches, to have `layout` too, of the last block.
         progress: show a bar, where standard error is a terminal.
 
     Raises:
@@ -51,16 +61,21 @@ def extract_features(
     """
     encoder = encoder.to(device).eval()
     pooled: list[Tensor] = []
+    layout: list[Tensor] = []
     labels: list[Tensor] = []
     for images, batch_labels, _ in tqdm(batches, desc=description, unit="batch", disable=None if progress else True):
         with _autocast(device):
             layers = last_layers(encoder, images.to(device, non_blocking=True), num_layers)
         pooled.append(torch.cat([layer.float().mean(1) for layer in layers], dim=1).cpu())
+        if grid_size is not None:
+            fields = layers[-1].float().transpose(1, 2).unflatten(2, grid_size)
+            side = [min(LAYOUT_SIDE, length) for length in grid_size]
+            layout.append(F.adaptive_avg_pool2d(fields, side).flatten(2).transpose(1, 2).flatten(1).cpu())
         if batch_labels is not None:
             labels.append(batch_labels.cpu())
     if not pooled:
         raise ValueError(f"{description}: no images to evaluate; check the folder given as data")
-    return Features(torch.cat(pooled), torch.cat(labels) if labels else None)
+    return Features(torch.cat(pooled), torch.cat(labels) if labels else None, torch.cat(layout) if layout else None)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ class Report:
     """What was measured. Accuracies are shares from 0 to 1; keys of `knn` are k; parts not measured are empty.
 
     knn, knn_plain, linear, collapse, segmentation: by the features' name, `trained`, `untrained` or `pixels`.
+    knn_layout: of `trained` and `untrained`, features that keep the layout of the image, as pixels do.
     skipped: what was not measured, and why.
     """
 
@@ -20,6 +21,7 @@ class Report:
     data: dict[str, Any]
     knn: dict[str, dict[int, float]] = field(default_factory=dict)
     knn_plain: dict[str, dict[int, float]] = field(default_factory=dict)
+    knn_layout: dict[str, dict[int, float]] = field(default_factory=dict)
     linear: dict[str, float] = field(default_factory=dict)
     collapse: dict[str, dict[str, float]] = field(default_factory=dict)
     segmentation: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -41,6 +43,9 @@ def format_table(report: Report) -> str:
         scores += [report.segmentation.get(name, {}).get("mean_iou")] * bool(report.segmentation)
         if any(score is not None for score in scores):
             lines.append([name, *("-" if score is None else f"{100 * score:.1f}" for score in scores)])
+    for name, values in report.knn_layout.items():
+        cells = [f"{100 * values[k]:.1f}" for k in ks]
+        lines.append([f"{name}, with layout", *cells, *"-" * (len(header) - 1 - len(ks))])
     if len(lines) == 1:
         return ""
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
@@ -64,6 +69,12 @@ def format_verdict(report: Report) -> list[str]:
             f"{100 * (best['trained'] - best[name]):+.1f} points against {name}" for name in ("untrained", "pixels")
         )
         lines.append(f"k-NN: {100 * best['trained']:.1f}% +- {100 * error:.1f} (standard error) at the best k; {gains}")
+    if report.knn_layout:
+        best = {name: max(values.values()) for name, values in (report.knn | report.knn_layout).items()}
+        lines.append(
+            f"with layout: {100 * best['trained']:.1f}%; {100 * (best['trained'] - best['untrained']):+.1f} points "
+            f"against untrained, {100 * (best['trained'] - best['pixels']):+.1f} against pixels"
+        )
     if "trained" in report.collapse:
         numbers = report.collapse["trained"]
         state = "COLLAPSED: features are all but the same" if report.collapsed else "no sign of collapse"
@@ -105,7 +116,8 @@ def format_markdown(report: Report, pictures: Sequence[str]) -> str:
         ]
         lines += [
             "`pixels` the image itself, averaged to at most 32x32. Votes are weighted with temperature 0.07 (in",
-            "brackets: plain votes).",
+            "brackets: plain votes). `with layout`: averages over 4x4 fields of the image, concatenated; pixels have",
+            "theirs too, which pooled features give up.",
             "",
         ]
         lines += _table(
@@ -117,6 +129,10 @@ def format_markdown(report: Report, pictures: Sequence[str]) -> str:
                     f"{100 * report.linear[name]:.1f}" if name in report.linear else "-",
                 ]
                 for name in report.knn
+            ]
+            + [
+                [f"{name}, with layout", *(f"{100 * values[k]:.1f}" for k in ks), "-"]
+                for name, values in report.knn_layout.items()
             ],
         )
         lines += ["", f"Always answering the most frequent class gives {100 * data['most_frequent_class']:.1f}."]

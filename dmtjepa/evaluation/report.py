@@ -5,6 +5,7 @@ numbers, segmentation where there are masks, and pictures; written as report.md,
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dmtjepa.config import Config
 from dmtjepa.data import build_eval_loader
 from dmtjepa.data.sources import ImageSource
 from dmtjepa.evaluation.collapse import collapse_numbers
-from dmtjepa.evaluation.features import Features, extract_features, extract_patches, extract_pixels
+from dmtjepa.evaluation.features import LAYOUT_SIDE, Features, extract_features, extract_patches, extract_pixels
 from dmtjepa.evaluation.formatting import Report, format_markdown
 from dmtjepa.evaluation.knn import knn_accuracy, standardize
 from dmtjepa.evaluation.linear import fit_linear
@@ -37,6 +38,8 @@ NUM_CENTERED = 200
 """Images whose mean patch feature at each place is taken away before principal components are drawn."""
 NUM_SEGMENTED = 300
 """Images of either split whose patches are segmented."""
+LAYOUT_BYTES = 8 * 2**30
+"""Memory that features with layout may take; there are 16 times as many as of pooled ones."""
 RANKED = 25_600
 """Images that collapse numbers are taken of, as many as RankMe's authors take."""
 
@@ -124,8 +127,14 @@ def _measure_features(
     def load(source: ImageSource):
         return build_eval_loader(source, config.data.image_size, settings.batch_size, num_workers=num_workers)
 
+    fields = math.prod(min(LAYOUT_SIDE, side) for side in config.grid_size)
+    layout_bytes = 2 * 4 * fields * trained.embed_dim * (len(splits.train) + len(splits.validation))
+    grid_size = config.grid_size if splits.unlabelled is None and layout_bytes <= LAYOUT_BYTES else None
+
     def extract(encoder: nn.Module, source: ImageSource, description: str) -> Features:
-        return extract_features(encoder, load(source), device=device, description=description, progress=progress)
+        return extract_features(
+            encoder, load(source), device=device, grid_size=grid_size, description=description, progress=progress
+        )
 
     encoders = {"trained": trained, "untrained": untrained}
     validation = {
@@ -153,9 +162,19 @@ def _measure_features(
             search = (gallery, train[name].labels, queries, features.labels)
             report.knn[name] = knn_accuracy(*search, num_neighbors=fitting, device=device)
             report.knn_plain[name] = knn_accuracy(*search, num_neighbors=fitting, weighted=False, device=device)
+        if fitting and features.layout is not None:
+            gallery, queries = standardize(train[name].layout, features.layout)
+            report.knn_layout[name] = knn_accuracy(
+                gallery, train[name].labels, queries, features.labels, num_neighbors=fitting, device=device
+            )
         if name != "pixels":
             probe = fit_linear(*rows[:2], device=device)
             report.linear[name] = probe.accuracy(*rows[2:])
+    if grid_size is None:
+        report.skipped.append(
+            f"k-NN with layout: its features would take {layout_bytes / 2**30:.0f} GiB, {LAYOUT_BYTES / 2**30:.0f} are "
+            "allowed; see --max-images"
+        )
     labels = validation["trained"].labels
     report.data["validation_images"] = len(labels)
     report.data["most_frequent_class"] = (labels.bincount().max() / len(labels)).item()

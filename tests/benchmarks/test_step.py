@@ -14,6 +14,7 @@ from benchmarks.providers import Workload, open_published, parse_provider, parse
 from dmtjepa.models import AggregationHead
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.estimate import measure_masks, step_flops
+from dmtjepa.training.optimization import ShardedAdamW
 
 
 def measured(workload: Workload, world, *providers: str) -> list[dict]:
@@ -46,7 +47,7 @@ def _without_teacher_update(patch):
 
 
 def _without_update(patch):
-    patch.setattr(torch.optim.AdamW, "step", lambda optimizer: None)
+    patch.setattr(ShardedAdamW, "step", lambda optimizer: None)
 
 
 def _with_features_of_another_image(patch):

@@ -30,6 +30,23 @@ def test_pooled_features_are_the_mean_of_patch_features(encoder, batches):
     assert features.pooled.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("size", "grid_size", "side"), [(16, (2, 2), 2), (64, (8, 8), 4)])
+def test_layout_is_the_mean_of_each_field_of_the_grid(size, grid_size, side):
+    torch.manual_seed(0)
+    encoder = VisionTransformer(size, 8, embed_dim=24, depth=1, num_heads=2)
+    images = torch.randint(256, (3, 3, size, size), dtype=torch.uint8)
+    features = extract_features(encoder, [(images, None, [""] * 3)], grid_size=grid_size, progress=False)
+    patches = extract_patches(encoder, images).unflatten(1, grid_size)
+    step = grid_size[0] // side
+    expected = [
+        patches[:, step * row : step * (row + 1), step * column : step * (column + 1)].mean((1, 2))
+        for row in range(side)
+        for column in range(side)
+    ]
+    torch.testing.assert_close(features.layout, torch.cat(expected, dim=1))
+    torch.testing.assert_close(features.pooled, torch.stack(expected).mean(0))
+
+
 def test_last_layers_are_concatenated_with_the_last_one_last(encoder, batches):
     one = extract_features(encoder, batches, progress=False).pooled
     two = extract_features(encoder, batches, num_layers=2, progress=False).pooled

@@ -40,6 +40,8 @@ def test_everything_is_measured(finished):
     assert report["data"]["most_frequent_class"] == pytest.approx(1 / 3)
     assert set(report["knn"]) == set(report["knn_plain"]) == {"trained", "untrained", "pixels"}
     assert list(report["knn"]["trained"]) == ["5", "10", "20"]
+    assert set(report["knn_layout"]) == {"trained", "untrained"}
+    assert report["knn_layout"]["untrained"]["5"] > 0.6
     # Colours tell the classes apart, even for a network that was not trained.
     assert report["knn"]["untrained"]["5"] > 0.6
     assert set(report["linear"]) == {"trained", "untrained"}
@@ -155,6 +157,21 @@ def test_every_kind_of_features_is_compared_at_its_own_best_k():
     assert "+40.0 points against pixels" in verdict
 
 
+def test_features_with_layout_are_compared_too():
+    knn = {"trained": {5: 0.4}, "untrained": {5: 0.3}, "pixels": {5: 0.45}}
+    layout = {"trained": {5: 0.5}, "untrained": {5: 0.35}}
+    assert format_verdict(make_report(knn=knn, knn_layout=layout))[1] == (
+        "with layout: 50.0%; +15.0 points against untrained, +5.0 against pixels"
+    )
+
+
+def test_layout_too_large_to_hold_is_skipped(run, monkeypatch, capsys):
+    monkeypatch.setattr("dmtjepa.evaluation.report.LAYOUT_BYTES", 1000)
+    assert main([str(run), "--device", "cpu"]) == 0
+    assert "k-NN with layout: its features would take" in capsys.readouterr().out
+    assert json.loads((run / "report" / "report.json").read_text())["knn_layout"] == {}
+
+
 def test_collapse_is_called_so():
     numbers = {"effective_rank": 1.2, "num_dimensions": 192, "mean_cosine": 0.999}
     assert "COLLAPSED" in format_verdict(make_report(collapse={"trained": numbers}, collapsed=True))[0]
@@ -163,11 +180,15 @@ def test_collapse_is_called_so():
 
 def test_table_marks_what_was_not_measured():
     knn = {name: {5: 0.5} for name in ("trained", "untrained", "pixels")}
-    lines = format_table(make_report(knn=knn, linear={"trained": 0.25, "untrained": 0.125})).splitlines()
+    layout = {"trained": {5: 0.75}}
+    lines = format_table(
+        make_report(knn=knn, knn_layout=layout, linear={"trained": 0.25, "untrained": 0.125})
+    ).splitlines()
     assert [line.split() for line in lines] == [
         ["features", "k-NN", "k=5", "linear"],
         ["trained", "50.0", "25.0"],
         ["untrained", "50.0", "12.5"],
         ["pixels", "50.0", "-"],
+        ["trained,", "with", "layout", "75.0", "-"],
     ]
     assert format_table(make_report()) == ""
