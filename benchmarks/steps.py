@@ -30,7 +30,7 @@ from dmtjepa.training.optimization import local_tensors
 
 CHECKED_STEPS = 3
 # Largest relative error of the first step, and of those after an update.
-LIMITS = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-2, 3e-2)}
+LIMITS = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (5e-3, 3e-2)}
 
 
 class Run:
