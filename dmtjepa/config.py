@@ -222,6 +222,12 @@ class RuntimeSettings(Section):
     hang_timeout: float = Field(1800, gt=0, description="seconds without progress after which a run reports and stops")
 
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _yaml_on_and_off(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML's plain on and off
+
+
 class EvaluationSettings(Section):
     """What the report measures."""
 

@@ -114,6 +114,13 @@ def test_there_is_a_config_for_every_published_run():
     }
 
 
+@pytest.mark.parametrize("value", ["on", "off", "auto"])
+def test_compile_is_written_plainly_in_yaml(value):
+    config = parse_config(yaml.safe_load(f"runtime: {{compile: {value}}}"))
+    assert config.runtime.compile == value
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
 def test_overrides(released):
     config = load_config(released, ["data.batch_size=7", "optimization.lr=1e-4", "data.crop_scale=[0.5, 1]"])
     assert config.data.batch_size == 7
