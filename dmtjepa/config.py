@@ -221,7 +221,6 @@ class RuntimeSettings(Section):
     start_timeout: float = Field(300, gt=0, description="seconds within which all processes must have joined")
     hang_timeout: float = Field(1800, gt=0, description="seconds without progress after which a run reports and stops")
 
-
     @field_validator("compile", mode="before")
     @classmethod
     def _yaml_on_and_off(cls, value: Any) -> Any:
