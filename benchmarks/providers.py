@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.published import PublishedStep, open_checkout
 from dmtjepa import reference
-from dmtjepa.config import Config, load_config
+from dmtjepa.config import Config, ConfigError, load_config
 from dmtjepa.masking import MaskBatch, sample_masks
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training.distributed import World
@@ -90,7 +90,12 @@ def parse_workload(text: str, overrides: Iterable[str] = ()) -> Workload:
     model, _, batch = text.partition(":")
     if not batch.isdigit():
         raise SystemExit(f"model {text!r}: write it as model:batch, e.g. vit_huge:128")
-    return Workload(model, int(batch), tuple(overrides))
+    workload = Workload(model, int(batch), tuple(overrides))
+    try:
+        workload.config()
+    except ConfigError as error:
+        raise SystemExit(f"ConfigError: {error}") from None
+    return workload
 
 
 # Properties of a provider, and the settings of a run that they stand for.

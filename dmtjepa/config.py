@@ -194,7 +194,7 @@ class RuntimeSettings(Section):
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
         description="of the computation; weights, their gradients and their updates are always float32. auto: "
-        "meta.use_bfloat16 on CUDA, float32 on a CPU (bfloat16 pays on CPUs with AVX512-BF16 or AMX, compiled)",
+        "meta.use_bfloat16 on CUDA, float32 on a CPU (bfloat16 pays on CPUs with AVX512-BF16)",
     )
     teacher_precision: Literal["same", "fp8"] = Field(
         "same",
