@@ -13,6 +13,7 @@ from dmtjepa import kernels as operators
 from dmtjepa.config import Config
 from dmtjepa.masking import MaskBatch
 from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictor, VisionTransformer
+from dmtjepa.models.cpu import compute_by_onednn
 from dmtjepa.models.fp8 import compute_in_fp8
 
 
@@ -136,6 +137,8 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
             kernels=kernels,
         )
     model = DMTJEPA(encoder, predictor, head, loss=config.optimization.loss, kernels=kernels)
+    if device_type == "cpu":
+        compute_by_onednn(model)
     if config.runtime.teacher_precision == "fp8":
         compute_in_fp8(model.teacher_encoder.blocks, device_type)
     return model

@@ -14,6 +14,7 @@ from dmtjepa.config import MaskSettings, parse_config
 from dmtjepa.evaluation.report import load_teacher
 from dmtjepa.masking import sample_masks
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer, fp8
+from dmtjepa.models.layers import Linear
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training.parallel import compile_blocks, parallelize
 
@@ -167,9 +168,9 @@ def test_setting():
     }
     plain = build_model(parse_config(values))
     rounded = build_model(parse_config(values | {"runtime": {"teacher_precision": "fp8"}}))
-    assert type(plain.teacher_encoder.blocks[0].mlp.fc1) is nn.Linear
+    assert type(plain.teacher_encoder.blocks[0].mlp.fc1) is Linear
     assert isinstance(rounded.teacher_encoder.blocks[0].mlp.fc1, fp8.Fp8Linear)
-    assert type(rounded.encoder.blocks[0].mlp.fc1) is nn.Linear
+    assert type(rounded.encoder.blocks[0].mlp.fc1) is Linear
 
 
 def test_a_report_measures_the_weights_without_rounding(tmp_path):

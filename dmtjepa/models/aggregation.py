@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmtjepa import kernels as operators
-from dmtjepa.models.layers import LAYER_NORM_EPS, Mlp, initialize_weights
+from dmtjepa.models.layers import LAYER_NORM_EPS, Linear, Mlp, initialize_weights
 from dmtjepa.packing import Packing
 
 
@@ -26,10 +26,10 @@ class QueryAttention(nn.Module):
             raise ValueError(f"width {dim} is not a multiple of the number of heads {num_heads}")
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def absorb(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores against any key row r as `(key_map @ r + key_bias)`, without projecting r.

@@ -65,13 +65,22 @@ def initialize_weights(model: nn.Module, std: float) -> None:
             nn.init.zeros_(module.bias)
 
 
+class Linear(nn.Linear):
+    """A linear layer [..., K] -> [..., N] whose product, `multiply(x, weight, bias)`, can be exchanged."""
+
+    multiply = staticmethod(F.linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.weight, self.bias)
+
+
 class Mlp(nn.Module):
     """Two linear maps with an exact GELU between: [..., D] -> [..., D]."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -89,8 +98,8 @@ class Attention(nn.Module):
             raise ValueError(f"width {dim} is not a multiple of the number of heads {num_heads}")
         self.num_heads = num_heads
         self.attend = attend
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -99,9 +108,9 @@ class Attention(nn.Module):
     def attend_from(self, rows: Tensor, x: Tensor) -> Tensor:
         """Attention from `rows` [B, Q, D] alone, which are some rows of x [B, L, D] -> [B, Q, D]."""
         dim = x.shape[-1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        query = F.linear(rows, weight[:dim], bias[:dim]).unflatten(-1, (self.num_heads, -1))
-        key, value = F.linear(x, weight[dim:], bias[dim:]).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        weight, bias, multiply = self.qkv.weight, self.qkv.bias, self.qkv.multiply
+        query = multiply(rows, weight[:dim], bias[:dim]).unflatten(-1, (self.num_heads, -1))
+        key, value = multiply(x, weight[dim:], bias[dim:]).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         return self.proj(self.attend(query, key, value, None).flatten(2))
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmtjepa.models.attention import choose_attention
-from dmtjepa.models.layers import LAYER_NORM_EPS, Block, initialize_weights, sincos_position_embedding
+from dmtjepa.models.layers import LAYER_NORM_EPS, Block, Linear, initialize_weights, sincos_position_embedding
 from dmtjepa.packing import PackedSequences
 
 
@@ -37,13 +37,13 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
+        self.predictor_embed = Linear(embed_dim, predictor_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, predictor_dim))
         self.register_buffer("predictor_pos_embed", sincos_position_embedding(grid_size, predictor_dim)[None])
         attend = choose_attention(attention, device_type, predictor_dim // num_heads)
         self.predictor_blocks = nn.ModuleList(Block(predictor_dim, num_heads, 4.0, attend) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=LAYER_NORM_EPS)
-        self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
+        self.predictor_proj = Linear(predictor_dim, embed_dim)
         initialize_weights(self, init_std)
         nn.init.trunc_normal_(self.mask_token, std=init_std)
 

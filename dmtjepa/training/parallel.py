@@ -106,7 +106,7 @@ _PRODUCTS = frozenset(
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
     )
-) | {torch.ops.dmtjepa.memory_efficient_attention.default}
+) | {torch.ops.dmtjepa.memory_efficient_attention.default, torch.ops.dmtjepa.onednn_linear.default}
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module], recompute: str) -> None:
