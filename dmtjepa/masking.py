@@ -81,6 +81,10 @@ class MaskBatch:
         """The same masks on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of all tensors until `stream` has done what it is given before they are dropped."""
+        self._map(lambda tensor: tensor.record_stream(stream))
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MaskBatch:
         def apply(value: Any) -> Any:
             if isinstance(value, tuple):

@@ -175,13 +175,13 @@ class Trainer:
     def run(self, signals: StopSignals) -> int:
         """Train to the end, or to a signal on any rank; returns the number of steps done."""
         schedules, runtime = self.schedules, self.config.runtime
-        stream = BatchStream(self.loader, self._sample, self.world.device, self.accumulation)
+        mark = self.metrics.stopwatch.mark
+        stream = BatchStream(self.loader, self._sample, mark, self.world.device, self.accumulation)
         stopping = False
         self.metrics.restart_clock()
         while self.step < schedules.num_steps and not stopping:
             epoch, first = divmod(self.step, schedules.steps_per_epoch)
-            for step_in_epoch, batches in stream.epoch(epoch, first, schedules.steps_per_epoch):
-                begun = self.metrics.stopwatch.mark()
+            for step_in_epoch, batches, begun in stream.epoch(epoch, first, schedules.steps_per_epoch):
                 loss, norm = self.train_step(batches)
                 self._record(epoch, step_in_epoch, batches, loss, norm, begun)
                 self.step += 1
@@ -198,7 +198,11 @@ class Trainer:
                 due = epoch_done and (epoch + 1) % runtime.save_every_epochs == 0
                 due |= runtime.save_every_steps is not None and self.step % runtime.save_every_steps == 0
                 due |= stopping or self.step == schedules.num_steps
+                if not due:  # after saving, whose time is no step's
+                    self._at("data")
+                    stream.fetch()
                 if due or epoch_done or self.step % runtime.log_every == 0:
+                    self._at("logging")
                     self._check(self.metrics.flush())
                 if due:
                     self._save(epoch_done)
@@ -415,20 +419,46 @@ def _export(checkpoint: Path, paths: list[Path]) -> None:
 
 
 class BatchStream:
-    """The batches of a rank in order, on the device; masks are sampled one step ahead by a thread of the host.
+    """The batches of a rank in order, on the device, one step ahead; a thread of the host samples the masks.
 
-    On CUDA, copies go through a stream of their own: what is asked for while the device computes is there in time.
+    On CUDA, copies go through a stream of their own: what is fetched while the device computes is there in time.
+
+    Args:
+        sample: (epoch, step in the epoch, part of the step) -> masks.
+        mark: notes the moment on the device's clock, as `Stopwatch.mark`.
     """
 
     def __init__(
-        self, loader: Loader, sample: Callable[[int, int, int], MaskBatch], device: torch.device, accumulation: int
+        self,
+        loader: Loader,
+        sample: Callable[[int, int, int], MaskBatch],
+        mark: Callable[[], Any],
+        device: torch.device,
+        accumulation: int,
     ) -> None:
-        self._loader, self._sample, self._device, self._accumulation = loader, sample, device, accumulation
+        self._loader, self._sample, self._mark = loader, sample, mark
+        self._device, self._accumulation = device, accumulation
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
-    def epoch(self, epoch: int, first_step: int, num_steps: int) -> Iterator[tuple[int, list[Batch]]]:
-        """(step in the epoch, its batches) from `first_step` on."""
+    def epoch(self, epoch: int, first_step: int, num_steps: int) -> Iterator[tuple[int, list[Batch], Any]]:
+        """(step in the epoch, its batches, the moment when the device had them) from `first_step` on."""
+        self._coming = self._bring_all(epoch, first_step, num_steps)
+        self._ready = None
+        while True:
+            self.fetch()
+            if self._ready is None:
+                return
+            ready, self._ready = self._ready, None
+            yield ready
+
+    def fetch(self) -> None:
+        """Bring the batches of the next step, if they are not there: called once the device has the current step to do,
+        and before the host waits for it."""
+        if self._ready is None:
+            self._ready = next(self._coming, None)
+
+    def _bring_all(self, epoch: int, first_step: int, num_steps: int) -> Iterator[tuple[int, list[Batch], Any]]:
         images = self._loader.epoch(epoch, first_step * self._accumulation)
         parts = range(self._accumulation)
         masks = [self._thread.submit(self._sample, epoch, first_step, part) for part in parts]
@@ -436,7 +466,7 @@ class BatchStream:
             current = masks
             if step + 1 < num_steps:
                 masks = [self._thread.submit(self._sample, epoch, step + 1, part) for part in parts]
-            yield step, [self._bring(next(images), future.result()) for future in current]
+            yield step, [self._bring(next(images), future.result()) for future in current], self._mark()
 
     def _bring(self, images: Tensor, masks: MaskBatch) -> Batch:
         if self._copies is None:
@@ -446,6 +476,6 @@ class BatchStream:
             masks = masks.pin_memory().to(self._device)
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._copies)
-        for tensor in (images, *vars(masks).values()):
-            tensor.record_stream(current)
+        images.record_stream(current)
+        masks.record_stream(current)
         return images, masks

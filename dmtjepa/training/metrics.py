@@ -103,7 +103,7 @@ class Metrics:
         self._file.flush()
         self._board = None
         self._bar: tqdm | None = None
-        self._shown = rank == 0
+        self._rank = rank
         if rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -151,14 +151,14 @@ class Metrics:
             row += (f"{record.context_size:.5f}", f"{record.target_size:.5f}", round(1000 * value.seconds))
             self._csv.writerow(row)
         self._file.flush()
-        if not self._shown:
+        self._warn_of_waiting(steps)
+        if self._rank != 0:
             return
         total, waited = sum(v.seconds for v in steps), sum(v.waited for v in steps)
         rate = len(steps) * self._global_batch / total if total > 0 else 0.0
         self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
         last = steps[-1]
         self._board_rows(steps, rate, waited / total if total > 0 else 0.0)
-        self._warn_of_waiting(steps)
         text = {
             "loss": f"{sum(v.loss for v in steps) / len(steps):.4f}",
             "images/s": f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}",
@@ -175,7 +175,10 @@ class Metrics:
         print(f"{place}  {line}", file=sys.stderr, flush=True)
 
     def _warn_of_waiting(self, steps: Sequence[StepValues]) -> None:
-        """Once, when the run waits for data; the first steps fill the loader's queues, and do not count."""
+        """Once on each rank that waits for data; the first steps fill the loader's queues, and do not count.
+
+        A single slow rank holds up all others, whose waiting for it is no waiting for data.
+        """
         if self._waits is None:
             return
         self._waits += [(value.seconds, value.waited) for value in steps]
@@ -186,8 +189,9 @@ class Metrics:
             self._waits = self._waits[:WAIT_STEPS]
             return
         logger.warning(
-            "%.0f%% of the time goes by waiting for data. Raise data.num_workers towards the cores of this process, "
-            "install DALI (data.loader: dali), or read from a faster disk or tar shards: docs/data.md, Speed",
+            "rank %d: %.0f%% of the time goes by waiting for data. Raise data.num_workers towards the cores of this "
+            "process, install DALI (data.loader: dali), or read from a faster disk or tar shards: docs/data.md, Speed",
+            self._rank,
             100 * waited / total,
         )
         self._waits = None
