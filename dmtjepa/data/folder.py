@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,12 +24,15 @@ from dmtjepa.data.sources import DataError, ImageSource
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 5  # how often a waiting loader looks whether its workers still move
+_POLL_SECONDS = 1  # how often a waiting loader looks whether its workers still move
 _PREFETCH = 2  # batches made ahead by each worker
 
 
 class BatchMaker(Dataset):
-    """Turns a BatchRequest into (uint8 [B,3,H,W], [(broken image, reason), ...]); images are None if all is broken."""
+    """Turns a BatchRequest into (uint8 [B,3,H,W], [(broken image, reason), ...]).
+
+    In place of the images there is None where all is broken, or a DataError.
+    """
 
     def __init__(self, source: ImageSource, settings: DataSettings, seed: int, num_workers: int) -> None:
         self._source, self._settings, self._seed = source, settings, seed
@@ -35,10 +40,10 @@ class BatchMaker(Dataset):
         self.progress = torch.zeros(max(1, num_workers), 2, dtype=torch.int64).share_memory_()
         self.closing = torch.zeros(1, dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, request: BatchRequest) -> tuple[torch.Tensor | None, list[tuple[int, str]]]:
+    def __getitem__(self, request: BatchRequest) -> tuple[torch.Tensor | DataError | None, list[tuple[int, str]]]:
         settings = self._settings
         broken: list[tuple[int, str]] = []
-        batch = np.empty((len(request.images), *settings.image_size, 3), dtype=np.uint8)
+        batch = np.empty((len(request.images), 3, *settings.image_size), dtype=np.uint8)
         uniforms = np.stack([draw_uniforms(self._seed, request.epoch, int(p)) for p in request.positions])
         for row, (position, image) in enumerate(zip(request.positions.tolist(), request.images.tolist(), strict=True)):
             picture = self._decode(request.epoch, position, image, broken)
@@ -47,9 +52,18 @@ class BatchMaker(Dataset):
             box = choose_crop(*picture.size, uniforms[row], settings.crop_scale)
             pixels = cut_crop(picture, box, settings.image_size)
             flipped = settings.use_horizontal_flip and uniforms[row, FLIP_DRAW] < 0.5
-            batch[row] = pixels[:, ::-1] if flipped else pixels
-        images = torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
-        return augment(images, uniforms, settings), broken
+            batch[row] = (pixels[:, ::-1] if flipped else pixels).transpose(2, 0, 1)
+        images = augment(torch.from_numpy(batch), uniforms, settings)
+        if torch.utils.data.get_worker_info() is None:
+            return images, broken
+        try:  # here, because the queue would drop a batch that it finds no memory for
+            return images.share_memory_(), broken
+        except RuntimeError as error:
+            size = images.numel() / 1e6
+            return DataError(
+                f"no shared memory for a batch of {size:.1f} MB ({error}). Give /dev/shm more room (docker run "
+                f"--shm-size=16g), lower data.num_workers, or set data.loader: dali, which needs none"
+            ), broken
 
     def _decode(self, epoch: int, position: int, image: int, broken: list[tuple[int, str]]) -> Image.Image | None:
         """The decoded image or, where it is broken, its replacement; None where none of them can be decoded."""
@@ -105,6 +119,8 @@ class TorchvisionLoader:
         self._maker = BatchMaker(source, settings, seed, settings.num_workers)
         self._broken = BrokenImages(source, settings.max_broken, world_size)
         self._pin_memory = pin_memory
+        # A process that ends without `close`, as by an error, waits for its workers: they must obey then.
+        weakref.finalize(self, self._maker.closing.fill_, 1)
         self._batches: Iterator | None = None
         self._next = (-1, -1)  # epoch and step of the batch that self._batches gives next
 
@@ -127,12 +143,14 @@ class TorchvisionLoader:
             return
         if self._batches is None or self._next != (epoch, start_step):
             self.close()
-            self._batches = iter(self._start(epoch, start_step))
+            self._start(epoch, start_step)
         for step in range(start_step, self.steps_per_epoch):
             images, broken = self._receive()
             last = step + 1 == self.steps_per_epoch
             self._next = (epoch + 1, 0) if last else (epoch, step + 1)
             self._broken.record(self._settings.batch_size, broken)
+            if isinstance(images, DataError):
+                raise images
             if images is None:
                 self._broken.stop_lost()
             yield images
@@ -142,10 +160,10 @@ class TorchvisionLoader:
         self._maker.closing.fill_(1)
         self._batches, self._next = None, (-1, -1)
 
-    def _start(self, epoch: int, step: int) -> DataLoader:
+    def _start(self, epoch: int, step: int) -> None:
         self._maker.closing.fill_(0)
         num_workers = self._settings.num_workers
-        return DataLoader(
+        loader = DataLoader(
             self._maker,
             sampler=_Requests(self._order, epoch, step),
             batch_size=None,
@@ -154,47 +172,68 @@ class TorchvisionLoader:
             pin_memory=self._pin_memory,
             worker_init_fn=self._maker.start_worker,
             prefetch_factor=_PREFETCH if num_workers else None,
-            timeout=_POLL_SECONDS if num_workers else 0,
         )
+        handler = signal.getsignal(signal.SIGCHLD)
+        self._batches = iter(loader)
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            # torch's own would raise the death of a worker amid whatever this process does; _receive tells of it.
+            signal.signal(signal.SIGCHLD, handler)
 
-    def _receive(self) -> tuple[torch.Tensor | None, list[tuple[int, str]]]:
+    def _receive(self) -> tuple[torch.Tensor | DataError | None, list[tuple[int, str]]]:
         """The next batch; DataError with the cause when a worker died, or none has moved for worker_timeout seconds."""
         if not self._settings.num_workers:
             return next(self._batches)
-        begun, since = -1, time.monotonic()
-        while True:
-            try:
-                return next(self._batches)
-            except RuntimeError as error:
-                if "timed out" not in str(error):
-                    cause = self._tell_death(error)
-                    break
+        received, stalled = threading.Event(), threading.Event()
+        threading.Thread(target=self._watch, args=(received, stalled), name="watch workers", daemon=True).start()
+        try:
+            return next(self._batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            cause = self._tell_stall() if stalled.is_set() else self._tell_death(error)
+            if cause is None:
+                raise
+            images = sorted({self._source.name(image) for image in self._maker.progress[:, 1].tolist()})
+        finally:
+            received.set()
+        self._kill_workers()
+        self.close()
+        raise DataError(f"the data loader stopped: {cause}. The workers were at: {', '.join(images)}")
+
+    def _watch(self, received: threading.Event, stalled: threading.Event) -> None:
+        """Kill the workers when none has moved for worker_timeout seconds, which ends the wait for their batch.
+
+        In a thread, because no timeout ends every wait: to take a batch over, this process asks the worker that made it
+        for the memory, and a worker that was stopped never answers.
+        """
+        begun, since = int(self._maker.progress[:, 0].sum()), time.monotonic()
+        while not received.wait(_POLL_SECONDS):
             if int(self._maker.progress[:, 0].sum()) != begun:
                 begun, since = int(self._maker.progress[:, 0].sum()), time.monotonic()
             elif time.monotonic() - since > self._settings.worker_timeout:
-                cause = f"no worker has finished an image for {self._settings.worker_timeout} s (data.worker_timeout)"
-                break
-        images = sorted({self._source.name(image) for image in self._maker.progress[:, 1].tolist()})
-        self._kill_workers()
-        raise DataError(f"the data loader stopped: {cause}. The workers were at: {', '.join(images)}")
+                if all(worker.is_alive() for worker in self._batches._workers):  # else DataLoader tells of the death
+                    stalled.set()
+                    self._kill_workers()
+                return
 
-    def _tell_death(self, error: RuntimeError) -> str:
-        """Why a worker died, as far as its exit status tells."""
+    def _tell_stall(self) -> str:
+        return f"no worker has finished an image for {self._settings.worker_timeout:g} s (data.worker_timeout)"
+
+    def _tell_death(self, error: Exception) -> str | None:
+        """Why a worker died, as far as its exit status tells; None where all live."""
         for worker in self._batches._workers:
             worker.join(0.1)
-        signals = {-worker.exitcode for worker in self._batches._workers if (worker.exitcode or 0) < 0}
+        codes = {worker.exitcode for worker in self._batches._workers} - {None}
+        signals = sorted(-code for code in codes if code < 0)
         if not signals:
-            return str(error)
-        names = " and ".join(signal.Signals(number).name for number in sorted(signals))
+            return str(error) if codes else None
+        names = " and ".join(signal.Signals(number).name for number in signals)
         memory = ", as by the system when memory runs out (lower data.num_workers)" if signal.SIGKILL in signals else ""
         return f"a worker was ended by {names}{memory}"
 
     def _kill_workers(self) -> None:
-        """A worker that is stuck in a read hears nothing but SIGKILL."""
+        """A worker that is stuck in a read, or stopped, hears nothing but SIGKILL."""
         for worker in self._batches._workers:
             if worker.is_alive():
                 worker.kill()
-        self.close()
 
 
 def _keep(batch: object) -> object:

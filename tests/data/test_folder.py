@@ -6,7 +6,10 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_loader
+from dmtjepa.data.folder import _PREFETCH, TorchvisionLoader
 from dmtjepa.data.sampling import FLIP_DRAW, SampleOrder, choose_crop, draw_uniforms
 
 
@@ -180,7 +184,6 @@ def test_a_dead_or_stalled_worker_ends_the_run_with_its_cause(
     settings: DataSettings, trap: type, cause: str, monkeypatch
 ):
     monkeypatch.setattr("dmtjepa.data.FolderSource", trap)
-    monkeypatch.setattr("dmtjepa.data.folder._POLL_SECONDS", 1)
     loader = build_loader(settings.model_copy(update={"num_workers": 1, "worker_timeout": 1}), seed=0)
     started = time.monotonic()
     with pytest.raises(DataError, match=cause) as error:
@@ -188,6 +191,82 @@ def test_a_dead_or_stalled_worker_ends_the_run_with_its_cause(
     assert loader.num_images == 30
     assert trap(settings.path).name(11) in str(error.value)
     assert time.monotonic() - started < 60
+
+
+def started(settings: DataSettings) -> tuple[TorchvisionLoader, Iterator[torch.Tensor]]:
+    """A loader with one worker, which has made the batches it makes ahead, and the rest of its epoch."""
+    loader = build_loader(settings.model_copy(update={"num_workers": 1, "worker_timeout": 1}), seed=0)
+    images = loader.epoch(0)
+    next(images)
+    deadline = time.monotonic() + 60
+    while int(loader._maker.progress[0, 0]) < settings.batch_size * (1 + _PREFETCH):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.5)  # until the queue has taken the last one
+    return loader, images
+
+
+def test_a_stopped_worker_ends_the_run_though_its_batches_wait(settings: DataSettings):
+    """To take over a batch that is there this process needs an answer from the worker, which no timeout covers."""
+    loader, images = started(settings)
+    os.kill(loader._batches._workers[0].pid, signal.SIGSTOP)
+    with pytest.raises(DataError, match="no worker has finished an image"):
+        list(images)
+
+
+def test_a_workers_death_is_told_where_data_are_asked_for(settings: DataSettings):
+    """Not amid whatever this process is at, where nobody can tell what it has to do with data."""
+    loader, images = started(settings)
+    worker = loader._batches._workers[0]
+    worker.kill()
+    worker.join(20)
+    time.sleep(0.1)  # torch's handler would raise here
+    with pytest.raises(DataError, match="a worker was ended by SIGKILL"):
+        list(images)
+
+
+def test_an_error_of_a_worker_that_is_no_images_fault_is_raised(settings: DataSettings, monkeypatch):
+    def fail(self: FolderSource, image: int) -> bytes:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(FolderSource, "read", fail)
+    with pytest.raises(RuntimeError, match="a bug") as error:
+        next(build_loader(settings.model_copy(update={"num_workers": 1}), seed=0).epoch(0))
+    assert not isinstance(error.value, DataError)
+
+
+def test_shared_memory_that_is_full_is_told_of(settings: DataSettings, monkeypatch):
+    def fail(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    loader = build_loader(settings.model_copy(update={"num_workers": 1}), seed=0)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    with pytest.raises(DataError, match=r"no shared memory for a batch of 0\.0 MB .*--shm-size"):
+        next(loader.epoch(0))
+    loader.close()
+
+
+def test_a_process_that_ends_without_closing_its_loader_does_not_wait_for_the_workers(settings: DataSettings):
+    """Which leave SIGTERM to the trainer, but not when it is the trainer that sends it."""
+    stuck = f"""if True:
+        import time
+        from dmtjepa.config import DataSettings
+        from dmtjepa.data import FolderSource, build_loader
+
+        read = FolderSource.read
+        FolderSource.read = lambda self, image: time.sleep(3600) if image == 11 else read(self, image)
+        loader = build_loader(DataSettings(**{settings.model_dump()!r} | {{"num_workers": 1}}), seed=0)
+        next(loader.epoch(0, {where(settings, 11)}))
+        raise SystemExit("left")
+    """
+    done = subprocess.run([sys.executable, "-c", stuck], capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip().endswith("left")
+
+
+def where(settings: DataSettings, image: int) -> int:
+    """The step before the one in which an image comes."""
+    order = SampleOrder(30, settings.batch_size, seed=0)
+    return next(step for step in range(1, 7) if image in order.request(0, step).images) - 1
 
 
 def test_a_clusters_signals_leave_the_workers_alone(settings: DataSettings):
