@@ -52,8 +52,12 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
     path = os.fspath(path)
     if path in ("shapes:train", "shapes:val"):
         return FolderSource(find_shapes() / path.split(":")[1])
-    path = os.fspath(find_images(Path(path)))
-    if is_shards(path):
+    try:
+        path = os.fspath(find_images(Path(path)))
+        shards = is_shards(path)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or path}: {error.strerror}") from error
+    if shards:
         return ShardSource(path)
     if path.endswith(LIST_EXTENSIONS):
         return ListSource(path)

@@ -24,7 +24,8 @@ from dmtjepa.data import DataError, ImageSource, open_images
 from dmtjepa.data.images import BrokenImage, decode_image, tell_reason
 
 _CHUNK = 64
-_LISTED = 20
+_LISTED = 20  # groups of duplicates
+_EQUATED = 4  # names in a group
 
 
 class Finding(NamedTuple):
@@ -61,7 +62,7 @@ class Report:
             lines.append(f"{name:<11} " + ", ".join(f"{key} {count}" for key, count in counts.most_common()))
         copies = sum(len(group) - 1 for group in self.duplicates)
         lines.append(f"duplicates  {copies} copies of {len(self.duplicates)} images (same bytes)")
-        lines += _list_some(["  " + " = ".join(group) for group in self.duplicates])
+        lines += _list_some(["  " + _equate(group) for group in self.duplicates])
         lines.append(f"broken      {len(self.broken)}")
         lines += [f"  {name}: {reason}" for name, reason in self.broken]
         return "\n".join(lines)
@@ -69,6 +70,11 @@ class Report:
 
 def _list_some(lines: list[str]) -> list[str]:
     return lines if len(lines) <= _LISTED else [*lines[:_LISTED], f"  and {len(lines) - _LISTED} more"]
+
+
+def _equate(names: list[str]) -> str:
+    more = f" = {len(names) - _EQUATED} more" if len(names) > _EQUATED else ""
+    return " = ".join(names[:_EQUATED]) + more
 
 
 def examine(data: bytes) -> Finding:
@@ -140,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(report)
+    print(str(report).encode(errors="backslashreplace").decode())  # names of files can be any bytes
     return 1 if report.broken else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -31,7 +32,8 @@ def decode_image(data: bytes) -> Image.Image:
                 image = _to_eight_bits(image)
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # PIL's plugins raise nearly every type on damaged input
-        raise BrokenImage(f"{type(error).__name__}: {error}"[:200].replace(str(io.BytesIO), "the file")) from error
+        reason = re.sub(r"<_io\.BytesIO[^>]*>", "", str(error))  # PIL names the object that it reads
+        raise BrokenImage(f"{type(error).__name__}: {reason}"[:200].strip()) from error
 
 
 def tell_reason(error: BrokenImage | OSError) -> str:

@@ -29,12 +29,13 @@ from dmtjepa.data.sources import IMAGE_EXTENSIONS
 def pack(source: ImageSource, out: Path, shard_size: int, num_threads: int = 8) -> list[tuple[str, str]]:
     """Write the shards of a source that are not there yet; the images that could not be read, as (name, reason).
 
-    Raises DataError where the folder holds shards of other images or another size.
+    Raises DataError where the folder holds shards of other images or another size, or a shard cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
     _claim(source, out, shard_size)
     if source.labels is not None:
-        (out / "classes.txt").write_text("".join(f"{name}\n" for name in source.class_names))
+        lines = "".join(name.replace("\n", " ") + "\n" for name in source.class_names)
+        (out / "classes.txt").write_bytes(os.fsencode(lines))
     starts = range(0, len(source), shard_size)
     unreadable: list[tuple[str, str]] = []
     with ThreadPoolExecutor(num_threads) as pool, tqdm(total=len(source), unit=" images", disable=None) as bar:
@@ -60,28 +61,35 @@ def _claim(source: ImageSource, out: Path, shard_size: int) -> None:
     for image in range(len(source)):
         names.update(os.fsencode(source.name(image)) + b"\n")
     note = {"num_images": len(source), "shard_size": shard_size, "names": names.hexdigest()}
-    path = out / "pack.json"
+    path, part = out / "pack.json", out / ".pack.json.part"
     if path.exists() and json.loads(path.read_text()) != note:
         raise DataError(f"{out} holds shards of other images or of another size; pack into another folder")
-    path.write_text(json.dumps(note, indent=2) + "\n")
+    part.write_text(json.dumps(note, indent=2) + "\n")
+    part.replace(path)
 
 
 def _write_shard(source: ImageSource, path: Path, images: range) -> list[tuple[str, str]]:
     part = path.with_name(f".{path.name}.part")
     unreadable = []
-    with tarfile.open(part, "w") as archive:
-        for image in images:
-            try:
-                data = source.read(image)
-            except OSError as error:
-                unreadable.append((source.name(image), tell_reason(error)))
-                continue
-            name = _name_member(source, image)
-            _add(archive, name, data)
-            if source.labels is not None:
-                _add(archive, name.rpartition(".")[0] + ".cls", b"%d" % source.labels[image])
-    os.replace(part, path)
-    write_index(path.with_suffix(".idx"), read_members(str(path)))
+    try:
+        with tarfile.open(part, "w") as archive:
+            for image in images:
+                try:
+                    data = source.read(image)
+                except OSError as error:
+                    unreadable.append((source.name(image), tell_reason(error)))
+                    continue
+                name = _name_member(source, image)
+                _add(archive, name, data)
+                if source.labels is not None:
+                    _add(archive, name.rpartition(".")[0] + ".cls", b"%d" % source.labels[image])
+        os.replace(part, path)
+        write_index(path.with_suffix(".idx"), read_members(str(path)))
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise DataError(
+            f"cannot write {path}: {error.strerror}. Shards that are whole stay: make room, and start again to go on"
+        ) from error
     return unreadable
 
 
@@ -109,18 +117,23 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.shard_size < 1 or options.threads < 1:
         parser.error("--shard-size and --threads must be at least 1")
+    if options.out.resolve() == Path(options.source).resolve():
+        parser.error("pack into another folder: one that holds both images and shards cannot be read")
     try:
         source = open_images(options.source)
         unreadable = pack(source, options.out, options.shard_size, options.threads)
+        num_packed = len(open_images(options.out))
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, reason in unreadable:
         print(f"left out {name}: {reason}", file=sys.stderr)
     num_shards = len(list(options.out.glob("shard-*.tar")))
-    print(f"{len(source) - len(unreadable)} images in {num_shards} shards in {options.out}")
+    num_missing = len(source) - num_packed  # with those that an earlier, interrupted call left out
+    missing = f" ({num_missing} could not be read and are left out)" if num_missing else ""
+    print(f"{num_packed} images in {num_shards} shards in {options.out}{missing}")
     print(f"train on them with: data.root_path={options.out.absolute()}")
-    return 1 if unreadable else 0
+    return 1 if num_missing else 0
 
 
 if __name__ == "__main__":

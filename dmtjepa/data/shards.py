@@ -1,9 +1,10 @@
 """Images in tar files, in the layout of webdataset: the files of a sample share a name and differ in extension.
 
-The image is the member with an image extension. The label is the whole number in the member with the extension `cls`;
-where there is none, the first folder in the members' names is the class. Images are read in any order by their place
-in the tar file. An index beside a shard (`<shard>.idx`, DALI's wds2idx format) saves reading its headers at start;
-without one, the headers are read, and an index is kept in the cache folder.
+The image is the member with an image extension: where a sample has one with a plain extension (`jpg`), what is beside
+it (`seg.png`) is not read. The label is the whole number in the member with the extension `cls`; where there is none,
+the first folder in the members' names is the class. Images are read in any order by their place in the tar file. An
+index beside a shard (`<shard>.idx`, DALI's wds2idx format) saves reading its headers at start; without one, the headers
+are read, and an index is kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import re
 import tarfile
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +25,14 @@ from typing import NamedTuple
 import numpy as np
 
 from dmtjepa.data.cache import cache_folder
-from dmtjepa.data.sources import IMAGE_EXTENSIONS, DataError, Names, label_names
+from dmtjepa.data.sources import IMAGE_EXTENSIONS, DataError, Names, label_names, number_labels
 
 logger = logging.getLogger(__name__)
 
 _INDEX_VERSION = "v1.2"
 _MAX_OPEN = 64  # shards held open at a time
 _BLOCK = 512  # of a tar file
+_COMPRESSED = (".tar.gz", ".tgz")
 _LABEL_BYTES = 32
 _EXTENSIONS = frozenset(extension[1:].encode() for extension in IMAGE_EXTENSIONS)
 
@@ -44,17 +46,45 @@ class Member(NamedTuple):
     key: bytes
 
 
+class Folder(NamedTuple):
+    """What lies in a folder, hidden files apart: tar files, compressed ones, and whether images or folders do, too."""
+
+    shards: list[str]
+    compressed: list[str]
+    others: bool
+
+
+def look_into(folder: str) -> Folder:
+    shards, compressed, others = [], [], False
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.endswith((".tar", *_COMPRESSED)) and entry.is_file():
+                (shards if entry.name.endswith(".tar") else compressed).append(entry.path)
+            elif not others:
+                others = entry.name.lower().endswith(IMAGE_EXTENSIONS) or entry.is_dir()
+    return Folder(shards, compressed, others)
+
+
 def is_shards(path: str) -> bool:
     """Whether a path names tar shards: one, a pattern of several, or a folder of them."""
     if os.path.isdir(path):
-        return any(entry.name.endswith(".tar") and entry.is_file() for entry in os.scandir(path))
-    return path.endswith((".tar", ".tar.gz", ".tgz")) or (".tar" in path and re.search(r"[*?{\[]", path) is not None)
+        shards, compressed, others = look_into(path)
+        return bool(shards) or (bool(compressed) and not others)
+    return path.endswith((".tar", *_COMPRESSED)) or (".tar" in path and re.search(r"[*?{\[]", path) is not None)
 
 
 def find_shards(path: str) -> list[str]:
     """The shards that a path names, sorted: a tar file, a folder of them, or a pattern (* ? [..] {000..127} {a,b})."""
     if os.path.isdir(path):
-        shards = glob.glob(os.path.join(glob.escape(path), "*.tar"))
+        shards, compressed, others = look_into(path)
+        if others:
+            raise DataError(
+                f"{path} holds tar files, and images or folders too: name the shards as {path}/*.tar, or move what is "
+                f"not to be read to another folder"
+            )
+        shards = shards or compressed
     else:
         shards = [
             shard for pattern in _expand(path) for shard in (glob.glob(pattern) if _is_glob(pattern) else [pattern])
@@ -102,8 +132,10 @@ def read_members(shard: str) -> list[Member]:
             raise tarfile.ReadError("ends within a header")
         if size == end:
             logger.warning("the shard %s has no end mark: some of its last files may be missing", shard)
-    except (tarfile.TarError, OSError) as error:
+    except tarfile.TarError as error:
         raise DataError(f"the shard {shard} is no whole tar file: {error}; make it or copy it again") from error
+    except OSError as error:
+        raise DataError(f"cannot read the shard {shard}: {error.strerror or error}") from error
     return members
 
 
@@ -136,14 +168,14 @@ def write_index(path: Path, members: list[Member]) -> None:
 
 
 def read_index(path: Path, shard: str) -> list[Member] | None:
-    """What an index says of its shard; None where it is older than the shard, or of another format."""
+    """What an index says of its shard; None where it is older than the shard, not whole, or of another format."""
     if path.stat().st_mtime < os.path.getmtime(shard):
         return None
     lines = path.read_bytes().splitlines()
-    version = lines[0].split()[:1] if lines else []
-    if version not in ([b"v1.2"], [b"v1.1"]):
+    version, *count = lines[0].split() if lines else [b""]
+    if version not in (b"v1.2", b"v1.1") or count != [b"%d" % (len(lines) - 1)]:
         return None
-    size, width = os.path.getsize(shard), 4 if version == [b"v1.2"] else 3
+    size, width = os.path.getsize(shard), 4 if version == b"v1.2" else 3
     members = []
     for number, line in enumerate(lines[1:]):
         fields = line.split(b" ")
@@ -184,11 +216,26 @@ class ShardImages(NamedTuple):
 
 
 def _list_images(shard: str) -> ShardImages:
-    members = _list_members(shard)
-    labels = {member.key: member.offset for member in members if member.extension == b"cls"}
-    images = [member for member in members if member.extension.lower().rpartition(b".")[2] in _EXTENSIONS]
-    place = np.array([(image.offset, image.size, labels.get(image.key, -1)) for image in images], np.int64)
-    return ShardImages(place.reshape(-1, 3), Names([image.key + b"." + image.extension for image in images]))
+    images: defaultdict[tuple[bytes, int], list[Member]] = defaultdict(list)  # by sample
+    labels: dict[tuple[bytes, int], int] = {}
+    seen: Counter[tuple[bytes, bytes]] = Counter()
+    for member in _list_members(shard):
+        if member.key.endswith(b"/") or not member.key:  # a hidden file, such as those that macOS puts beside others
+            continue
+        # A name and extension that come again begin another sample of the name.
+        sample = member.key, seen[member.key, member.extension]
+        seen[member.key, member.extension] += 1
+        if member.extension == b"cls":
+            labels[sample] = member.offset
+        elif member.extension.lower().rpartition(b".")[2] in _EXTENSIONS:
+            images[sample].append(member)
+    place, names = [], []
+    for sample, group in images.items():
+        # Names of files can have dots: of a.1.jpg and a.2.jpg none is the plain one, and both are images.
+        for image in [member for member in group if b"." not in member.extension][:1] or group:
+            place.append((image.offset, image.size, labels.get(sample, -1)))
+            names.append(image.key + b"." + image.extension)
+    return ShardImages(np.array(place, np.int64).reshape(-1, 3), Names(names))
 
 
 class ShardSource:
@@ -235,16 +282,16 @@ class ShardSource:
             ]
             matches = [re.match(rb"\s*(\d+)", text) for text in texts]
             if all(matches):
-                labels = np.array([int(match[1]) for match in matches], np.int64)
-                return labels, self._name_classes(int(labels.max()) + 1)
+                labels, numbers = number_labels([match[1] for match in matches])
+                return labels, self._name_classes(numbers)
         keys = [self._keys[image] for image in range(len(self))]
         return label_names([key.split(b"/", 1)[0] for key in keys]) if all(b"/" in key for key in keys) else (None, [])
 
-    def _name_classes(self, count: int) -> list[str]:
+    def _name_classes(self, numbers: list[str]) -> list[str]:
         """From classes.txt beside the shards, where pack.py puts it, else the numbers."""
         path = Path(self._shards[0]).parent / "classes.txt"
-        names = path.read_text().split("\n")[:-1] if path.is_file() else []
-        return names if len(names) >= count else [str(label) for label in range(count)]
+        names = os.fsdecode(path.read_bytes()).split("\n")[:-1] if path.is_file() else []
+        return names if len(names) >= len(numbers) else numbers
 
     @property
     def labels(self) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ _EXTENSIONS = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 LIST_EXTENSIONS = (".txt", ".tsv", ".lst")
 # The released configs name the folder above `train`; a folder that holds nothing but splits is entered.
 _SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+_MAX_CLASSES = 1_000_000  # larger numbers are names (ImageNet's 1440764), not places in a list of classes
+_TRIED = 20  # files of a list that are looked for at the start
 
 
 class DataError(RuntimeError):
@@ -103,6 +106,20 @@ def label_names(names: list[bytes]) -> tuple[np.ndarray, list[str]]:
     return labels, [os.fsdecode(name) for name in order]
 
 
+def number_labels(numbers: list[bytes]) -> tuple[np.ndarray, list[str]]:
+    """As label_names, for whole numbers: they keep their values, unless they are too large for class numbers."""
+    values = [int(number) for number in numbers]
+    if max(values) >= _MAX_CLASSES:
+        return label_names(numbers)
+    return np.array(values, dtype=np.int64), [str(label) for label in range(max(values) + 1)]
+
+
+def read_file(path: bytes) -> bytes:
+    """The bytes of a file; of a pipe without a writer, which would be waited for without the flag, none."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+        return file.read() or b""
+
+
 class FolderSource:
     """A folder of images, however deeply nested. Its first-level folders are the classes, when all images have one."""
 
@@ -114,7 +131,10 @@ class FolderSource:
                 f"(together they name it)"
             )
         if not path.is_dir():
-            raise DataError(f"{path} is not a folder of images; set data.root_path and data.image_folder to one")
+            raise DataError(
+                f"{path} is not a folder of images, nor a file list ({', '.join(LIST_EXTENSIONS)}), nor a tar file; "
+                f"set data.root_path and data.image_folder to one"
+            )
         self.folder = find_images(path)
         try:
             names = list_images(self.folder)
@@ -139,34 +159,42 @@ class FolderSource:
         return os.fsdecode(self._prefix + self._names[image])
 
     def read(self, image: int) -> bytes:
-        with open(self._prefix + self._names[image], "rb") as file:
-            return file.read()
+        return read_file(self._prefix + self._names[image])
 
 
 class ListSource:
     """A text file that names an image per line, with a label or without.
 
     Paths are relative to the file's folder, or absolute. A label follows a tab (any name), or a space (a whole number,
-    on every line, as in DALI's file lists). Empty lines and lines that begin with # are skipped.
+    on every line, as in DALI's file lists). Empty lines and lines that begin with # are skipped, and so are blanks at
+    the end of a line and the mark that Windows puts at the beginning of UTF-8.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
         try:
-            lines = path.read_bytes().split(b"\n")
+            text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
         except OSError as error:
             raise DataError(f"cannot read the list of images {path}: {error.strerror}") from error
-        lines = [line.rstrip(b"\r") for line in lines]
+        if b"\0" in text:
+            raise DataError(f"the list of images {path} holds zero bytes: save it as UTF-8 text, not as UTF-16")
+        lines = [line.rstrip() for line in text.split(b"\n")]
         lines = [line for line in lines if line.strip() and not line.startswith(b"#")]
         if not lines:
             raise DataError(f"the list of images {path} is empty; it should hold a path per line")
         names, labels = _split_labels(lines, path)
-        self.labels, self.class_names = label_names(labels) if labels else (None, [])
-        if labels and all(label.isdigit() for label in labels):  # numbers keep their values
-            self.labels = np.array([int(label) for label in labels], dtype=np.int64)
-            self.class_names = [str(label) for label in range(int(self.labels.max()) + 1)]
+        self.labels, self.class_names = None, []
+        if labels:
+            numbers = all(label.isdigit() for label in labels)
+            self.labels, self.class_names = (number_labels if numbers else label_names)(labels)
         self._names = Names(names)
         self._folder = os.fsencode(path.parent)
+        tried = [self.name(image) for image in range(min(len(names), _TRIED))]
+        if not any(os.path.lexists(name) for name in tried):
+            raise DataError(
+                f"{path}: none of its first {len(tried)} files exists, such as {tried[0]!r}. Paths are relative to the "
+                f"list's folder; a label follows a tab, or, if all are whole numbers, a space"
+            )
 
     def __len__(self) -> int:
         return len(self._names)
@@ -175,8 +203,7 @@ class ListSource:
         return os.fsdecode(os.path.join(self._folder, self._names[image]))
 
     def read(self, image: int) -> bytes:
-        with open(os.path.join(self._folder, self._names[image]), "rb") as file:
-            return file.read()
+        return read_file(os.path.join(self._folder, self._names[image]))
 
 
 def _split_labels(lines: list[bytes], path: Path) -> tuple[list[bytes], list[bytes]]:
@@ -184,12 +211,16 @@ def _split_labels(lines: list[bytes], path: Path) -> tuple[list[bytes], list[byt
     parts = [line.split(b"\t") for line in lines]
     if all(len(part) == 1 for part in parts):
         parts = [line.rsplit(b" ", 1) for line in lines]
-        if not all(len(part) == 2 and part[1].isdigit() for part in parts):
-            return lines, []
+        numbered = [len(part) == 2 and part[1].isdigit() for part in parts]
+        if not all(numbered):
+            images = [part[0].lower().endswith(_EXTENSIONS) for part in parts]
+            if not any(number and image for number, image in zip(numbered, images, strict=True)):
+                return lines, []
+            parts = [part if number else [] for part, number in zip(parts, numbered, strict=True)]
     for line, part in zip(lines, parts, strict=True):
         if len(part) != 2 or not part[0] or not part[1]:
             raise DataError(
-                f"{path}: some lines have a label after a tab, but this one is not a path, a tab and a label: "
-                f"{os.fsdecode(line)!r}"
+                f"{path}: some lines have a label after a tab, or a number after a space, but this one is not a path "
+                f"and a label: {os.fsdecode(line)!r}"
             )
     return [part[0] for part in parts], [part[1] for part in parts]

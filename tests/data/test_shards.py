@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -95,14 +98,14 @@ def test_indexes_are_dalis(shards: Path, tmp_path: Path):
     assert contents(open_images(copy)) == contents(open_images(shards))[16:24]
 
 
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
 def test_foreign_layouts(tmp_path: Path):
     """Members as other tools write them: in folders, with other files of the sample, long names, no labels."""
-
-    def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        archive.addfile(info, io.BytesIO(data))
-
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         archive.addfile(tarfile.TarInfo("./"))
         for number in range(3):
@@ -118,6 +121,50 @@ def test_foreign_layouts(tmp_path: Path):
     with tarfile.open(tmp_path / "b.tar", "w") as archive:
         add(archive, "000.jpg", b"x")
     assert ShardSource(tmp_path / "b.tar").labels is None
+
+
+@pytest.mark.parametrize("pass_number", [1, 2], ids=["headers", "index"])
+def test_a_sample_is_one_image(tmp_path: Path, pass_number: int):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("1.seg.png", "1.jpg", "1.cls", "2.jpg", "2.png", "._3.jpg", "b/._3.jpg", "3.a.jpg", "3.b.jpg"):
+            add(archive, name, b"0" if name.endswith("cls") else name.encode())
+    for _ in range(pass_number):
+        source = ShardSource(tmp_path / "a.tar")
+    assert contents(source) == [b"1.jpg", b"2.jpg", b"3.a.jpg", b"3.b.jpg"]
+    assert source.labels is None  # some are missing, and there are no folders
+
+
+def test_samples_of_the_same_name_keep_their_own_labels(tmp_path: Path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for label in (b"2", b"0", b"7000000000"):
+            add(archive, "x.jpg", label)
+            add(archive, "x.cls", label + b"\n")
+    source = ShardSource(tmp_path / "a.tar")
+    assert contents(source) == [b"2", b"0", b"7000000000"]
+    assert [source.class_names[label].encode() for label in source.labels] == contents(source)
+
+
+def test_shards_beside_images(shards: Path, image_folder: Path, tmp_path: Path):
+    """Which of them are meant is not guessed; compressed tars, which cannot be read, are not meant."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "download.tar.gz").write_bytes(b"\x1f\x8b")
+    assert len(open_images(tmp_path / "images")) == 30
+    shutil.copy(shards / "shard-000000.tar", tmp_path / "images")
+    with pytest.raises(DataError, match=r"holds tar files, and images or folders too: name the shards as .*/\*\.tar"):
+        open_images(tmp_path / "images")
+    assert len(open_images(tmp_path / "images" / "*.tar")) == 8
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "a.tgz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=r"only/a\.tgz is compressed"):
+        open_images(tmp_path / "only")
+
+
+def test_an_index_that_is_not_whole_is_not_believed(shards: Path, tmp_path: Path):
+    shutil.copy(shards / "shard-000000.tar", tmp_path / "one.tar")
+    whole = (shards / "shard-000000.idx").read_text()
+    for lines in (3, 0):
+        (tmp_path / "one.idx").write_text("".join(whole.splitlines(keepends=True)[:lines]))
+        assert contents(open_images(tmp_path / "one.tar")) == contents(open_images(shards))[:8]
 
 
 def test_wrong_shards(shards: Path, tmp_path: Path, caplog):
@@ -186,6 +233,71 @@ def test_packing_leaves_out_and_names_what_it_cannot_read(image_folder: Path, tm
     assert "does not exist" in capsys.readouterr().err
 
 
+def test_a_second_call_tells_again_of_what_was_left_out(image_folder: Path, tmp_path: Path, capsys):
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "ant" / "000.jpg").unlink()
+    (tmp_path / "images" / "ant" / "000.jpg").symlink_to(tmp_path / "gone")
+    for _ in range(2):
+        assert pack.main([str(tmp_path / "images"), str(tmp_path / "out")]) == 1
+        assert "29 images in 1 shards" in (text := capsys.readouterr().out)
+        assert "(1 could not be read and are left out)" in text
+
+
+def test_packing_survives_a_kill_and_a_full_disk(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    killed = f"""if True:
+        import os, signal
+        from dmtjepa.data import FolderSource, pack
+
+        read = FolderSource.read
+        kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        FolderSource.read = lambda self, image: kill() if image == 20 else read(self, image)
+        pack.main([{str(image_folder)!r}, {str(out)!r}, "--shard-size", "8", "--threads", "1"])
+    """
+    assert subprocess.run([sys.executable, "-c", killed], timeout=60).returncode == -signal.SIGKILL
+    whole = [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
+    assert len(whole) == 2
+
+    def fill(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "_add", fill)
+        assert pack.main([str(image_folder), str(out), "--shard-size", "8"]) == 1
+    assert re.search(r"cannot write .*-00000[23]\.tar: No space left on device.*start again", capsys.readouterr().err)
+    assert not list(out.glob(".shard-*"))
+    assert pack.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
+    assert [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))][:2] == whole
+    assert contents(open_images(out)) == contents(FolderSource(image_folder))
+
+
+def test_packing_into_the_images_own_folder(image_folder: Path, tmp_path: Path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    with pytest.raises(SystemExit):
+        pack.main([str(images), f"{images}/ant/.."])
+    assert "pack into another folder" in capsys.readouterr().err
+    for _ in range(2):  # below it is no harm: tar files are no images
+        assert pack.main([str(images), str(images / "packed")]) == 0
+    assert contents(open_images(images / "packed")) == contents(FolderSource(images))
+
+
+def test_names_of_any_bytes_are_packed_and_checked(image_folder: Path, tmp_path: Path, capsysbinary):
+    images = os.fsencode(tmp_path / "images")
+    for name in (b"a \xff", "é".encode(), b"line\nbreak"):
+        os.makedirs(images + b"/" + name)
+        shutil.copy(image_folder / "ant" / "000.jpg", images + b"/" + name + b"/x\xfe.jpg")
+    Path(os.fsdecode(images + b"/a \xff/y\xfd.jpg")).write_bytes(b"no image")
+    assert pack.main([os.fsdecode(images), str(tmp_path / "out")]) == 0
+    source, packed = open_images(os.fsdecode(images)), open_images(tmp_path / "out")
+    assert contents(packed) == contents(source)
+    assert packed.labels.tolist() == source.labels.tolist() == [0, 0, 1, 2]
+    assert packed.class_names == ["a \udcff", "line break", "é"]
+    for path in (os.fsdecode(images), str(tmp_path / "out")):
+        assert check.main([path, "--workers", "1"]) == 1
+        assert b"a \\udcff/" in capsysbinary.readouterr().out
+
+
 def test_check_counts_sizes_duplicates_and_broken_files(image_folder: Path, tmp_path: Path, capsys):
     images = tmp_path / "images"
     shutil.copytree(image_folder, images)
@@ -196,9 +308,17 @@ def test_check_counts_sizes_duplicates_and_broken_files(image_folder: Path, tmp_
     text = capsys.readouterr().out
     assert "32, 31 of them good" in text
     assert "duplicates  1 copies of 1 images" in text
+    assert "0x" not in text  # what PIL calls the file is no name for it
     assert f"{images / 'ant' / '003.jpg'} = {images / 'cat' / 'copy.jpg'}" in text
     assert f"{images / 'cat' / 'bad.jpg'}: " in text
     assert check.main([str(tmp_path / "nowhere")]) == 2
+    capsys.readouterr()
+    for number in range(8):
+        shutil.copy(images / "ant" / "003.jpg", images / "cat" / f"copy{number}.jpg")
+    assert check.main([str(images), "--workers", "1"]) == 1
+    assert "copies of 1 images (same bytes)\n" in (text := capsys.readouterr().out)
+    assert text.count("copy") == 3
+    assert " = 6 more\n" in text
 
 
 def test_lists(image_folder: Path, tmp_path: Path):
@@ -228,9 +348,38 @@ def test_wrong_lists(tmp_path: Path):
     listing.write_text("# nothing\n")
     with pytest.raises(DataError, match="is empty"):
         open_images(listing)
-    listing.write_text("a.jpg\tcat\nb.jpg\n")
-    with pytest.raises(DataError, match=r"not a path, a tab and a label: 'b\.jpg'"):
+    for text in ("a.jpg\tcat\nb.jpg\n", "a.jpg 3\nb.jpg\n"):
+        listing.write_text(text)
+        with pytest.raises(DataError, match=r"not a path and a label: 'b\.jpg'"):
+            open_images(listing)
+    listing.write_text("a.jpg 3\nb.jpg\n", encoding="utf-16")
+    with pytest.raises(DataError, match="save it as UTF-8 text"):
         open_images(listing)
+    listing.write_text("images/a.jpg cat\nimages/b.jpg dog\n")
+    with pytest.raises(DataError, match=r"none of its first 2 files exists, such as '.*/a\.jpg cat'.*follows a tab"):
+        open_images(listing)
+    with pytest.raises(DataError, match=r"nor a file list \(\.txt, \.tsv, \.lst\)"):
+        open_images(listing.rename(tmp_path / "list.csv"))
+
+
+def test_lists_as_windows_and_other_tools_write_them(image_folder: Path, tmp_path: Path):
+    files = sorted(image_folder.rglob("*.jpg"))
+    listing = tmp_path / "list.txt"
+    listing.write_text("".join(f"{path}  \r\n" for path in files), encoding="utf-8-sig")
+    assert contents(open_images(listing)) == [path.read_bytes() for path in files]
+    assert open_images(listing).labels is None
+    # Numbers that are names of classes, not places in a list of them.
+    listing.write_text("".join(f"{path}\t{7_000_000_000 + number % 3}\n" for number, path in enumerate(files)))
+    source = open_images(listing)
+    assert source.labels.tolist() == [number % 3 for number in range(30)]
+    assert source.class_names == ["7000000000", "7000000001", "7000000002"]
+
+
+def test_a_pipe_in_a_list_is_no_image_and_is_not_waited_for(image_folder: Path, tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "list.txt").write_text(f"pipe.jpg\n{image_folder / 'ant' / '000.jpg'}\n")
+    report = check.check(open_images(tmp_path / "list.txt"), num_workers=1)
+    assert report.broken == [(str(tmp_path / "pipe.jpg"), "empty file")]
 
 
 def test_members_are_found_without_reading_the_data(shards: Path):

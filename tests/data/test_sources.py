@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dmtjepa.config import DataSettings
-from dmtjepa.data import DataError, build_loader
+from dmtjepa.data import DataError, build_loader, open_images
 from dmtjepa.data.sources import FolderSource, Names
 
 
@@ -88,6 +93,38 @@ def test_missing_empty_and_small_folders(tmp_path: Path):
     settings = DataSettings(root_path=str(tmp_path / "few"), batch_size=2, num_workers=0)
     with pytest.raises(DataError, match=r"2 images x 2 processes"):
         build_loader(settings, seed=0, world_size=2)
+
+
+@contextlib.contextmanager
+def permissions() -> Iterator[None]:
+    """They concern everyone but root."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_what_may_not_be_read_is_named(monkeypatch):
+    with tempfile.TemporaryDirectory() as temporary:  # not in a folder of pytest, which are closed to others
+        monkeypatch.setenv("DMTJEPA_CACHE", temporary)
+        Path(temporary).chmod(0o755)
+        shard, folder = Path(temporary, "a.tar"), Path(temporary, "images")
+        tarfile.open(shard, "w").close()
+        shard.chmod(0)
+        with permissions(), pytest.raises(DataError, match=r"cannot read the shard .*/a\.tar: Permission denied"):
+            open_images(shard)
+        touch(folder / "inner" / "a.png")
+        (folder / "inner").chmod(0)
+        with permissions(), pytest.raises(DataError, match=r"cannot list the images of .*Permission denied: .*inner"):
+            open_images(folder)
+        folder.chmod(0)
+        with permissions(), pytest.raises(DataError, match=r"cannot read .*/images.*: Permission denied"):
+            open_images(folder)
+        folder.chmod(0o700)
+        (folder / "inner").chmod(0o700)
 
 
 def test_labels_are_int64(image_folder: Path):
