@@ -49,10 +49,10 @@ def distort_colors(images: torch.Tensor, uniforms: np.ndarray, strength: float) 
     for place, (number, operation) in itertools.product(range(4), enumerate(operations)):
         chosen = np.flatnonzero(jittered & (orders[:, place] == number))
         if len(chosen):
-            rows = torch.from_numpy(chosen).to(images.device)
-            factor = torch.from_numpy(factors[chosen, number]).to(images.device, torch.float32).view(-1, 1, 1, 1)
+            rows = _send(chosen, images.device)
+            factor = _send(factors[chosen, number].astype(np.float32), images.device).view(-1, 1, 1, 1)
             pixels[rows] = operation(pixels[rows], factor).clamp_(0, 255)
-    grey = torch.from_numpy(draws[:, 6] < 0.2).to(images.device).view(-1, 1, 1, 1)
+    grey = _send(draws[:, 6] < 0.2, images.device).view(-1, 1, 1, 1)
     return torch.where(grey, _luma(pixels), pixels).round_().to(torch.uint8)
 
 
@@ -61,8 +61,8 @@ def blur(images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
     chosen = np.flatnonzero(uniforms[:, BLUR_DRAW] < 0.5)
     if not len(chosen):
         return images
-    rows = torch.from_numpy(chosen).to(images.device)
-    sigma = torch.from_numpy(0.1 + 1.9 * uniforms[chosen, BLUR_DRAW + 1]).to(images.device, torch.float32)
+    rows = _send(chosen, images.device)
+    sigma = _send((0.1 + 1.9 * uniforms[chosen, BLUR_DRAW + 1]).astype(np.float32), images.device)
     distance = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=images.device, dtype=torch.float32)
     kernel = torch.softmax(-0.5 * (distance / sigma[:, None]) ** 2, dim=1)  # [n, 13], sums to 1
     kernel = kernel.repeat_interleave(3, dim=0)[:, None]  # [3n, 1, 13]: one filter per image and channel
@@ -74,6 +74,12 @@ def blur(images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
     blurred = images.clone()
     blurred[rows] = pixels.view(count, channels, height, width).round_().clamp_(0, 255).to(torch.uint8)
     return blurred
+
+
+def _send(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A tensor on the device, for whose copy the host does not wait."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _luma(pixels: torch.Tensor) -> torch.Tensor:
@@ -101,6 +107,6 @@ def _turn_hue(pixels: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     peak = pixels.argmax(1)
     sixths = torch.where(peak == 0, green - blue, torch.where(peak == 1, blue - red, red - green)).unsqueeze(1)
     sixths = sixths / chroma.clamp(min=1e-6) + 2 * peak.unsqueeze(1) + 6 * turn
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=pixels.device).view(1, 3, 1, 1)
+    offsets = torch.arange(5, 0, -2, device=pixels.device, dtype=torch.float32).view(1, 3, 1, 1)
     k = (offsets + sixths) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)

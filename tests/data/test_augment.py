@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms.v2 import functional as F
 
-from dmtjepa.data.augment import blur, distort_colors
+from dmtjepa.config import DataSettings
+from dmtjepa.data.augment import augment, blur, distort_colors
 from dmtjepa.data.sampling import BLUR_DRAW, COLOR_DRAW, NUM_DRAWS, draw_uniforms
 from tests.data.conftest import smooth_image
 
@@ -66,3 +68,18 @@ def test_blur_is_gaussian_for_every_second_image():
     expected = Image.fromarray(images[0].permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(1.05))
     difference = np.abs(blurred[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(expected, int))
     assert difference.max() <= 3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_host_waits_for_nothing():
+    images = pictures(12)
+    uniforms = np.stack([draw_uniforms(0, 0, position) for position in range(12)])
+    settings = DataSettings(use_color_distortion=True, color_jitter_strength=0.5, use_gaussian_blur=True)
+    expected, device = augment(images, uniforms, settings), images.cuda()
+    augment(device, uniforms, settings)  # the first call loads libraries
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = augment(device, uniforms, settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (result.cpu().int() - expected.int()).abs().max() <= 2

@@ -68,10 +68,11 @@ def test_workers_ranks_and_runs_agree(settings: DataSettings):
     workers = settings.model_copy(update={"num_workers": 2})
     for a, b in zip(alone, batches(workers), strict=True):
         assert torch.equal(a, b)
-    halves = settings.model_copy(update={"batch_size": 2})
-    ranks = [batches(halves, rank=rank, world_size=2) for rank in range(2)]
-    for whole, *parts in zip(alone, *ranks, strict=True):
-        assert torch.equal(whole, torch.cat(parts))
+    for world_size, start in ((2, 0), (4, 0), (2, 3)):  # also what one process began
+        part = settings.model_copy(update={"batch_size": 4 // world_size})
+        ranks = [batches(part, 0, start, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for whole, *parts in zip(alone[start:], *ranks, strict=True):
+            assert torch.equal(whole, torch.cat(parts))
     assert not torch.equal(alone[0], batches(settings, seed=8)[0])
     assert not torch.equal(alone[0], batches(settings, epoch=1)[0])
 

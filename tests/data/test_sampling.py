@@ -30,6 +30,17 @@ def test_a_global_batch_has_the_same_samples_at_any_world_size(world_size: int):
         assert np.array_equal(images, np.concatenate([part.request(epoch, step).images for part in parts]))
 
 
+@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 3), (7, 1), (1, 8), (50, 2)])
+def test_processes_share_an_epoch_without_repeating_or_losing_a_sample(batch_size: int, world_size: int):
+    """Beyond the end that fills no global batch."""
+    images = []
+    for rank in range(world_size):
+        order = SampleOrder(103, batch_size, 5, rank, world_size)
+        images += [image for step in range(order.steps_per_epoch) for image in order.request(1, step).images.tolist()]
+    assert len(images) == len(set(images)) == 103 - 103 % (batch_size * world_size)
+    assert set(images) == set(permute(103, 5, 1)[: len(images)].tolist())
+
+
 def test_uniforms_are_uniform_and_of_one_sample_alone():
     draws = np.stack([draw_uniforms(5, 1, position) for position in range(2000)])
     assert abs(draws.mean() - 0.5) < 0.005
