@@ -120,9 +120,10 @@ def main() -> None:
                     rows = [row | ratios(row, rows) for row in rows]
                     save(options.out, "memory", device, rows, plot=plot)
             if device == "cuda":
-                ours = [provider for provider in providers if provider.code == "project"]
-                found = [largest_batch(rows, workload, provider, world) for provider in ours]
-                rows += [row for row in found if row is not None]
+                for provider in providers:
+                    row = largest_batch(rows, workload, provider, world) if provider.code == "project" else None
+                    rows += [row] if row is not None else []
+                    save(options.out, "memory", device, rows, plot=plot)
     print(text_table(COLUMNS, rows, num_names=2), *problems(rows), sep="\n\n")
     save(options.out, "memory", device, rows, plot=plot)
     if failed(rows):

@@ -31,7 +31,6 @@ import torch
 from benchmarks.harness import GIB, default_device, number, save, text_table
 from benchmarks.providers import PHASES, open_published, parse_provider, parse_workload
 from benchmarks.steps import failed, measure_steps, problems, ratios
-from dmtjepa.config import RuntimeSettings
 from dmtjepa.training.distributed import check_device, joined
 
 DEFAULT_MODELS = {"cpu": ["vit_small:16"], "cuda": ["vit_huge:128", "vit_large:256", "vit_base:256"]}
@@ -42,10 +41,9 @@ def default_providers(device: str, published: bool) -> list[str]:
     if device == "cpu":
         found = ["reference:float32", "project:float32:eager", "project:float32:compiled", "project:bfloat16:compiled"]
         return ["published:float32"] * published + found
-    found = ["published"] * published + ["project"]
-    if "teacher_precision" in RuntimeSettings.model_fields and torch.cuda.get_device_capability() >= (9, 0):
-        found.append("project:fp8")
-    return [*found, "reference"]
+    fp8 = ["project:fp8"] * (torch.cuda.get_device_capability() >= (9, 0))
+    # What the goals are measured against comes first: a program that is stopped has compared.
+    return ["published", "project", *fp8, "reference"] if published else ["project", "reference", *fp8]
 
 
 COLUMNS = {

@@ -21,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import SHAPES, Shape, default_device, number, peak_memory, relative_error, save, text_table
+from benchmarks.harness import SHAPES, Shape, default_device, number, peak_memory, save, text_table
 from benchmarks.published import open_checkout, published_head
 from dmtjepa import reference
 from dmtjepa.config import MaskSettings
 from dmtjepa.masking import sample_masks
 from dmtjepa.models import AggregationHead
 
-LIMIT = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+# Of the targets' relative errors, row by row: the median, and the share of rows above 0.1. In bfloat16 a few patches
+# choose another neighbour where two are all but equally similar.
+LIMITS = {torch.float32: (1e-5, 0.0), torch.bfloat16: (2e-2, 2e-2)}
 TARGETS_CPU = ["base:8", "huge:16"]
 
 
@@ -58,18 +60,23 @@ def measure(
         return read_blocks(everywhere, masks.target_index)
 
     providers = {"this project": fast, "reference": slow}
-    if device == "cuda":
-        compiled = torch.compile(slow)
-        providers["reference, compiled"] = compiled
     if published:
         theirs = published_head().LocalAggHead(shape.dim, shape.num_heads, k_num=4, k_size=3)
         theirs = theirs.to(device, dtype).requires_grad_(False)
         theirs.load_state_dict(head.state_dict())
         providers["published"] = lambda: read_blocks(theirs(h, loc=True), masks.target_index)
 
-    error = relative_error(fast()[masks.target_slot], slow())
-    if error > LIMIT[dtype]:
-        raise SystemExit(f"{shape.name} B={batch_size}: the targets are wrong (error {error:.1e}); nothing was timed")
+    found, expected = (targets.flatten(0, 2).double() for targets in (fast()[masks.target_slot], slow()))
+    errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    error, outliers = errors.median().item(), 1 - (errors <= 0.1).double().mean().item()  # a NaN is an outlier
+    if not (error <= LIMITS[dtype][0] and outliers <= LIMITS[dtype][1]):
+        raise SystemExit(
+            f"{shape.name} B={batch_size}: the targets are wrong (median error {error:.1e}, {outliers:.1%} of rows "
+            "above 0.1); nothing was timed"
+        )
+    del found, expected, errors
+    for provider in providers.values():
+        provider()  # whatever happens only once
     memory = {name: peak_memory(provider, device) for name, provider in providers.items()}
     times: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(repeats):
@@ -84,7 +91,8 @@ def measure(
         ms = statistics.median(times[name])
         rows.append(
             {
-                "shape": shape.name, "batch": batch_size, "provider": name, "dtype": str(dtype), "error": error,
+                "shape": shape.name, "batch": batch_size, "provider": name, "dtype": str(dtype),
+                "error": error, "outliers": outliers,
                 "ms": ms, "peak_mib": memory[name] / 2**20,
                 "time_of_reference": ms / statistics.median(times["reference"]),
                 "memory_of_reference": memory[name] / memory["reference"],
@@ -120,8 +128,8 @@ def main() -> None:
         name, batch = text.split(":")
         with torch.inference_mode():
             rows += measure(SHAPES[name], int(batch), device, dtype, options.repeats, options.published is not None)
+        save(options.out, "targets", device, rows)
     print(text_table(COLUMNS, rows, num_names=2))
-    save(options.out, "targets", device, rows)
 
 
 if __name__ == "__main__":

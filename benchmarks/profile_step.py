@@ -8,8 +8,9 @@ described in benchmarks/providers.py.
 Time is an operator's own, without the operators it calls: of its kernels on CUDA, of the host on a CPU. FLOPs are
 those of PyTorch's flop counter for the shapes of the inputs, where it has a formula. Bytes count each tensor that the
 operator takes once, and its result where that is no argument; they are given for products of matrices, for operators
-that stream their arguments (sums, norms, activations, copies, optimizer), and for kernels that torch.compile made for a
-GPU. `roofline` is the time that an operator cannot beat, the larger of FLOPs over the rate of a measured product of
+that stream their arguments (sums, norms, activations, copies), and for kernels that torch.compile made for a GPU. An
+operator that calls others which do the work has neither; lists of tensors (optimizer, averages) have no shapes in a
+profile. `roofline` is the time that an operator cannot beat, the larger of FLOPs over the rate of a measured product of
 square matrices and bytes over the measured bandwidth of a copy, as a share of the time it took.
 """
 
@@ -32,47 +33,73 @@ from benchmarks.steps import CHECKED_STEPS, Run
 from dmtjepa.training.distributed import check_device, joined
 
 ITEM_SIZES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "short int": 2}
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "mkldnn::_linear_pointwise")
 STREAMING = (
     "aten::add", "aten::sub", "aten::mul", "aten::div", "aten::copy_", "aten::gelu", "aten::native_layer_norm",
-    "aten::_softmax", "aten::cat", "aten::sum", "aten::lerp", "aten::_foreach", "aten::_fused_adamw",
+    "aten::_softmax", "aten::cat", "aten::sum", "aten::lerp",
 )  # fmt: skip
 
 Shapes = Sequence[Sequence[int]]
 
 
+# Where the two matrices of a product are among an operator's arguments.
+MATRICES = {
+    "aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::_scaled_mm": (0, 1), "aten::addmm": (1, 2), "aten::baddbmm": (1, 2),
+    "mkldnn::_linear_pointwise": (0, 1),
+}  # fmt: skip
+# Where queries and keys are among an attention's, the axis of their rows, and FLOPs per query, key and channel.
+ATTENTIONS = {
+    "aten::_flash_attention_forward": (0, 1, 1, 4),
+    "aten::_flash_attention_backward": (1, 2, 1, 10),
+    "aten::_efficient_attention_forward": (0, 1, 1, 4),
+    "aten::_efficient_attention_backward": (1, 2, 1, 10),
+    "aten::_scaled_dot_product_cudnn_attention": (0, 1, 2, 4),
+    "aten::_scaled_dot_product_cudnn_attention_backward": (1, 2, 2, 10),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": (0, 1, 2, 4),
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": (1, 2, 2, 10),
+}
+# They call one of the above; and to a formula that is given shapes without their places, they mean something else.
+WRAPPERS = ("dmtjepa::memory_efficient", "aten::_scaled_dot_product", "dmtjepa::onednn_linear")
+
+
+def product_shape(name: str, shapes: Shapes) -> list[int]:
+    """The shape of a product's result."""
+    left, right = (shapes[place] for place in MATRICES[name])
+    return [*left[:-1], right[0] if name.startswith("mkldnn") else right[-1]]
+
+
 def flops(name: str, shapes: Shapes) -> float | None:
-    """FLOPs of an operator by PyTorch's formulas; None where there is none for it, or none from shapes alone."""
-    tensors = [shape for shape in shapes if shape]
-    if name == "mkldnn::_linear_pointwise":
-        return 2.0 * math.prod(tensors[0]) * tensors[1][0]
+    """FLOPs of an operator; None where there is no formula for it, or none from shapes alone."""
+    if name in MATRICES:
+        return 2.0 * math.prod(product_shape(name, shapes)) * shapes[MATRICES[name][0]][-1]
+    if name in ATTENTIONS:
+        query, key, rows, each = ATTENTIONS[name]
+        # Packed sequences have no dimension for images, and their lengths are not in the shapes.
+        return float(each * math.prod(shapes[query]) * shapes[key][rows]) if len(shapes[query]) == 4 else None
+    if name.startswith(WRAPPERS):
+        return None
     space, _, operator = name.partition("::")
     formula = flop_registry.get(getattr(getattr(torch.ops, space, None), operator, None))
     if formula is None:
         return None
     try:
-        return float(formula(*tensors))
-    except (TypeError, ValueError, IndexError, AssertionError):  # it wants values too
+        return float(formula(*(shape or None for shape in shapes)))
+    except (TypeError, ValueError, IndexError, AssertionError, AttributeError):  # it wants values too
         return None
 
 
 def num_bytes(name: str, shapes: Shapes, types: Sequence[str]) -> float | None:
     """Bytes that an operator must move; None where its arguments do not tell."""
-    sizes = [
-        math.prod(shape) * ITEM_SIZES.get(kind, 1)
-        for shape, kind in zip(shapes, types, strict=False)
-        if shape and not isinstance(shape[0], (list, tuple))
-    ]
-    sizes += [4 * sum(map(math.prod, shape)) for shape in shapes if shape and isinstance(shape[0], (list, tuple))]
+    sizes = [math.prod(shape) * ITEM_SIZES.get(kind, 1) for shape, kind in zip(shapes, types, strict=False) if shape]
     if not sizes:
         return None
     if name.startswith("triton_"):
         return float(sum(sizes))  # its results are arguments
-    if name in PRODUCTS:
-        left, right = [shape for shape in shapes if len(shape) >= 2][-2:]
-        item = ITEM_SIZES.get(next(kind for shape, kind in zip(shapes, types, strict=False) if shape), 1)
-        columns = right[0] if name.startswith("mkldnn") else right[-1]
-        return float(sum(sizes) + item * math.prod(left[:-1]) * columns)
+    if name in MATRICES:
+        result, last = product_shape(name, shapes), MATRICES[name][1]
+        if result in [list(shape) for shape in shapes[last + 1 :]]:
+            return float(sum(sizes))  # its result is an argument
+        item = ITEM_SIZES.get(types[last] if last < len(types) else "", 1)
+        return float(sum(sizes) + item * math.prod(result))
     if name.startswith(STREAMING):
         return float(sum(sizes) + max(sizes))
     return None
@@ -84,16 +111,25 @@ def operator_rows(profile: torch.profiler.profile, device: str, num_steps: int, 
     types = {event.correlation_id(): event.dtypes() for event in kineto if event.dtypes()}
     total: dict[str, dict] = defaultdict(lambda: {"calls": 0, "us": 0.0, "bound_us": 0.0, "flops": 0.0, "bytes": 0.0})
     rate, bandwidth = ceilings
-    for event in profile.events():
-        if event.device_type != torch.autograd.DeviceType.CPU:
-            continue
+
+    def add(event) -> tuple[bool, bool]:
+        """Add an event, and all that it calls, to their rows; returns whether FLOPs and whether bytes were counted."""
+        below = [add(called) for called in event.cpu_children]
+        has_flops, has_bytes = (any(found) for found in zip(*below, strict=True)) if below else (False, False)
         row, shapes = total[event.name], event.input_shapes or []
         row["calls"] += 1
         row["us"] += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        work, moved = flops(event.name, shapes), num_bytes(event.name, shapes, types.get(event.id, []))
+        work = None if has_flops else flops(event.name, shapes)
+        counted_below = has_flops or (has_bytes and work is None)
+        moved = None if counted_below else num_bytes(event.name, shapes, types.get(event.id, []))
         row["flops"] += work or 0.0
         row["bytes"] += moved or 0.0
         row["bound_us"] += 1e6 * max((work or 0.0) / rate, (moved or 0.0) / bandwidth)
+        return has_flops or work is not None, has_bytes or moved is not None
+
+    for event in profile.events():
+        if event.cpu_parent is None and event.device_type == torch.autograd.DeviceType.CPU:
+            add(event)
     everything = sum(row["us"] for row in total.values())
     return [
         {

@@ -134,6 +134,11 @@ class Provider:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if "bfloat16" in self.properties else torch.float32
 
+    @property
+    def rounding(self) -> str:
+        """The coarsest format that it computes in: float32, bfloat16 or fp8."""
+        return next(name for name in ("fp8", "bfloat16", "float32") if name in self.properties)
+
 
 def parse_provider(text: str, device: str) -> Provider:
     """A provider from its text. What is not said is bfloat16 and compiled on CUDA, float32 and eager on a CPU."""
@@ -248,7 +253,8 @@ def build_step(workload: Workload, provider: Provider, world: World, at: Callabl
         return ProjectStep(workload, provider, world, at)
     model = draw_model(workload.config(), world.device)
     if provider.code == "reference":
-        return ReferenceStep(model, world.device, at, provider.dtype, part=workload.batch_size)
+        part = workload.batch_size if world.device.type == "cpu" else 64  # more would not fit at ViT-H
+        return ReferenceStep(model, world.device, at, provider.dtype, part)
     return PublishedStep(
         model, workload.config(), SCHEDULES, world.device, at, use_bfloat16=provider.dtype == torch.bfloat16
     )

@@ -122,14 +122,10 @@ def choose_neighbors(
     Returns:
         index [B, N, K] of patches, and present [B, N, K] bool: False where the window holds fewer than K others.
     """
-    num_patches = h.shape[1]
     width = window * window - 1
-    candidates = torch.zeros(num_patches, width, dtype=torch.long)
-    present = torch.zeros(num_patches, width, dtype=torch.bool)
-    for patch in range(num_patches):
-        others = window_patches(patch, grid_size, window, border)
-        candidates[patch, : len(others)] = torch.tensor(others, dtype=torch.long)
-        present[patch, : len(others)] = True
+    windows = [window_patches(patch, grid_size, window, border) for patch in range(h.shape[1])]
+    candidates = torch.tensor([others + [0] * (width - len(others)) for others in windows])
+    present = torch.tensor([[place < len(others) for place in range(width)] for others in windows])
     unit = F.normalize(h, dim=-1)
     similarity = (unit[:, candidates] @ unit.unsqueeze(-1)).squeeze(-1)  # [B, N, w*w-1]
     similarity = similarity.masked_fill(~present, -math.inf)

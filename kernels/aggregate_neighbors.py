@@ -173,7 +173,7 @@ def _add_to_softmax(b_max, b_sum, b_total, b_score, b_value):
     return b_new_max, b_sum * b_old + b_weight, b_total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_covered"])
 def _aggregate_neighbors_kernel(
     p_query,  # [U, D], strides (s_query, 1)
     p_self_key,  # [U, D], strides (s_self_key, 1)
@@ -224,7 +224,7 @@ def _aggregate_neighbors_kernel(
     tl.store(p_output + o_wide * (H * HEAD_DIM) + o_head, b_output.to(p_output.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_covered"])
 def _pool_neighbors_kernel(
     p_self_score,  # [B, H], strides (s_self_score, 1)
     p_self_value,  # [B, D], strides (s_self_value, 1)

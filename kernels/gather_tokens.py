@@ -61,7 +61,7 @@ def scatter_tokens_plain(grad: Tensor, index: Tensor, num_patches: int, dtype: t
     return total.to(dtype).view(num_images, num_patches, dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_kept", "s_index_image"])
 def _gather_tokens_kernel(
     p_tokens,  # [B, N, D], strides (s_tokens_image, s_tokens_patch, 1)
     p_index,  # [B, K], strides (s_index_image, 1)
@@ -96,7 +96,7 @@ def _gather_tokens_kernel(
     tl.store(p_output + o_row.to(tl.int64)[:, None] * D + o_d[None, :], b_tile, mask=m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_kept", "s_index_image"])
 def _link_rows_kernel(
     p_index,  # [B, K], strides (s_index_image, 1)
     p_first,  # [B, N] int32, -1 on entry: becomes one of the rows that name the patch
@@ -116,7 +116,7 @@ def _link_rows_kernel(
     tl.store(p_next + o_row, b_next, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_kept"])
 def _scatter_tokens_kernel(
     p_grad,  # [B, K, D], strides (s_grad_image, s_grad_row, 1)
     p_first,  # [B, N] int32

@@ -42,7 +42,7 @@ def indexed_smooth_l1_plain(prediction: Tensor, target: Tensor, slot: Tensor) ->
     return smooth_l1_loss(prediction.to(wide), targets.to(wide))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _smooth_l1_kernel(
     p_prediction,  # [rows, D], contiguous; rows = B*M*T
     p_target,  # [U, D], strides (s_target, 1)
@@ -71,7 +71,7 @@ def _smooth_l1_kernel(
     tl.store(p_partial + tl.program_id(0), tl.sum(b_sum))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _smooth_l1_backward_kernel(
     p_grad,  # float32 []
     p_prediction,  # [rows, D], contiguous

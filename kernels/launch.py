@@ -1,4 +1,8 @@
-"""What the launchers of the operators share: starting a kernel on its tensors' device, and block sizes."""
+"""What the launchers of the operators share: starting a kernel on its tensors' device, and block sizes.
+
+Triton compiles a kernel again where an integer becomes 1 or a multiple of 16, or ceases to be; sizes that follow the
+masks of a step are exempt (`do_not_specialize`), so that nothing is compiled amid a run.
+"""
 
 import torch
 import triton

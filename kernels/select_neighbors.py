@@ -119,7 +119,7 @@ def select_neighbors_plain(
     return rank_candidates(torch.stack(dots, 1), norm, candidate, num_neighbors)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_covered"])
 def _select_neighbors_kernel(
     p_h,  # [B, N, D], strides (s_image, s_patch, 1)
     p_patches,  # [U], contiguous

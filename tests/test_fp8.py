@@ -212,7 +212,8 @@ def test_the_gpus_product_is_the_emulated_one(rows, width, out):
     weight, bias = torch.randn(out, width, device="cuda"), torch.randn(out, device="cuda")
     arguments = (*fp8.quantize_rows(x), *fp8.quantize_rows(weight), bias)
     expected = fp8.emulated_product(*arguments)
-    assert relative_error(fp8.scaled_product(*arguments).float(), expected) < 5e-3
+    # The GPU rounds its results to bfloat16 (2e-3) and, on Hopper, its partial sums of 5120 terms to 14 bits (4e-3).
+    assert relative_error(fp8.scaled_product(*arguments).float(), expected) < 2e-2
     layer = nn.Linear(width, out, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
     layer = fp8.Fp8Linear(layer, fp8.scaled_product)
     x = x.bfloat16()

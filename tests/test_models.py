@@ -148,6 +148,7 @@ def test_attention_of_a_cpu_equals_the_definition(dtype, tolerance):
 @pytest.mark.parametrize("head_dim", [24, 32, 64, 80, 88])
 @pytest.mark.parametrize("length", [68, 112, 256])
 def test_xformers_equals_sdpa(head_dim, length):
+    pytest.importorskip("xformers")
     xformers = choose_attention("xformers", "cuda", head_dim)
     inputs = [torch.randn(4, length, 16, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     results = []

@@ -227,6 +227,7 @@ def test_flops_of_xformers():
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [24, 32, 64, 80, 88])
 def test_xformers_equals_sdpa(head_dim):
+    pytest.importorskip("xformers")
     xformers = choose_attention("xformers", "cuda", head_dim)
     packing = Packing(*(x.cuda() for x in pack(torch.tensor([68, 1, 140, 97]).numpy())))
     inputs = [torch.randn(1, 306, 16, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]

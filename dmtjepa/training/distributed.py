@@ -94,6 +94,9 @@ def joined(device: torch.device, *, start_timeout: float, hang_timeout: float) -
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     start = timedelta(seconds=start_timeout)
     if device.type == "cuda":
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+            # The number of context patches differs from step to step: blocks of fixed size would leave gaps.
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(device)
     try:
         if "RANK" in os.environ:

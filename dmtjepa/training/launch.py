@@ -54,9 +54,6 @@ def run_process(config: Config, device_name: str) -> Outcome:
 
     Raises the process's own failure, or DistributedError with the failure that another process met first.
     """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-        # The number of context patches differs from step to step: blocks of fixed size would leave gaps.
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     device = check_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     runtime = config.runtime
     with joined(device, start_timeout=runtime.start_timeout, hang_timeout=runtime.hang_timeout) as world:

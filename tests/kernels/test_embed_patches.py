@@ -47,11 +47,11 @@ def test_equals_reference(device, shape, layout, dtype):
 
 def test_is_the_patch_embedding(device):
     images, patch_size, index = draw((2, 28, 42, 14, 5), device)
-    conv = torch.nn.Conv2d(3, 8, patch_size, patch_size, device=device)
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
-    expected = conv((images / 255 - mean) / std).flatten(2).transpose(1, 2)
-    expected = expected.gather(1, index[:, :, None].expand(-1, -1, 8))
-    rows = embed_patches(images, patch_size, index, mean=MEAN, std=STD)
+    conv = torch.nn.Conv2d(3, 8, patch_size, patch_size, dtype=torch.float64)
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
+    expected = conv((images.cpu().double() / 255 - mean) / std).flatten(2).transpose(1, 2)
+    expected = expected.gather(1, index.cpu()[:, :, None].expand(-1, -1, 8))
+    rows = embed_patches(images, patch_size, index, mean=MEAN, std=STD).cpu().double()
     torch.testing.assert_close(rows @ conv.weight.flatten(1).T + conv.bias, expected, rtol=1e-5, atol=1e-5)
 
 
