@@ -126,8 +126,10 @@ def check_pixels(path: Path, args: argparse.Namespace) -> None:
 
 
 def describe(args: argparse.Namespace) -> dict[str, str | int | bool | None]:
+    from nvidia.dali import __version__ as dali  # its package's name holds the version of CUDA
+
     versions = {name: importlib.metadata.version(name) for name in ("torchvision", "pillow", "numpy")}
-    versions["dali"] = importlib.metadata.version("nvidia-dali-cuda130")
+    versions["dali"] = dali
     return {
         **environment("cpu" if args.device == "cpu" else "cuda"),
         "device": args.device,
@@ -192,7 +194,8 @@ def main() -> None:
             cores = "".join(f"{need / rate['images_per_core_second']:>16.1f} cores" for rate in rates.values())
             print(f"{gpu + ', ' + model:<28}{need:>10}{cores}")
     if args.json:
-        args.json.write_text(json.dumps({"environment": described, "rates": rates, "needs": NEEDS}, indent=2) + "\n")
+        rows = [{"loader": name, **rate} for name, rate in rates.items()]
+        args.json.write_text(json.dumps({**described, "needs": NEEDS, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.bench_loader import NEEDS
 from benchmarks.harness import environment
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +62,7 @@ def steps(out: Path, images: Path | None, published: Path | None) -> list[Step]:
     if images is not None:
         command = (sys.executable, "-m", "benchmarks.bench_loader", str(images), "--device", "cuda")
         found.append(Step("bench_loader", (*command, "--json", str(out / "loader.json")), 120))
+        found.append(benchmark("bench_data_wait", out, 150, str(images), "--model", OTHER_MODELS[1]))
     found.append(Step("other tests", (*pytest, "tests", "--ignore=tests/kernels"), 120))
     if sanitizer := shutil.which("compute-sanitizer"):
         command = (sanitizer, "--error-exitcode", "1", *pytest, "tests/kernels", "-k", "strides or covered_patches")
@@ -104,7 +106,7 @@ LEAST_SPEED = {"ViT-huge": (2.0, 0.48), "ViT-large": (2.1, 0.44), "ViT-base": (2
 def goals(out: Path) -> dict[str, bool]:
     """The goals of docs/performance.md that the results in `out` decide."""
     rows = [row for path in sorted(out.rglob("*.json")) for row in json.loads(path.read_text()).get("rows", [])]
-    return operator_goals(rows) | target_goals(rows) | step_goals(rows)
+    return operator_goals(rows) | target_goals(rows) | step_goals(rows) | data_goals(rows)
 
 
 def operator_goals(rows: list[dict]) -> dict[str, bool]:
@@ -158,6 +160,21 @@ def step_goals(rows: list[dict]) -> dict[str, bool]:
         if memory is not None:
             found[f"{model}: at most 0.5x the memory of the {other} step ({memory:.2f}x)"] = memory <= 0.5
         found[f"{model}: MFU of at least {least[1]:.0%} ({row['mfu']:.1%})"] = row["mfu"] >= least[1]
+    return found
+
+
+def data_goals(rows: list[dict]) -> dict[str, bool]:
+    """Of DALI against the rate at which ViT-L trains: of the measured step, without one of its prediction."""
+    steps = [row for row in rows if "mfu" in row and row["model"].startswith("ViT-large")]
+    need = max((row["images_per_s"] for row in steps), default=NEEDS["H100"]["ViT-L/16"])
+    found = {}
+    for row in rows:
+        if row.get("loader", "").startswith("dali") and "images_per_second" in row:
+            ratio = row["images_per_second"] / need
+            found[f"{row['loader']}: at least 2x the images/s of training ViT-L ({ratio:.1f}x)"] = ratio >= 2
+        if "data_wait_share" in row:
+            share = row["data_wait_share"]
+            found[f"{row['model']}: waits for data in less than 2% of the time ({share:.1%})"] = share < 0.02
     return found
 
 
