@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_memory, bench_operators, bench_scaling, gpu_check, harness, profile_step
+from benchmarks import bench_memory, bench_operators, bench_scaling, gpu_check, harness, profile_step, steps
 from benchmarks.harness import Shape
+from benchmarks.providers import parse_workload
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,13 +82,39 @@ def test_profile_names_operators(run_program, tmp_path, tiny):
     assert rows["aten::mm"]["gflop"] > 0
     assert rows["aten::mm"]["roofline"] > 0
     assert "aten::mm" in printed
+    executed = sum(row["gflop"] or 0.0 for row in rows.values())  # each product once, whoever called it
+    assert executed == pytest.approx(parse_workload("vit_nano:2", tiny).flops(steps.CHECKED_STEPS) / 1e9, rel=0.1)
     assert list(tmp_path.glob("*-trace.json.gz"))
 
 
-def test_flops_and_bytes_of_a_product():
-    shapes, types = [[8], [3, 4], [4, 8], [], []], ["float", "float", "float", "", ""]
+@pytest.mark.parametrize("result", [[], [[3, 8]]])  # as an argument, in compiled code
+def test_flops_and_bytes_of_a_product(result):
+    shapes, types = (
+        [[8], [3, 4], [4, 8], [], [], *result],
+        ["float", "float", "float", "", "", *["float" for _ in result]],
+    )
     assert profile_step.flops("aten::addmm", shapes) == 2 * 3 * 4 * 8
     assert profile_step.num_bytes("aten::addmm", shapes, types) == 4 * (8 + 3 * 4 + 4 * 8 + 3 * 8)
+    shapes, types = [[5, 3, 4], [5, 4, 8], *([5, *shape] for shape in result)], ["c10::BFloat16"] * (2 + len(result))
+    assert profile_step.flops("aten::bmm", shapes) == 5 * 2 * 3 * 4 * 8
+    assert profile_step.num_bytes("aten::bmm", shapes, types) == 5 * 2 * (3 * 4 + 4 * 8 + 3 * 8)
+    shapes, types = [[2, 3, 4], [8, 4], [8], [], [], []], ["float", "float", "float", "", "", ""]
+    assert profile_step.flops("mkldnn::_linear_pointwise", shapes) == 2 * 2 * 3 * 4 * 8
+    assert profile_step.num_bytes("mkldnn::_linear_pointwise", shapes, types) == 4 * (6 * 4 + 8 * 4 + 8 + 6 * 8)
+
+
+def test_flops_of_attention():
+    packed, rows, lse = [11, 2, 8], [3, 7, 2, 8], [3, 2, 7]
+    forward = [rows, rows, rows, [], [], [], [], [], [], []]
+    assert profile_step.flops("aten::_flash_attention_forward", forward) == 4 * 3 * 2 * 7 * 7 * 8
+    backward = [rows, rows, rows, rows, rows, lse, [], [], [], [], [], [], [], []]
+    assert profile_step.flops("aten::_flash_attention_backward", backward) == 10 * 3 * 2 * 7 * 7 * 8
+    assert profile_step.flops("aten::_flash_attention_forward", [packed] * 3) is None
+    for wrapper in ("dmtjepa::memory_efficient_attention_backward", "aten::_scaled_dot_product_flash_attention"):
+        assert profile_step.flops(wrapper, backward) is None
+
+
+def test_bytes_of_a_copy():
     assert profile_step.flops("aten::copy_", [[5], [5], []]) is None
     assert profile_step.num_bytes("aten::copy_", [[5], [5], []], ["float", "c10::BFloat16", ""]) == 20 + 10 + 20
 
@@ -130,10 +157,52 @@ def test_goals_of_the_step(tmp_path):
         shared | {"provider": "project bfloat16 compiled fp8", "mfu": 0.53, "images_per_s": 670.0},
     ]  # fmt: skip
     (tmp_path / "others").mkdir()
-    (tmp_path / "others" / "h200-step.json").write_text(json.dumps({"rows": rows}))
-    assert gpu_check.goals(tmp_path) == {
+    (tmp_path / "others" / "h200-step.json").write_text(json.dumps({"commit": "a", "rows": rows}))
+    (tmp_path / "h200-memory.json").write_text(json.dumps({"commit": "b", "rows": [rows[1] | {"mfu": 0.1}]}))
+    assert gpu_check.goals(tmp_path, "a") == {
         "ViT-huge/14 B=128: float8 teacher at least 10% faster (+6%)": False,
         "ViT-huge/14 B=128: at least 2.0x the published step (2.10x)": True,
         "ViT-huge/14 B=128: at most 0.5x the memory of the published step (0.60x)": False,
         "ViT-huge/14 B=128: MFU of at least 48% (50.0%)": True,
     }
+
+
+@pytest.fixture
+def gpu_check_on_a_cpu(monkeypatch, tmp_path, capsys):
+    """gpu_check as a program, its steps replaced: run(steps, *options) -> (exit code, summary, what it printed)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test")
+    monkeypatch.setattr(gpu_check, "environment", lambda device: {"commit": "a"})
+
+    def run(steps, *options):
+        monkeypatch.setattr(gpu_check, "steps", lambda *arguments: steps)
+        monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path), *options])
+        with pytest.raises(SystemExit) as end:
+            gpu_check.main()
+        (path,) = tmp_path.glob("nvidia-test-*/summary.json")
+        return end.value.code, json.loads(path.read_text()), capsys.readouterr().out
+
+    return run
+
+
+def step(name, text, seconds=60.0):
+    return gpu_check.Step(name, (sys.executable, "-c", text), seconds)
+
+
+def test_gpu_check_goes_on_after_a_failure_and_says_what_it_had_no_time_for(gpu_check_on_a_cpu):
+    steps = [step("bad", "import sys; print('why'); sys.exit(3)"), step("slow", "import time; time.sleep(60)", 6.0)]
+    code, summary, printed = gpu_check_on_a_cpu([*steps, step("good", "print('table')")])
+    assert code == 1
+    assert [row["return_code"] for row in summary["steps"]] == [3, None, 0]
+    for words in ("why", "table", "--only slow"):
+        assert words in printed
+    code, summary, _ = gpu_check_on_a_cpu([step("slow", ""), step("good", "")], "--only", "slow")
+    assert code == 0
+    assert [(row["name"], row["return_code"]) for row in summary["steps"]] == [("bad", 3), ("good", 0), ("slow", 0)]
+
+
+def test_gpu_check_runs_every_test_that_needs_a_gpu(tmp_path):
+    paths = {word for step in gpu_check.steps(tmp_path, None, None) for word in step.command if "tests/" in word}
+    marked = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/*.py") if "mark.gpu" in path.read_text()}
+    assert len(marked) >= 8
+    assert all(any(name.startswith(path) for path in paths) for name in marked - {"tests/benchmarks/test_programs.py"})
