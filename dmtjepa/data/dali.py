@@ -12,7 +12,6 @@ import logging
 import queue
 import re
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -390,12 +389,16 @@ class DaliLoader:
         ]
 
     def _wait(self, batch: Batch) -> None:
-        """Until a batch is read; DataError with the cause when no image has come for worker_timeout seconds."""
-        begun, since = -1, time.monotonic()
+        """Until a batch is read; DataError with the cause when no image has come for worker_timeout seconds.
+
+        They are counted here and not read from a clock, which goes on while a cluster suspends the whole job.
+        """
+        begun, still = sum(self._reader.begun), 0
         while not batch.done.wait(_POLL_SECONDS):
+            still += _POLL_SECONDS
             if sum(self._reader.begun) != begun:
-                begun, since = sum(self._reader.begun), time.monotonic()
-            elif time.monotonic() - since > self._settings.worker_timeout:
+                begun, still = sum(self._reader.begun), 0
+            elif still > self._settings.worker_timeout:
                 images = sorted({self._source.name(image) for image in self._reader.at if image is not None})
                 self.close()
                 raise DataError(

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 
@@ -202,13 +201,15 @@ class TorchvisionLoader:
         """Kill the workers when none has moved for worker_timeout seconds, which ends the wait for their batch.
 
         In a thread, because no timeout ends every wait: to take a batch over, this process asks the worker that made it
-        for the memory, and a worker that was stopped never answers.
+        for the memory, and a worker that was stopped never answers. Time is counted here and not read from a clock,
+        which goes on while a cluster suspends the whole job.
         """
-        begun, since = int(self._maker.progress[:, 0].sum()), time.monotonic()
+        begun, still = int(self._maker.progress[:, 0].sum()), 0
         while not received.wait(_POLL_SECONDS):
+            still += _POLL_SECONDS
             if int(self._maker.progress[:, 0].sum()) != begun:
-                begun, since = int(self._maker.progress[:, 0].sum()), time.monotonic()
-            elif time.monotonic() - since > self._settings.worker_timeout:
+                begun, still = int(self._maker.progress[:, 0].sum()), 0
+            elif still > self._settings.worker_timeout:
                 if all(worker.is_alive() for worker in self._batches._workers):  # else DataLoader tells of the death
                     stalled.set()
                     self._kill_workers()

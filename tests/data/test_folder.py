@@ -23,6 +23,7 @@ from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_loader
 from dmtjepa.data.folder import _PREFETCH, TorchvisionLoader
 from dmtjepa.data.sampling import FLIP_DRAW, SampleOrder, choose_crop, draw_uniforms
+from tests.data.conftest import needs_dali
 
 
 def batches(settings: DataSettings, epoch: int = 0, start_step: int = 0, **options: int) -> list[torch.Tensor]:
@@ -220,8 +221,8 @@ def test_a_workers_death_is_told_where_data_are_asked_for(settings: DataSettings
     loader, images = started(settings)
     worker = loader._batches._workers[0]
     worker.kill()
-    worker.join(20)
-    time.sleep(0.1)  # torch's handler would raise here
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # torch's handler would raise here
+    time.sleep(0.1)
     with pytest.raises(DataError, match="a worker was ended by SIGKILL"):
         list(images)
 
@@ -262,6 +263,30 @@ def test_a_process_that_ends_without_closing_its_loader_does_not_wait_for_the_wo
     """
     done = subprocess.run([sys.executable, "-c", stuck], capture_output=True, text=True, timeout=60)
     assert done.stderr.strip().endswith("left")
+
+
+@pytest.mark.parametrize("loader_name", ["torchvision", pytest.param("dali", marks=needs_dali)])
+def test_a_job_that_was_suspended_as_a_whole_has_not_stalled(settings: DataSettings, loader_name: str):
+    slow = f"""if True:
+        import time
+        from dmtjepa.config import DataSettings
+        from dmtjepa.data import FolderSource, build_loader
+
+        read = FolderSource.read
+        FolderSource.read = lambda self, image: time.sleep(0.25) or read(self, image)
+        changes = {{"num_workers": 1, "worker_timeout": 1.5, "loader": {loader_name!r}}}
+        loader = build_loader(DataSettings(**{settings.model_dump()!r} | changes), seed=0)
+        for images in loader.epoch(0, 4):
+            print(len(images), flush=True)
+    """
+    command = [sys.executable, "-c", slow]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.readline() == b"4\n"
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGCONT)
+    rest, errors = process.communicate(timeout=60)
+    assert (rest, process.returncode) == (b"4\n4\n", 0), errors.decode()
 
 
 def where(settings: DataSettings, image: int) -> int:
