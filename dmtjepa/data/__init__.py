@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data.evaluation import EvaluationLoader
 from dmtjepa.data.folder import TorchvisionLoader
+from dmtjepa.data.loader import Loader
 from dmtjepa.data.shapes import find_shapes
 from dmtjepa.data.shards import ShardSource, is_shards
 from dmtjepa.data.sources import LIST_EXTENSIONS, DataError, FolderSource, ImageSource, ListSource, find_images
@@ -30,18 +29,6 @@ __all__ = [
     "open_images",
     "open_source",
 ]
-
-
-class Loader(Protocol):
-    """What training sees of a loader."""
-
-    num_images: int
-    steps_per_epoch: int
-    broken: list[tuple[str, str]]
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[torch.Tensor]: ...
-
-    def close(self) -> None: ...
 
 
 def open_images(path: str | os.PathLike[str]) -> ImageSource:

@@ -13,7 +13,7 @@ import queue
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -23,10 +23,10 @@ from torch.nn import functional as F
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data.augment import augment
-from dmtjepa.data.broken import BrokenImages
 from dmtjepa.data.images import BrokenImage, cut_crop, decode_image, tell_reason
 from dmtjepa.data.jpeg import read_plain_size
-from dmtjepa.data.sampling import FLIP_DRAW, BatchRequest, SampleOrder, candidate_images, choose_crop, draw_uniforms
+from dmtjepa.data.loader import Loader
+from dmtjepa.data.sampling import FLIP_DRAW, BatchRequest, candidate_images, choose_crop, draw_uniforms
 from dmtjepa.data.sources import DataError, ImageSource
 
 try:
@@ -239,8 +239,8 @@ def _resize(image: object, out: torch.Tensor, flip: bool) -> None:
     out.copy_(pixels[0].flip(-1) if flip else pixels[0])
 
 
-class DaliLoader:
-    """Batches of random crops, uint8 [B,3,H,W] on the device, in the order of SampleOrder."""
+class DaliLoader(Loader):
+    """Batches on the device."""
 
     def __init__(
         self,
@@ -252,51 +252,14 @@ class DaliLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._source, self._settings, self._seed, self._device = source, settings, seed, device
-        self._order = SampleOrder(len(source), settings.batch_size, seed, rank, world_size)
-        self._broken = BrokenImages(source, settings.max_broken, world_size)
+        super().__init__(source, settings, seed=seed, rank=rank, world_size=world_size)
+        self._device = device
         try:
             Decoder(settings, device).close()  # what cannot work says so now, not in the first epoch
         except RuntimeError as error:
             raise DataError(f"DALI cannot start on {device}, set data.loader: torchvision ({error})") from error
         self._reader: Reader | None = None
         self._decoder: Decoder | None = None
-        self._next = (-1, -1)  # epoch and step of the batch that comes next
-
-    @property
-    def num_images(self) -> int:
-        return len(self._source)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._order.steps_per_epoch
-
-    @property
-    def broken(self) -> list[tuple[str, str]]:
-        """(name, reason) of each broken image met so far."""
-        return self._broken.entries
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[torch.Tensor]:
-        """The batches of an epoch from a step on. Skipped steps are not decoded. One epoch runs at a time."""
-        if start_step >= self.steps_per_epoch:
-            return
-        if self._reader is None or self._next != (epoch, start_step):
-            self.close()
-            self._start(epoch, start_step)
-        for step in range(start_step, self.steps_per_epoch):
-            batch, images = self._receive()
-            last = step + 1 == self.steps_per_epoch
-            self._next = (epoch + 1, 0) if last else (epoch, step + 1)
-            self._broken.record(self._settings.batch_size, batch.broken)
-            yield augment(images, batch.uniforms, self._settings)
-
-    def close(self) -> None:
-        """End the threads and the pipeline."""
-        if self._reader is not None:
-            self._reader.stop()
-            self._decoder.close()
-        self._reader = self._decoder = None
-        self._next = (-1, -1)
 
     def _start(self, epoch: int, step: int) -> None:
         self._reader = Reader(self._source, self._settings, self._seed, max(2, self._settings.num_workers))
@@ -308,6 +271,12 @@ class DaliLoader:
         self._decoded: deque[tuple[Batch, torch.Tensor]] = deque()  # what a recovery decoded ahead of its turn
         while len(self._decoding) < _IN_FLIGHT:
             self._feed_next()
+
+    def _stop(self) -> None:
+        if self._reader is not None:
+            self._reader.stop()
+            self._decoder.close()
+        self._reader = self._decoder = None
 
     def _feed_next(self) -> None:
         batch = self._reading.popleft()
@@ -322,7 +291,7 @@ class DaliLoader:
         except RuntimeError:  # an earlier batch has failed in the meantime: _receive sees to it
             self._failed = True
 
-    def _receive(self) -> tuple[Batch, torch.Tensor]:
+    def _receive(self) -> tuple[torch.Tensor, list[tuple[int, str]]]:
         """The next batch. Where DALI refuses an image of those under way, they are decoded again one by one."""
         if not self._decoded:
             try:
@@ -335,11 +304,11 @@ class DaliLoader:
                 self._recover()
             else:
                 self._decoded.append((self._decoding.popleft(), images))
-        result = self._decoded.popleft()
+        batch, images = self._decoded.popleft()
         if not self._decoded:
             while len(self._decoding) < _IN_FLIGHT:
                 self._feed_next()
-        return result
+        return augment(images, batch.uniforms, self._settings), batch.broken
 
     def _recover(self) -> None:
         """Decode the batches under way apart from each other, with PIL as the judge of what DALI refuses.

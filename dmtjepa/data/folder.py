@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data.augment import augment
-from dmtjepa.data.broken import BrokenImages
 from dmtjepa.data.images import BrokenImage, cut_crop, decode_image, tell_reason
+from dmtjepa.data.loader import Loader
 from dmtjepa.data.sampling import FLIP_DRAW, BatchRequest, SampleOrder, candidate_images, choose_crop, draw_uniforms
 from dmtjepa.data.sources import DataError, ImageSource
 
@@ -100,8 +100,8 @@ class _Requests(Sampler):
         return self._order.requests(self._epoch, self._step)
 
 
-class TorchvisionLoader:
-    """Batches of random crops, uint8 [B,3,H,W] on the CPU (pinned where asked for), in the order of SampleOrder."""
+class TorchvisionLoader(Loader):
+    """Batches on the CPU, pinned where asked for."""
 
     def __init__(
         self,
@@ -113,51 +113,12 @@ class TorchvisionLoader:
         world_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        self._source, self._settings = source, settings
-        self._order = SampleOrder(len(source), settings.batch_size, seed, rank, world_size)
+        super().__init__(source, settings, seed=seed, rank=rank, world_size=world_size)
         self._maker = BatchMaker(source, settings, seed, settings.num_workers)
-        self._broken = BrokenImages(source, settings.max_broken, world_size)
         self._pin_memory = pin_memory
         # A process that ends without `close`, as by an error, waits for its workers: they must obey then.
         weakref.finalize(self, self._maker.closing.fill_, 1)
         self._batches: Iterator | None = None
-        self._next = (-1, -1)  # epoch and step of the batch that self._batches gives next
-
-    @property
-    def num_images(self) -> int:
-        return len(self._source)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._order.steps_per_epoch
-
-    @property
-    def broken(self) -> list[tuple[str, str]]:
-        """(name, reason) of each broken image met so far."""
-        return self._broken.entries
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[torch.Tensor]:
-        """The batches of an epoch from a step on. Skipped steps are not decoded. One epoch runs at a time."""
-        if start_step >= self.steps_per_epoch:
-            return
-        if self._batches is None or self._next != (epoch, start_step):
-            self.close()
-            self._start(epoch, start_step)
-        for step in range(start_step, self.steps_per_epoch):
-            images, broken = self._receive()
-            last = step + 1 == self.steps_per_epoch
-            self._next = (epoch + 1, 0) if last else (epoch, step + 1)
-            self._broken.record(self._settings.batch_size, broken)
-            if isinstance(images, DataError):
-                raise images
-            if images is None:
-                self._broken.stop_lost()
-            yield images
-
-    def close(self) -> None:
-        """End the workers."""
-        self._maker.closing.fill_(1)
-        self._batches, self._next = None, (-1, -1)
 
     def _start(self, epoch: int, step: int) -> None:
         self._maker.closing.fill_(0)
@@ -178,10 +139,18 @@ class TorchvisionLoader:
             # torch's own would raise the death of a worker amid whatever this process does; _receive tells of it.
             signal.signal(signal.SIGCHLD, handler)
 
-    def _receive(self) -> tuple[torch.Tensor | DataError | None, list[tuple[int, str]]]:
+    def _stop(self) -> None:
+        self._maker.closing.fill_(1)
+        self._batches = None
+
+    def _receive(self) -> tuple[torch.Tensor | None, list[tuple[int, str]]]:
+        images, broken = self._watch_next() if self._settings.num_workers else next(self._batches)
+        if isinstance(images, DataError):
+            raise images
+        return images, broken
+
+    def _watch_next(self) -> tuple[torch.Tensor | DataError | None, list[tuple[int, str]]]:
         """The next batch; DataError with the cause when a worker died, or none has moved for worker_timeout seconds."""
-        if not self._settings.num_workers:
-            return next(self._batches)
         received, stalled = threading.Event(), threading.Event()
         threading.Thread(target=self._watch, args=(received, stalled), name="watch workers", daemon=True).start()
         try:

@@ -116,7 +116,16 @@ def test_what_may_not_be_read_is_named(monkeypatch):
         shard.chmod(0)
         with permissions(), pytest.raises(DataError, match=r"cannot read the shard .*/a\.tar: Permission denied"):
             open_images(shard)
-        touch(folder / "inner" / "a.png")
+        for name in "ab":
+            touch(folder / "inner" / f"{name}.png")
+        (folder / "inner" / "b.png").chmod(0)
+        settings = DataSettings(
+            root_path=str(folder), batch_size=2, crop_size=8, max_broken=1, num_workers=0, loader="torchvision"
+        )
+        with permissions():
+            loader = build_loader(settings, seed=0)
+            assert len(list(loader.epoch(0))) == 1
+        assert loader.broken == [(str(folder / "inner" / "b.png"), "Permission denied")]
         (folder / "inner").chmod(0)
         with permissions(), pytest.raises(DataError, match=r"cannot list the images of .*Permission denied: .*inner"):
             open_images(folder)
