@@ -15,6 +15,8 @@ import os
 import re
 import sys
 import tarfile
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,13 +41,19 @@ def pack(source: ImageSource, out: Path, shard_size: int, num_threads: int = 8) 
     starts = range(0, len(source), shard_size)
     unreadable: list[tuple[str, str]] = []
     with ThreadPoolExecutor(num_threads) as pool, tqdm(total=len(source), unit=" images", disable=None) as bar:
+        lock = threading.Lock()
+
+        def advance(num_images: int) -> None:
+            with lock:
+                bar.update(num_images)
 
         def write(start: int) -> None:
             stop = min(start + shard_size, len(source))
             path = out / f"shard-{start // shard_size:06d}.tar"
-            if not (path.exists() and path.with_suffix(".idx").exists()):
-                unreadable.extend(_write_shard(source, path, range(start, stop)))
-            bar.update(stop - start)
+            if path.exists() and path.with_suffix(".idx").exists():
+                advance(stop - start)
+            else:
+                unreadable.extend(_write_shard(source, path, range(start, stop), advance))
 
         try:
             list(pool.map(write, starts))
@@ -68,12 +76,15 @@ def _claim(source: ImageSource, out: Path, shard_size: int) -> None:
     part.replace(path)
 
 
-def _write_shard(source: ImageSource, path: Path, images: range) -> list[tuple[str, str]]:
+def _write_shard(
+    source: ImageSource, path: Path, images: range, advance: Callable[[int], None]
+) -> list[tuple[str, str]]:
     part = path.with_name(f".{path.name}.part")
     unreadable = []
     try:
         with tarfile.open(part, "w") as archive:
             for image in images:
+                advance(1)
                 try:
                     data = source.read(image)
                 except OSError as error:

@@ -233,6 +233,25 @@ def test_packing_leaves_out_and_names_what_it_cannot_read(image_folder: Path, tm
     assert "does not exist" in capsys.readouterr().err
 
 
+def test_the_progress_bar_counts_images_and_what_is_there_already(image_folder: Path, tmp_path: Path, monkeypatch):
+    bars = []
+
+    class Bar(pack.tqdm):
+        def __init__(self, **options: object) -> None:
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+            self.steps = []
+            bars.append(self)
+
+        def update(self, n: int = 1) -> None:
+            self.steps.append(n)
+
+    monkeypatch.setattr(pack, "tqdm", Bar)
+    for _ in range(2):
+        pack.pack(FolderSource(image_folder), tmp_path / "out", 16)
+    assert [bar.total for bar in bars] == [30, 30]
+    assert [sorted(bar.steps) for bar in bars] == [[1] * 30, [14, 16]]
+
+
 def test_a_second_call_tells_again_of_what_was_left_out(image_folder: Path, tmp_path: Path, capsys):
     shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images" / "ant" / "000.jpg").unlink()
