@@ -2,12 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictor, VisionTransformer
-from dmtjepa.models.attention import choose_attention, cpu_attention, sdpa_attention
+from dmtjepa.models.attention import (
+    choose_attention,
+    cpu_attention,
+    load_xformers,
+    sdpa_attention,
+    xformers_attention,
+)
 from dmtjepa.models.layers import resample_position_embedding, sincos_position_embedding
+from dmtjepa.packing import pack
 
 
 def test_encoder_shapes_and_index():
@@ -113,6 +121,7 @@ def test_predictor_treats_each_block_separately():
         (lambda: AggregationHead(96, 3, border="mirror"), "wrap or clip"),
         (lambda: VisionTransformer(image_size=32, depth=1)(torch.zeros(1, 3, 40, 32)), "no multiple of the patch size"),
         (lambda: choose_attention("flash", "cuda", 64), "auto, xformers or sdpa"),
+        (lambda: choose_attention("xformers", "cuda", 12), r"heads of 12 channels.*sdpa or auto"),
     ],
 )
 def test_impossible_models_are_refused(build, words):
@@ -142,6 +151,75 @@ def test_attention_of_a_cpu_equals_the_definition(dtype, tolerance):
     for actual, expected in zip(*results, strict=True):
         assert actual.dtype == dtype
         assert (actual.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_heads_that_xformers_does_not_take_go_to_sdpa():
+    assert choose_attention("auto", "cuda", 12) is sdpa_attention
+
+
+@pytest.fixture(scope="module")
+def flash_on_a_cpu():
+    """xFormers' operators computed by definition on a CPU: what is left to test is how they are called."""
+    pytest.importorskip("xformers")
+    load_xformers()
+
+    def each_sequence(function, start, *tensors):
+        """`function` of [B, L, H, E], or of the sequences that begin at `start`, one by one and joined again."""
+        if start is None:
+            return function(*tensors)
+        parts = zip(*(x.tensor_split(start[1:-1].long()) for x in tensors), strict=True)
+        results = [function(*(x[None] for x in each)) for each in parts]
+        return [torch.cat([x[0] for x in each]) for each in zip(*results, strict=True)]
+
+    def attend(query, key, value):
+        query, key, value = (x.float() for x in (query, key, value))
+        weight = (torch.einsum("blhe,bmhe->bhlm", query, key) / query.shape[-1] ** 0.5).softmax(3)
+        return [torch.einsum("bhlm,bmhe->blhe", weight, value).bfloat16()]
+
+    def differentiate(grad, query, key, value):
+        grad, query, key, value = (x.float() for x in (grad, query, key, value))
+        scale = query.shape[-1] ** -0.5
+        weight = (torch.einsum("blhe,bmhe->bhlm", query, key) * scale).softmax(3)
+        for_weight = torch.einsum("blhe,bmhe->bhlm", grad, value)
+        for_score = scale * weight * (for_weight - (for_weight * weight).sum(3, keepdim=True))
+        gradients = torch.einsum("bhlm,bmhe->blhe", for_score, key), torch.einsum("bhlm,blhe->bmhe", for_score, query)
+        return [x.bfloat16() for x in (*gradients, torch.einsum("bhlm,blhe->bmhe", weight, grad))]
+
+    def forward(query, key, value, start, key_start, used, most, most_keys, p, scale, *_):
+        assert (start is None) == (query.ndim == 4)
+        assert most == (query.shape[1] if start is None else start.diff().max())
+        assert most_keys == (key.shape[1] if start is None else key_start.diff().max())
+        assert (used, p, scale) == (None, 0.0, query.shape[-1] ** -0.5)
+        lse = query.new_zeros(query.shape[:-1], dtype=torch.float32).movedim(-1, -2)
+        return each_sequence(attend, start, query, key, value)[0], lse, torch.zeros(2, dtype=torch.int64)
+
+    def backward(share, grad, query, key, value, out, lse, start, *_):
+        return tuple(each_sequence(differentiate, start, grad, query, key, value))
+
+    library = torch.library.Library("xformers_flash", "IMPL", "CPU")
+    library.impl("flash_fwd", forward)
+    library.impl("flash_bwd", backward)
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("flash_on_a_cpu")
+@pytest.mark.parametrize("case", ["joint", "fewer queries", "packed", "float32"])
+def test_how_xformers_is_called(case):
+    torch.manual_seed(0)
+    lengths = [3, 7, 1]
+    packing = pack(np.array(lengths)) if case == "packed" else None
+    shape = (1, 11, 3, 2, 8) if packing else (2, 11, 3, 2, 8)
+    dtype = torch.float32 if case == "float32" else torch.bfloat16
+    results = []
+    for attend in (xformers_attention, sdpa_attention):
+        joint = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        query, key, value = joint.unbind(2)
+        out = attend(query[:, :4] if case == "fewer queries" else query, key, value, packing)
+        out.float().square().sum().backward()
+        results.append((out, joint.grad))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu

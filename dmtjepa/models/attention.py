@@ -6,7 +6,10 @@ With a `Packing` they are [1, L, H, E], and each element attends to those of its
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
+import math
 import warnings
 from collections.abc import Callable
 
@@ -24,35 +27,43 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Packing | None], Tensor]
 MEASURED_CHOICES: dict[tuple[tuple[int, int], int], str] = {}
 
 
+# Of head sizes, in xFormers' flash kernels.
+HEAD_SIZE_MULTIPLE = 8
+
+
 def choose_attention(backend: str, device_type: str, head_dim: int) -> AttentionFunction:
     """The attention function for a model.
 
     Args:
-        backend: `xformers` (memory_efficient_attention), `sdpa` (PyTorch's), or `auto`, which on CUDA takes xFormers
-            unless a measurement kept in `MEASURED_CHOICES` says otherwise.
+        backend: `xformers`, `sdpa` (PyTorch's), or `auto`, which on CUDA takes xFormers unless a measurement kept in
+            `MEASURED_CHOICES` says otherwise, or the head size is none of its.
         device_type: where the model will run; a CPU runs `cpu_attention`, since xFormers has no CPU operators.
         head_dim: head size E.
 
     Raises:
-        ValueError: the backend is unknown.
+        ValueError: the backend is unknown, or `xformers` was asked for by name and has no kernel for the head size.
         ModuleNotFoundError: `xformers` was asked for by name and is not installed.
     """
     if backend not in ("auto", "xformers", "sdpa"):
         raise ValueError(f"attention backend {backend!r}: choose auto, xformers or sdpa")
     if device_type != "cuda":
         return cpu_attention
-    if backend == "sdpa":
+    fits = head_dim % HEAD_SIZE_MULTIPLE == 0
+    if backend == "sdpa" or (backend == "auto" and not fits):
         return sdpa_attention
-    installed = importlib.util.find_spec("xformers") is not None
-    if backend == "auto":
-        measured = MEASURED_CHOICES.get((torch.cuda.get_device_capability(), head_dim))
-        if measured == "sdpa":
-            return sdpa_attention
-        if not installed:
-            warnings.warn("xFormers is not installed: attention runs on PyTorch's SDPA", stacklevel=2)
-            return sdpa_attention
-    elif not installed:
-        raise ModuleNotFoundError("attention backend xformers: not installed; pip install xformers, or choose sdpa")
+    if not fits:
+        raise ValueError(
+            f"attention backend xformers has no kernel for heads of {head_dim} channels, only for multiples of "
+            f"{HEAD_SIZE_MULTIPLE}; choose runtime.attention: sdpa or auto"
+        )
+    if backend == "auto" and MEASURED_CHOICES.get((torch.cuda.get_device_capability(), head_dim)) == "sdpa":
+        return sdpa_attention
+    if importlib.util.find_spec("xformers") is None:
+        if backend == "xformers":
+            raise ModuleNotFoundError("attention backend xformers: not installed; pip install xformers, or choose sdpa")
+        warnings.warn("xFormers is not installed: attention runs on PyTorch's SDPA", stacklevel=2)
+        return sdpa_attention
+    load_xformers()
     return xformers_attention
 
 
@@ -68,8 +79,11 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing |
 
 
 def cpu_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None = None) -> Tensor:
-    """SDPA in float32; two batched products in bfloat16, where SDPA's backward pass is 3 to 6 times slower on a CPU."""
-    if query.dtype != torch.bfloat16:
+    """SDPA in float32; two batched products in bfloat16, where SDPA's backward pass is 3 to 6 times slower on a CPU.
+
+    A model that was built for a CPU and moved to a GPU has SDPA there.
+    """
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu":
         return sdpa_attention(query, key, value, packing)
     if packing is not None:
         query, key, value = map(packing.pad, (query, key, value))
@@ -82,94 +96,69 @@ def cpu_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | 
 
 
 def xformers_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None = None) -> Tensor:
-    """xFormers' memory_efficient_attention; CUDA, bfloat16, float16 or float32.
+    """xFormers' flash attention; CUDA, bfloat16 or float16, head sizes that are multiples of 8.
 
-    A packing becomes a BlockDiagonalMask, which its flash kernels take without padding; they have no float32.
+    A packing's sequences lie one after the other, as its kernels take them: nothing is padded. Other dtypes go to SDPA.
     """
-    if packing is None:
-        return _memory_efficient(query, key, value, None, 0)[0]
-    if query.dtype == torch.float32:
+    if query.dtype not in (torch.bfloat16, torch.float16):
         return sdpa_attention(query, key, value, packing)
-    return _memory_efficient(query, key, value, packing.start, packing.padded.shape[1])[0]
+    if packing is None:
+        return _FlashAttention.apply(query, key, value, None, query.shape[1], key.shape[1])
+    longest = packing.padded.shape[1]
+    return _FlashAttention.apply(query[0], key[0], value[0], packing.start, longest, longest)[None]
 
 
-# An operator of our own around xFormers' forward and backward: torch.compile(fullgraph=True) then never looks into
-# xFormers' dispatch, which is Python and differs from release to release.
-@torch.library.custom_op("dmtjepa::memory_efficient_attention", mutates_args=(), device_types="cuda")
-def _memory_efficient(
-    query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, longest: int
-) -> tuple[Tensor, Tensor]:
-    from xformers.ops import fmha
-
-    mask = None if start is None else block_diagonal(start, longest)
-    out, log_sum_exp = fmha.memory_efficient_attention_forward_requires_grad(query, key, value, mask)
-    return out.contiguous(), log_sum_exp.contiguous()
-
-
-@_memory_efficient.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((batch, heads, length), dtype=torch.float32)
-
-
-@torch.library.custom_op("dmtjepa::memory_efficient_attention_backward", mutates_args=(), device_types="cuda")
-def _memory_efficient_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: Tensor | None,
-    longest: int,
-    out: Tensor,
-    log_sum_exp: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from xformers.ops import fmha
-
-    mask = None if start is None else block_diagonal(start, longest)
-    gradients = fmha.memory_efficient_attention_backward(grad, out, log_sum_exp, query, key, value, mask)
-    return tuple(gradient.contiguous() for gradient in gradients)
+@functools.cache
+def load_xformers() -> None:
+    """Import xFormers' flash operators, and tell PyTorch's flop counter what they cost."""
+    logger = logging.getLogger("xformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that its C++ library is missing, which these operators do not need
+    try:
+        import xformers.ops.fmha.flash  # noqa: F401
+    finally:
+        logger.setLevel(level)
+    operators = torch.ops.xformers_flash
+    # Two products of the queries with as many rows as there are keys: of a packing, its longest sequence's. In the
+    # backward pass five: the scores again, and the gradients of scores, queries, keys and values.
+    register_flop_formula(operators.flash_fwd)(
+        lambda query, key, value, starts, key_starts, used, most_queries, most_keys, *_, **__: (
+            4 * math.prod(query) * most_keys
+        )
+    )
+    register_flop_formula(operators.flash_bwd)(
+        lambda share, grad, query, key, value, out, lse, starts, key_starts, most_queries, most_keys, *_, **__: (
+            10 * math.prod(query) * most_keys
+        )
+    )
 
 
-@_memory_efficient_backward.register_fake
-def _(_grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_rest) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+class _FlashAttention(torch.autograd.Function):
+    """xFormers' operators `flash_fwd` and `flash_bwd`, which run PyTorch's own flash kernels.
 
+    They are called without `xformers.ops.memory_efficient_attention`: its dispatch refuses everything on CUDA where
+    xFormers' C++ library does not load, as that of release 0.0.35 on PyPI does not with a PyTorch built for CUDA 13;
+    these operators need none of it.
 
-def _save(ctx, inputs, output) -> None:
-    query, key, value, start, ctx.longest = inputs
-    ctx.save_for_backward(query, key, value, start, *output)
-
-
-def _differentiate(ctx, grad: Tensor, _grad_log_sum_exp: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, start, *output = ctx.saved_tensors
-    gradients = _memory_efficient_backward(grad.contiguous(), query, key, value, start, ctx.longest, *output)
-    return *gradients, None, None
-
-
-_memory_efficient.register_autograd(_differentiate, setup_context=_save)
-
-
-def block_diagonal(start: Tensor, longest: int):
-    """xFormers' BlockDiagonalMask of sequences that begin at `start` [S + 1], int32 on the device.
-
-    `BlockDiagonalMask.from_seqlens` makes the same from lengths on the host. The starts as Python numbers are left out:
-    they would have to be brought from the device, and the flash kernels do not read them.
+    Queries [B, L, H, E], keys and values [B, S, H, E]; or all [L, H, E], of sequences that begin at `start` [num + 1].
     """
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
 
-    sequences = _SeqLenInfo(seqstart=start, max_seqlen=longest, min_seqlen=1, seqstart_py=[])
-    return BlockDiagonalMask(q_seqinfo=sequences, k_seqinfo=sequences)
+    @staticmethod
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, most_queries: int, most_keys: int
+    ) -> Tensor:
+        ctx.scale, ctx.most = query.shape[-1] ** -0.5, (most_queries, most_keys)
+        out, log_sum_exp, random = torch.ops.xformers_flash.flash_fwd(
+            query, key, value, start, start, None, *ctx.most, 0.0, ctx.scale, False, -1, -1, False, None
+        )
+        ctx.save_for_backward(query, key, value, start, out, log_sum_exp, random)
+        return out
 
-
-@register_flop_formula(torch.ops.dmtjepa.memory_efficient_attention)
-def _forward_flops(query, key, value, start, longest, **_keywords) -> int:
-    """Two products of the queries with as many rows as there are keys: of a packing, its longest sequence's."""
-    batch, length, heads, head_dim = query
-    return 4 * batch * heads * length * (key[1] if start is None else longest) * head_dim
-
-
-@register_flop_formula(torch.ops.dmtjepa.memory_efficient_attention_backward)
-def _backward_flops(grad, query, key, value, start, longest, *_arguments, **_keywords) -> int:
-    """Five such products: the scores again, and the gradients of scores, queries, keys and values."""
-    batch, length, heads, head_dim = query
-    return 10 * batch * heads * length * (key[1] if start is None else longest) * head_dim
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, start, out, log_sum_exp, random = ctx.saved_tensors
+        gradients = torch.ops.xformers_flash.flash_bwd(
+            False, grad.contiguous(), query, key, value, out, log_sum_exp, start, start, *ctx.most, 0.0, ctx.scale,
+            False, -1, -1, random,
+        )  # fmt: skip
+        return *gradients, None, None, None

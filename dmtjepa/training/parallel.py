@@ -106,7 +106,7 @@ _PRODUCTS = frozenset(
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
     )
-) | {torch.ops.dmtjepa.memory_efficient_attention.default, torch.ops.dmtjepa.onednn_linear.default}
+) | {torch.ops.dmtjepa.onednn_linear.default}
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module], recompute: str) -> None:
@@ -120,7 +120,9 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], recompute: str) -> None:
 
 def _keep_products():
     def choose(_context, operator, *_arguments, **_keywords) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+        # xFormers' operators exist once a model is built with them.
+        kept = operator in _PRODUCTS or operator.name() == "xformers_flash::flash_fwd"
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(choose)
 

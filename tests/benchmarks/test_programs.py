@@ -110,7 +110,7 @@ def test_flops_of_attention():
     backward = [rows, rows, rows, rows, rows, lse, [], [], [], [], [], [], [], []]
     assert profile_step.flops("aten::_flash_attention_backward", backward) == 10 * 3 * 2 * 7 * 7 * 8
     assert profile_step.flops("aten::_flash_attention_forward", [packed] * 3) is None
-    for wrapper in ("dmtjepa::memory_efficient_attention_backward", "aten::_scaled_dot_product_flash_attention"):
+    for wrapper in ("xformers_flash::flash_bwd", "aten::_scaled_dot_product_flash_attention"):
         assert profile_step.flops(wrapper, backward) is None
 
 
