@@ -35,7 +35,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # Imported late: a mistyped command line is answered at once.
     from dmtjepa.config import ConfigError, load_config
-    from dmtjepa.training.distributed import check_device
+    from dmtjepa.training.distributed import check_device, parse_device
     from dmtjepa.training.launch import USER_ERRORS, default_devices, hand_over, launch, run_process
 
     try:
@@ -45,7 +45,7 @@ def main() -> int:
             raise ConfigError("--devices is main.py's own way to start processes; under torchrun leave it out")
         devices = options.devices or default_devices()
         for name in devices:
-            check_device(name)
+            parse_device(name) if options.dry_run else check_device(name)
         if options.dry_run:
             from dmtjepa.training.estimate import describe
 

@@ -71,11 +71,10 @@ def embed_patches_plain(
     else:
         image = torch.arange(num_images, device=images.device)[:, None]
         patches = patches[image, index // cols, index % cols].flatten(3)
-    wide = accumulation_dtype(dtype)
-    scale, shift = (
-        torch.tensor(values, dtype=wide, device=images.device).view(3, 1) for values in scale_and_shift(mean, std)
-    )
-    return (patches.to(wide) * scale + shift).to(dtype).flatten(2)
+    channels = patches.to(accumulation_dtype(dtype)).unbind(2)
+    # Numbers, not a tensor of them: the host would wait for the device to copy it.
+    each = zip(channels, *scale_and_shift(mean, std), strict=True)
+    return torch.cat([(channel * scale + shift).to(dtype) for channel, scale, shift in each], dim=2)
 
 
 def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:

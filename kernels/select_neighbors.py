@@ -71,12 +71,9 @@ def select_neighbors_reference(
 def window_candidates(patches: Tensor, grid_size: tuple[int, int], window: int, border: str) -> Tensor:
     """Flat numbers of the candidates of each patch, [U, window*window - 1], ascending; _MISSING where off the grid."""
     rows, cols = grid_size
-    radius = window // 2
-    side = torch.arange(-radius, radius + 1, device=patches.device)
-    step_row = side.repeat_interleave(window)
-    step_col = side.repeat(window)
-    others = [o for o in range(window * window) if o != window * window // 2]
-    step_row, step_col = step_row[others], step_col[others]
+    place = torch.arange(window * window - 1, device=patches.device)
+    place = place + (place >= window * window // 2)  # the patch itself is left out
+    step_row, step_col = place // window - window // 2, place % window - window // 2
     patch = patches.long()[:, None]
     n = patch % (rows * cols)
     row, col = n // cols + step_row, n % cols + step_col

@@ -84,12 +84,13 @@ class CheckpointWriter:
         folder: where `step-{n}` folders go; shared by all ranks.
         group: a gloo process group of all ranks that nothing else uses.
         keep_last: newest checkpoints that are kept; those whose meta says `keep` are never removed.
+        device: where the state is.
     """
 
-    def __init__(self, folder: Path, group: dist.ProcessGroup, keep_last: int) -> None:
+    def __init__(self, folder: Path, group: dist.ProcessGroup, keep_last: int, device: torch.device) -> None:
         self._folder, self._group, self._keep_last = folder, group, keep_last
         self._rank = dist.get_rank(group)
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")  # in pinned memory
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
 
@@ -126,7 +127,9 @@ class CheckpointWriter:
         writing = self._folder / f".writing-{final.name}"
         try:
             self._on_rank_0(lambda: _prepare(writing))
-            writer = dcp.FileSystemWriter(writing, sync_files=True)
+            # Copies ahead are for tensors on a GPU. These are on the host, and to look for more would make this thread
+            # wait for the stream that trains, and open a context on the first GPU on every rank.
+            writer = dcp.FileSystemWriter(writing, sync_files=True, per_thread_copy_ahead=0)
             dcp.save(state, storage_writer=writer, process_group=self._group)
             self._hash_and_publish(writing, final, meta)
         except (dcp.CheckpointException, OSError, RuntimeError) as error:

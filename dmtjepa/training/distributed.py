@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import json
@@ -45,6 +46,7 @@ class World:
     world_size: int
     device: torch.device
     store: dist.Store
+    timeout: timedelta  # of collectives; PyTorch's own 30 minutes hold for a group that is made without it
 
     @property
     def name(self) -> str:
@@ -52,19 +54,25 @@ class World:
         return f"rank {self.rank} of {self.world_size} on {socket.gethostname()}"
 
 
-def check_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called `name`; plain `cuda` is the GPU numbered `local_rank`, or the only one that is visible.
-
-    Raises DeviceError where there is no such device.
-    """
+def parse_device(name: str) -> torch.device:
+    """The device called `name`, `cpu`, `cuda` or `cuda:N`, of whatever machine. Raises DeviceError for other names."""
     try:
         device = torch.device(name)
     except RuntimeError:
         raise DeviceError(f"device {name!r}: write cpu, cuda or cuda:N") from None
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"device {name!r}: training runs on cpu or cuda")
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+def check_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; plain `cuda` is the GPU numbered `local_rank`, or the only one that is visible.
+
+    Raises DeviceError where this machine has no such device.
+    """
+    device = parse_device(name)
+    if device.type == "cpu":
+        return device
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         raise DeviceError(f"device {name!r}: this machine has no usable CUDA device; pass --devices cpu")
@@ -107,14 +115,14 @@ def joined(device: torch.device, *, start_timeout: float, hang_timeout: float) -
             store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         else:
             store = dist.HashStore()
-        world = World(rank, world_size, device, store)
+        world = World(rank, world_size, device, store, timedelta(seconds=1.5 * hang_timeout + 30))
         _wait_for_all(world, start_timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("group", store),
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=1.5 * hang_timeout + 30),
+            timeout=world.timeout,
             device_id=device if device.type == "cuda" else None,
         )
         total = torch.ones(1, device=device)
@@ -128,8 +136,22 @@ def joined(device: torch.device, *, start_timeout: float, hang_timeout: float) -
         ) from error
     try:
         yield world
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if device.type == "cuda" and world_size > 1:
+            # NCCL waits for the other ranks to destroy their half, which they never will.
+            atexit.register(_end_at_once)
+        else:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _end_at_once() -> None:
+    """End this process, which has failed, without the teardown of its process group."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _wait_for_all(world: World, timeout: float) -> None:

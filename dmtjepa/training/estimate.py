@@ -6,6 +6,7 @@ forward passes. Everything is per image at the mean mask shapes of the configure
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,10 @@ from dmtjepa.masking import sample_masks
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
 from dmtjepa.training.loop import build_schedules
-from dmtjepa.training.parallel import compute_dtype, recomputation
+from dmtjepa.training.parallel import UNIT_PARAMETERS, compute_dtype, recomputation
 
 GIB = 2**30
+USABLE = 0.95  # share of a GPU's memory; the rest is CUDA's own, NCCL's and the allocator's gaps
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     shards = min(runtime.shard_size or world_size, world_size)
     num_patches = config.grid_size[0] * config.grid_size[1]
     one_block = parameters["encoder"] / depth
+    one_unit = min(parameters["encoder"], one_block * math.ceil(UNIT_PARAMETERS / one_block)) if on_cuda else one_block
+    gathered = 2 * one_unit if runtime.reshard_after_forward and not (on_cuda and shards == 1) else student
 
     activations = batch * shapes.context * depth * kept * dim
     sequence = shapes.context + shapes.target
@@ -129,7 +133,7 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     return {
         "student, gradients, AdamW": 16 * student / shards,
         "teacher": 4 * teacher / shards,
-        "gathered weights": size * (2 * one_block if runtime.reshard_after_forward else student),
+        "gathered weights": size * gathered,
         "saved activations": size * activations,
         "teacher's forward pass": size * batch * num_patches * 12 * dim,
         "predictions and targets": 4
@@ -137,6 +141,45 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
         * (config.mask.num_pred_masks * shapes.target * 3 + shapes.unique * 8)
         * dim,
     }
+
+
+class OutOfMemory(RuntimeError):
+    """A step did not fit into the memory of its device; the message says what would, by estimate."""
+
+
+def _changed(config: Config, section: str, **values: object) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def largest_batch(config: Config, shapes: MaskShapes, world_size: int, capacity: float) -> int:
+    """Images per device that fit into `capacity` bytes of a GPU, by estimate; 0 where not even one does."""
+    one, two = (
+        sum(memory_bytes(_changed(config, "data", batch_size=batch), shapes, world_size, on_cuda=True).values())
+        for batch in (1, 2)
+    )
+    return max(0, int(1 + (capacity - one) / (two - one)))
+
+
+def explain_lack(config: Config, world_size: int, device: torch.device, error: torch.OutOfMemoryError) -> str:
+    """What ran out of memory, and which settings would not."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    _, largest = measure_masks(config)
+    needed = sum(memory_bytes(config, largest, world_size, on_cuda=True).values())
+    text = (
+        f"{device} with {total / GIB:.1f} GiB has no memory for data.batch_size {config.data.batch_size} "
+        f"(estimated need: {needed / GIB:.1f} GiB; {str(error).splitlines()[0].rstrip('.')}). "
+    )
+    if needed < USABLE * total:
+        text += "By estimate it should fit: does another process use this GPU (nvidia-smi)? "
+    choices = []
+    for how in ("pointwise", "blocks"):
+        changed = _changed(config, "runtime", activation_checkpointing=how)
+        batch = min(largest_batch(changed, largest, world_size, USABLE * total), config.data.batch_size)
+        if batch > 0 and (how, batch) != (recomputation(config, "cuda"), config.data.batch_size):
+            choices.append(f"runtime.activation_checkpointing={how} data.batch_size={batch}")
+    if choices:
+        text += f"By estimate these fit: {'; or '.join(choices)}. "
+    return text + "runtime.accumulation keeps the global batch where data.batch_size is lowered."
 
 
 def describe(config: Config, world_size: int, device: str) -> str:

@@ -24,6 +24,7 @@ from dmtjepa.interop import WeightsError
 from dmtjepa.masking import MaskError
 from dmtjepa.training.checkpoint import CheckpointError
 from dmtjepa.training.distributed import DeviceError, check_device, first_failure, joined
+from dmtjepa.training.estimate import OutOfMemory, explain_lack
 from dmtjepa.training.loop import NonFiniteLoss, Outcome, train
 from dmtjepa.training.run_folder import RunFolderError
 
@@ -40,6 +41,7 @@ USER_ERRORS = (
     DeviceError,
     CheckpointError,
     NonFiniteLoss,
+    OutOfMemory,
 )
 
 
@@ -58,7 +60,10 @@ def run_process(config: Config, device_name: str) -> Outcome:
     runtime = config.runtime
     with joined(device, start_timeout=runtime.start_timeout, hang_timeout=runtime.hang_timeout) as world:
         with first_failure(world):
-            outcome = train(config, world)
+            try:
+                outcome = train(config, world)
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemory(explain_lack(config, world.world_size, device, error)) from error
         if world.rank == 0:
             how = "finished" if outcome.complete else "stopped by a signal and saved"
             place = f"step {outcome.step} of {outcome.num_steps}"

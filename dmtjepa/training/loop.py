@@ -134,8 +134,11 @@ class Trainer:
         self.schedules = build_schedules(config.optimization, steps_per_epoch, self.global_batch)
 
         torch.manual_seed(runtime.seed)  # the same weights on every rank
-        self.mesh = build_mesh(world.device.type, world.world_size, runtime.shard_size)
-        model = build_model(config, world.device.type)
+        self.mesh = build_mesh(world.device.type, world.world_size, runtime.shard_size, world.timeout)
+        try:
+            model = build_model(config, world.device.type)
+        except (ValueError, ModuleNotFoundError) as error:  # what this device or its software cannot do
+            raise ConfigError(str(error)) from error
         begun = self._find_checkpoint()
         if begun is None:
             self._load_initial(model)
@@ -150,9 +153,9 @@ class Trainer:
         self.update = TrainStep(self.model, config.optimization, self.schedules, self.mesh, world.device, self._at)
         self.optimizer = self.update.optimizer
 
-        self.agreement = Agreement(dist.new_group(backend="gloo"))
+        self.agreement = Agreement(self._gloo_group())
         self.writer = checkpoints.CheckpointWriter(
-            folder / "checkpoints", dist.new_group(backend="gloo"), runtime.keep_last
+            folder / "checkpoints", self._gloo_group(), runtime.keep_last, world.device
         )
         self.step = 0
         self.num_skipped = 0
@@ -283,7 +286,7 @@ class Trainer:
             return
         self.writer.wait()
         folder = self.folder / "not_finite"
-        writer = checkpoints.CheckpointWriter(folder, dist.new_group(backend="gloo"), keep_last=1)
+        writer = checkpoints.CheckpointWriter(folder, self._gloo_group(), keep_last=1, device=self.world.device)
         writer.save(self._state(), self._meta(keep=False))
         writer.close()
         if self.world.rank == 0:
@@ -293,6 +296,10 @@ class Trainer:
             f"The student never took these steps; the state after them and a description are in {folder}. To go on "
             f"from the last checkpoint and skip such steps, raise optimization.max_skipped_steps and start again"
         )
+
+    def _gloo_group(self) -> dist.ProcessGroup:
+        """A group of all ranks for talk between their hosts."""
+        return dist.new_group(backend="gloo", timeout=self.world.timeout)
 
     def _describe_step(self, value: StepValues) -> dict[str, Any]:
         record = value.record

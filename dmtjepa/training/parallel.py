@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import torch
 import torch._functorch.config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -39,13 +41,23 @@ def is_compiled(config: Config, device_type: str) -> bool:
     return config.runtime.compile == "on" or (config.runtime.compile == "auto" and device_type == "cuda")
 
 
-def build_mesh(device_type: str, world_size: int, shard_size: int | None = None) -> DeviceMesh:
-    """One dimension, over which the model is sharded (FSDP); or [copies, shards] (HSDP) for a smaller `shard_size`."""
+def build_mesh(
+    device_type: str, world_size: int, shard_size: int | None = None, timeout: timedelta | None = None
+) -> DeviceMesh:
+    """One dimension, over which the model is sharded (FSDP); or [copies, shards] (HSDP) for a smaller `shard_size`.
+
+    Args:
+        timeout: of collectives, for groups that are not the group of all processes; None: PyTorch's (NCCL: 10 minutes).
+    """
     if shard_size is None or shard_size == world_size:
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
     if world_size % shard_size:
         raise ConfigError(f"runtime.shard_size: {world_size} processes cannot be divided into groups of {shard_size}")
-    return init_device_mesh(device_type, (world_size // shard_size, shard_size), mesh_dim_names=("copy", "shard"))
+    mesh = init_device_mesh(device_type, (world_size // shard_size, shard_size), mesh_dim_names=("copy", "shard"))
+    if timeout is not None:
+        for group in mesh.get_all_groups():
+            _set_pg_timeout(timeout, group)
+    return mesh
 
 
 def parallelize(
@@ -65,33 +77,60 @@ def parallelize(
         recompute: what the backward pass computes again of the blocks of encoder and predictor, see `recomputation`.
         reshard_after_forward: whether the student's blocks are gathered again for the backward pass.
     """
-    student, teacher, heads = _units(model)
+    student, _, heads = _parts(model)
     if recompute == "blocks" or not compiled:
         checkpoint_blocks(student, recompute)
     set_memory_budget(recompute)
     if compiled:
         compile_blocks(model)
     shard = functools.partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
-    for module in [*teacher, model.teacher_encoder, *heads[:1]]:
-        shard(module, reshard_after_forward=True)  # no backward pass will need it
-    for module in [*student, model.encoder, model.predictor, *heads[1:]]:
-        shard(module, reshard_after_forward=reshard_after_forward)
+    teacher, encoder, predictor = (
+        gathered_together(blocks, mesh)
+        for blocks in (model.teacher_encoder.blocks, model.encoder.blocks, model.predictor.predictor_blocks)
+    )
+    for unit in [*teacher, model.teacher_encoder, *heads[:1]]:
+        shard(unit, reshard_after_forward=True)  # no backward pass will need it
+    # Where blocks are no units, what they are part of is gathered as long as they need it anyway.
+    reshard_after_forward = reshard_after_forward and bool(encoder)
+    for unit in [*encoder, *predictor, model.encoder, model.predictor, *heads[1:]]:
+        shard(unit, reshard_after_forward=reshard_after_forward)
     shard(model, reshard_after_forward=False)
     for module, method in [(model, "compute_targets"), (model, "predict_targets")]:
         register_fsdp_forward_method(module, method)
     for head in heads:
         register_fsdp_forward_method(head, "aggregate_context")
         register_fsdp_forward_method(head, "aggregate_neighbors")
-    # Gather the next unit's weights while this one computes.
-    forward = [model.teacher_encoder, *teacher, *heads[:1], model.encoder, *model.encoder.blocks, *heads[1:]]
-    forward += [model.predictor, *model.predictor.predictor_blocks]
-    for current, following in itertools.pairwise(forward):
+    # Gather the next unit's weights while this one computes. A unit of several blocks goes by its first.
+    teacher, encoder, predictor = ([unit[0] for unit in units] for units in (teacher, encoder, predictor))
+    forward = [model.teacher_encoder, *teacher, *heads[:1], model.encoder, *encoder, *heads[1:]]
+    for current, following in itertools.pairwise([*forward, model.predictor, *predictor]):
         current.set_modules_to_forward_prefetch([following])
-    backward = [model.predictor, *model.predictor.predictor_blocks[::-1], *heads[1:], model.encoder]
-    backward += model.encoder.blocks[::-1]
+    backward = [model.predictor, *predictor[::-1], *heads[1:], model.encoder, *encoder[::-1]]
     for current, following in itertools.pairwise(backward):
         current.set_modules_to_backward_prefetch([following])
     return model
+
+
+# Parameters that a GPU gathers at a time, at least: 100 MB in bfloat16 keep a link between nodes busy for 2 ms.
+UNIT_PARAMETERS = 32e6
+
+
+def gathered_together(blocks: Sequence[nn.Module], mesh: DeviceMesh) -> list[list[nn.Module]]:
+    """The blocks whose weights are cast and gathered at a time.
+
+    Each unit costs the host about a millisecond a step (docs/performance.md), so that on a GPU there are few: of at
+    least UNIT_PARAMETERS where weights come from other ranks; none on a GPU by itself, where units of their own would
+    save it a part of the weights in bfloat16 and no more. A CPU is slow enough for each block to be one.
+    """
+    if mesh.device_type != "cpu" and mesh["shard"].size() == 1:
+        return []
+    least = 0 if mesh.device_type == "cpu" else UNIT_PARAMETERS
+    units: list[list[nn.Module]] = []
+    for block in blocks:
+        if not units or sum(p.numel() for b in units[-1] for p in b.parameters()) >= least:
+            units.append([])
+        units[-1].append(block)
+    return units
 
 
 # Operators whose outputs are kept where pointwise ones are computed again.
@@ -138,7 +177,7 @@ def set_memory_budget(recompute: str) -> None:
 
 def compile_blocks(model: DMTJEPA, compiler: Callable[..., Callable] = torch.compile) -> None:
     """Compile each block and the heads, without graph breaks. The number of patches is symbolic where it varies."""
-    student, teacher, heads = _units(model)
+    student, teacher, heads = _parts(model)
     for block in student:
         block.forward = _compile_varying(block.forward, compiler)
     for block in teacher:
@@ -149,7 +188,7 @@ def compile_blocks(model: DMTJEPA, compiler: Callable[..., Callable] = torch.com
         head.aggregate_context = _compile_varying(head.aggregate_context, compiler)
 
 
-def _units(model: DMTJEPA) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+def _parts(model: DMTJEPA) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
     """Blocks of the student, blocks of the teacher, and the heads of teacher and student (none in plain I-JEPA)."""
     heads = [] if model.head is None else [model.teacher_head, model.head]
     return [*model.encoder.blocks, *model.predictor.predictor_blocks], [*model.teacher_encoder.blocks], heads

@@ -1,6 +1,8 @@
 """Predictions of --dry-run against published counts and against PyTorch's own counter of operations."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from dmtjepa.training.estimate import (
     MaskShapes,
     count_parameters,
     describe,
+    explain_lack,
     measure_masks,
     memory_bytes,
     step_flops,
@@ -81,3 +84,25 @@ def test_dry_run_tells_batch_and_scaled_rate():
     assert "effective batch    512 = 128 x 4 processes x 1 accumulated" in text
     assert "0.0005 to 0.00025 to" not in text
     assert "5e-05 to 0.00025 to 2.5e-07 (scaled from a batch of 2048)" in text
+
+
+def test_lack_of_memory_names_what_would_fit(monkeypatch):
+    config = load_config(CONFIGS / "in1k_vith14_ep300.yaml", ["data.batch_size=512"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.25 GiB.\nmore")
+    text = explain_lack(config, 1, torch.device("cuda:0"), error)
+    assert "cuda:0 with 80.0 GiB has no memory for data.batch_size 512" in text
+    assert "Tried to allocate 1.25 GiB)" in text
+    assert "should fit" not in text
+    offers = re.findall(r"runtime.activation_checkpointing=(\w+) data.batch_size=(\d+)", text)
+    assert [how for how, _ in offers] == ["pointwise", "blocks"]
+    _, largest = measure_masks(config)
+    for how, batch in offers:
+        changes = [f"data.batch_size={batch}", f"runtime.activation_checkpointing={how}"]
+        needed = sum(memory_bytes(load_config(CONFIGS / "in1k_vith14_ep300.yaml", changes), largest, 1, True).values())
+        assert int(batch) < 512 or how == "blocks"
+        assert 0.7 * 80 * 2**30 < needed <= 0.95 * 80 * 2**30 or int(batch) == 512
+    small = load_config(CONFIGS / "in1k_vith14_ep300.yaml", ["data.batch_size=16"])
+    assert "By estimate it should fit: does another process use this GPU" in explain_lack(
+        small, 1, torch.device("cuda:0"), error
+    )

@@ -98,11 +98,20 @@ def test_dry_run_writes_nothing(run, settings):
     assert not Path(config.logging.folder).exists()
 
 
+def test_dry_run_of_a_gpu_needs_none(run, settings):
+    code, text = run(settings(), "--dry-run", "--devices", "cuda:0", "cuda:1")
+    assert code == 0
+    assert "processes          2 (cuda)" in text
+    code, text = run(settings(), "--dry-run", "--devices", "gpu")
+    assert code == 1
+    assert "DeviceError: device 'gpu'" in text
+
+
 def test_torchrun_gives_the_run_of_main(plain, settings, losses, tmp_path):
     config = settings(**{"data.batch_size": 8})
     path = tmp_path / "settings.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(HERE / "tiny_main.py"), "--fname", str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

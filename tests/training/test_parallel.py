@@ -21,6 +21,7 @@ from dmtjepa.training.parallel import (
     build_mesh,
     checkpoint_blocks,
     compile_blocks,
+    gathered_together,
     parallelize,
     set_memory_budget,
 )
@@ -118,6 +119,27 @@ def test_memory_of_a_rank_falls_as_one_over_the_number_of_ranks(tmp_path):
         assert max(shares) == pytest.approx(whole / count, rel=0.02)
     # HSDP: two copies of two shards each.
     assert max(measure(4, shard_size=2)) == pytest.approx(whole / 2, rel=0.02)
+
+
+def test_units_that_are_gathered_together():
+    blocks = [torch.nn.Linear(1000, 10_000, bias=False) for _ in range(7)]  # 10 million parameters each
+
+    class Mesh:
+        def __init__(self, device_type, shards):
+            self.device_type, self.size = device_type, lambda: shards
+
+        def __getitem__(self, name):
+            assert name == "shard"
+            return self
+
+    def sizes(device_type, shards):
+        units = gathered_together(blocks, Mesh(device_type, shards))
+        assert [block for unit in units for block in unit] == (blocks if units else [])
+        return [len(unit) for unit in units]
+
+    assert sizes("cuda", 8) == [4, 3]
+    assert sizes("cuda", 1) == []
+    assert sizes("cpu", 1) == sizes("cpu", 2) == [1] * 7
 
 
 def test_shards_must_divide_the_processes():
