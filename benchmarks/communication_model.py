@@ -49,16 +49,16 @@ class Model:
     forward_share: float
     student: float
     teacher: float
-    units: int
+    units: int  # of student and teacher, what `dmtjepa.training.parallel.gathered_together` makes of them
     context_share: float  # of the computation, which grows with the context
 
 
 A100 = Machine("A100, NVLink 3, 8 x HDR", within=230e9, between=20e9)
 H100 = Machine("H100, NVLink 4, 8 x NDR", within=360e9, between=42e9)
 MODELS = (
-    Model("ViT-B/16", 256, {"A100": 0.129, "H100": 0.056}, 0.43, 0.19, 0.115e9, 0.100e9, 36, 0.33),
-    Model("ViT-L/16", 256, {"A100": 0.360, "H100": 0.153}, 0.48, 0.17, 0.351e9, 0.328e9, 60, 0.36),
-    Model("ViT-H/14", 128, {"A100": 0.436, "H100": 0.182}, 0.51, 0.16, 0.692e9, 0.670e9, 76, 0.40),
+    Model("ViT-B/16", 256, {"A100": 0.129, "H100": 0.056}, 0.43, 0.19, 0.115e9, 0.100e9, 13, 0.33),
+    Model("ViT-L/16", 256, {"A100": 0.360, "H100": 0.153}, 0.48, 0.17, 0.351e9, 0.328e9, 23, 0.36),
+    Model("ViT-H/14", 128, {"A100": 0.436, "H100": 0.182}, 0.51, 0.16, 0.692e9, 0.670e9, 39, 0.40),
 )
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # Mean of the longest context over W ranks above the mean context (68.3 patches at 16x16; 77.9 over 16 ranks measured).
