@@ -73,7 +73,8 @@ class Workload:
     def images(self, device: torch.device, rank: int = 0) -> Tensor:
         """uint8 [B, 3, H, W], the same at every step."""
         size = (self.batch_size, 3, *self.config().data.image_size)
-        return torch.randint(256, size, generator=torch.Generator().manual_seed(rank)).to(torch.uint8).to(device)
+        generator = torch.Generator().manual_seed(rank)
+        return torch.randint(256, size, generator=generator, dtype=torch.uint8, device="cpu").to(device)
 
     def mask_shapes(self, step: int) -> MaskShapes:
         masks = self.masks(step)

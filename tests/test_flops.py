@@ -52,9 +52,7 @@ def test_a_step_executes_no_more_than_the_lean_count(name, most, attention):
     predicted = sum(step_flops(config, shapes).values())
     assert counted == pytest.approx(predicted, rel=0.002)
     attentions = {str(name) for name in by_operator if "attention" in str(name) or "flash" in str(name)}
-    assert (attentions == {"xformers_flash.flash_fwd", "xformers_flash.flash_bwd"}) == (
-        attention == "xformers"
-    )
+    assert (attentions == {"xformers_flash.flash_fwd", "xformers_flash.flash_bwd"}) == (attention == "xformers")
 
 
 def test_every_operator_has_a_formula():

@@ -9,6 +9,7 @@ import torch
 from dmtjepa.training import checkpoint
 from dmtjepa.training.launch import launch
 from dmtjepa.training.loop import Trainer
+from dmtjepa.training.metrics import Metrics
 
 pytestmark = pytest.mark.gpu
 
@@ -20,23 +21,51 @@ def test_trains_as_on_the_cpu_up_to_bfloat16(plain, settings, losses, compiled):
     torch.testing.assert_close(losses(config), losses(plain), rtol=0.05, atol=0.01)
 
 
-@pytest.mark.parametrize("changes", [{}, {"mask.pack": True}, {"runtime.teacher_precision": "fp8"}], ids=str)
-def test_no_step_between_two_logged_ones_waits_for_the_device(settings, losses, monkeypatch, changes):
-    if changes.get("runtime.teacher_precision") == "fp8" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this GPU has no float8 products")
-    original = Trainer.train_step
+@pytest.fixture
+def _no_waiting(monkeypatch):
+    """From the third step on (the first ones create what later ones use), nothing may wait for the device, in whichever
+    thread, but the logging of steps and the copying of a state that will be written."""
+    begin_step = Trainer.train_step
 
     def train_step(trainer, batches):
-        if trainer.step < 2:  # the first steps create what later ones use
-            return original(trainer, batches)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return original(trainer, batches)
-        finally:
+        if trainer.step >= 2:
+            torch.cuda.set_sync_debug_mode("error")
+        return begin_step(trainer, batches)
+
+    def allowed(function):
+        def run(*arguments):
             torch.cuda.set_sync_debug_mode("default")
+            return function(*arguments)
+
+        return run
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    config = settings(**{"runtime.compile": "off"} | changes)
+    monkeypatch.setattr(Trainer, "_save", allowed(Trainer._save))
+    monkeypatch.setattr(Metrics, "flush", allowed(Metrics.flush))
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mask.pack": True},
+        {"mask.pack": True, "runtime.attention": "sdpa"},
+        {"patch.local_agg_head": False},
+        {"runtime.teacher_precision": "fp8"},
+        {"runtime.kernels": "torch"},
+        {"runtime.attention": "sdpa", "runtime.activation_checkpointing": "pointwise"},
+        {"runtime.precision": "float32", "runtime.activation_checkpointing": "blocks"},
+        {"runtime.accumulation": 2, "runtime.save_every_steps": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("_no_waiting")
+def test_no_step_between_two_logged_ones_waits_for_the_device(settings, losses, changes):
+    if changes.get("runtime.teacher_precision") == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8 products")
+    config = settings(**{"runtime.compile": "off", "optimization.epochs": 2} | changes)
     assert launch(config, ["cuda:0"]) == 0
     assert all(map(math.isfinite, losses(config)))
 

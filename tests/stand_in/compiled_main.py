@@ -1,0 +1,16 @@
+"""main.py with the tiny network, compiled by all of torch.compile but Inductor, which takes most of the time.
+
+What Inductor and Triton make of the blocks is seen by published_step.py.
+"""
+
+import functools
+import sys
+
+import tiny_architecture  # noqa: F401
+import torch
+
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main.main())

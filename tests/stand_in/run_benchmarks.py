@@ -1,0 +1,45 @@
+"""Run programs of benchmarks/, given with their options as JSON, one after the other; prints how each failed, or null.
+
+All results count as right: the values on a GPU that is not there are all zero.
+"""
+
+import contextlib
+import functools
+import importlib
+import json
+import math
+import sys
+import traceback
+from unittest import mock
+
+import torch
+
+from benchmarks import bench_memory, bench_targets, harness, steps
+
+
+def run(name: str, options: list[str]) -> str | None:
+    program = importlib.import_module(f"benchmarks.{name}")
+    with mock.patch.object(sys, "argv", [name, *options]):
+        try:
+            if name == "bench_operators":
+                program.main("", "operators", *(benchmark.cases for benchmark in program.BENCHMARKS))
+            else:
+                program.main()
+        except (Exception, SystemExit):
+            return traceback.format_exc()
+    return None
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.enabled = False  # nothing stands in for it; the reference turns it on by `flags`
+    everything = dict.fromkeys(bench_targets.LIMITS, (math.inf, 1.0))
+    briefly = functools.partial(harness._gpu_milliseconds, most=10, budget_ms=0)
+    with (
+        mock.patch.object(steps, "_relative", return_value=0.0),
+        mock.patch.object(torch.backends.cudnn, "flags", return_value=contextlib.nullcontext()),
+        mock.patch.object(bench_targets, "LIMITS", everything),
+        mock.patch.object(harness, "_gpu_milliseconds", briefly),
+        mock.patch.object(bench_memory, "USABLE", 0.002),  # the host makes the images of the largest batch
+        mock.patch.object(torch, "compile", lambda function, **options: function),  # published_step.py compiles
+    ):
+        print(json.dumps({name: run(name, options) for name, options in json.loads(sys.argv[1]).items()}))
