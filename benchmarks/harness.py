@@ -64,6 +64,7 @@ def environment(device: str) -> dict:
         "command": " ".join(["python", *(os.path.basename(a) if os.path.isabs(a) else a for a in sys.orig_argv[1:])]),
         "date": str(date.today()),
         "hardware": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "processor": _processor(),
         "threads": None if device == "cuda" else torch.get_num_threads(),
         "cuda": torch.version.cuda if device == "cuda" else None,
         "python": platform.python_version(),

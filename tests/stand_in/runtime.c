@@ -104,7 +104,8 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int device) {
     memset(properties, 0, sizeof *properties);
-    strcpy(properties->name, stand_in_capability() == 80 ? "NVIDIA A100-SXM4-80GB" : "NVIDIA H100 80GB HBM3");
+    /* So that nobody takes what a benchmark writes here for a GPU's. */
+    strcpy(properties->name, stand_in_capability() == 80 ? "stand-in for an A100" : "stand-in for an H100");
     properties->major = stand_in_attribute(cudaDevAttrComputeCapabilityMajor);
     properties->minor = stand_in_attribute(cudaDevAttrComputeCapabilityMinor);
     properties->totalGlobalMem = DEVICE_MEMORY;

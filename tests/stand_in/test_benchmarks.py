@@ -38,7 +38,7 @@ def results(start_on, image_folder, tmp_path_factory):
 def test_program_ends_well(results, name):
     folder, fault = results[name]
     assert fault is None, fault
-    (path,) = folder.glob("nvidia-h100-80gb-hbm3-*.json")
+    (path,) = folder.glob("stand-in-for-an-h100-*.json")
     # The rows of a profile are its kernels, and none ran.
     assert json.loads(path.read_text())["rows"] or name == "profile_step"
 
