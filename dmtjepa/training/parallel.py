@@ -12,7 +12,7 @@ import torch._functorch.config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dmtjepa.config import Config, ConfigError
@@ -100,6 +100,8 @@ def parallelize(
     for head in heads:
         register_fsdp_forward_method(head, "aggregate_context")
         register_fsdp_forward_method(head, "aggregate_neighbors")
+    if mesh["shard"].size() == 1:
+        cast_at_once(model)
     # Gather the next unit's weights while this one computes. A unit of several blocks goes by its first.
     teacher, encoder, predictor = ([unit[0] for unit in units] for units in (teacher, encoder, predictor))
     forward = [model.teacher_encoder, *teacher, *heads[:1], model.encoder, *encoder, *heads[1:]]
@@ -131,6 +133,41 @@ def gathered_together(blocks: Sequence[nn.Module], mesh: DeviceMesh) -> list[lis
             units.append([])
         units[-1].append(block)
     return units
+
+
+def cast_at_once(model: nn.Module) -> None:
+    """Let each unit of a model that is not sharded get its weights by one call, in place.
+
+    FSDP2 does it parameter by parameter there: a cast, a copy of the result, and their launches, 800 of the 2000 of a
+    step of ViT-B/16 (docs/performance.md). Several processes have it better: they copy in and out all at once. This
+    replaces a method of PyTorch's own classes, so only that of the version it was written for; another keeps its own.
+    """
+    if not torch.__version__.startswith("2.11."):
+        return
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                group.wait_for_unshard = functools.partial(_cast_weights, group)
+
+
+def _cast_weights(group) -> None:
+    """`FSDPParamGroup.wait_for_unshard` where a process has all weights. The marker that `unshard` leaves is taken."""
+    if group._all_gather_result is None:  # they are there already
+        return
+    weights = [parameter._sharded_param_data for parameter in group.fsdp_params]
+    for parameter, weight in zip(group.fsdp_params, weights, strict=True):
+        dtype = parameter.param_dtype or weight.dtype
+        parameter.init_all_gather_outputs([weight.numel()], [dtype], 1, group.device)
+        parameter.alloc_all_gather_outputs()
+    outputs = tuple(parameter.all_gather_outputs[0] for parameter in group.fsdp_params)
+    # The backward pass may have kept these tensors: in it they are filled again with what they held.
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(outputs):
+        torch._foreach_copy_(outputs, weights)
+    for parameter in group.fsdp_params:
+        parameter.init_unsharded_param()
+    group._to_unsharded()
+    group._all_gather_result = None
 
 
 # Operators whose outputs are kept where pointwise ones are computed again.

@@ -15,6 +15,7 @@ from dmtjepa.masking import sample_masks
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
 from dmtjepa.models.cpu import compute_by_onednn
 from dmtjepa.objective import DMTJEPA, build_model
+from dmtjepa.training import parallel
 from dmtjepa.training.distributed import joined
 from dmtjepa.training.optimization import build_optimizer
 from dmtjepa.training.parallel import (
@@ -119,6 +120,60 @@ def test_memory_of_a_rank_falls_as_one_over_the_number_of_ranks(tmp_path):
         assert max(shares) == pytest.approx(whole / count, rel=0.02)
     # HSDP: two copies of two shards each.
     assert max(measure(4, shard_size=2)) == pytest.approx(whole / 2, rel=0.02)
+
+
+def train_casting(folder, at_once, reshard, recompute):
+    """Write down the gradients of two steps, each of two backward passes, and how many casts and copies they made."""
+    if not at_once:
+        parallel.cast_at_once = lambda model: None
+    with joined(torch.device("cpu"), start_timeout=60, hang_timeout=100):
+        torch.manual_seed(0)
+        encoder = VisionTransformer(32, 8, embed_dim=192, depth=2, num_heads=3)
+        predictor = Predictor((4, 4), embed_dim=192, predictor_dim=96, depth=1, num_heads=3)
+        model = DMTJEPA(encoder, predictor, AggregationHead(192, 3))
+        options = {"recompute": recompute, "reshard_after_forward": reshard}
+        parallelize(model, build_mesh("cpu", 1), dtype=torch.bfloat16, **options)
+        optimizer = build_optimizer([model.encoder, model.predictor, model.head])
+        found = []
+        with _Called() as called:
+            for step in range(4):
+                images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+                masks = sample_masks(MaskSettings(patch_size=8, min_keep=0), (4, 4), 2, seed=0, step=step, rank=0)
+                loss = model.loss(model.predict_targets(images, masks), model.compute_targets(images, masks), masks)
+                loss.backward()
+                if step % 2:
+                    found += [loss.detach(), *(p.grad.to_local().clone() for p in encoder.parameters())]
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    model.update_teacher(0.9)
+        copies = called.counts[torch.ops.aten._to_copy.default] + called.counts[torch.ops.aten.copy_.default]
+        torch.save((found, copies), folder / f"{at_once}.pt")
+
+
+class _Called(TorchDispatchMode):
+    """Counts the calls of each operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.11."), reason="another PyTorch keeps its own way")
+@pytest.mark.parametrize(("reshard", "recompute"), [(True, "none"), (False, "none"), (True, "blocks")])
+def test_weights_that_are_cast_at_once_are_those_that_are_cast_one_by_one(tmp_path, reshard, recompute):
+    results = []
+    for at_once in (True, False):
+        ends = run_ranks(train_casting, 1, tmp_path, tmp_path, at_once, reshard, recompute)
+        assert [code for code, _ in ends] == [0], ends
+        results.append(torch.load(tmp_path / f"{at_once}.pt"))
+    (at_once, few), (one_by_one, many) = results
+    assert few < many / 2
+    for actual, expected in zip(at_once, one_by_one, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_units_that_are_gathered_together():
