@@ -84,8 +84,6 @@ def plot(axes, rows: list[dict]) -> None:
 
 
 def main() -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("needs a GPU, or: python -m tests.stand_in python -m benchmarks.bench_host ...")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vit_base:256", "vit_huge:128"], help="model:batch")
     parser.add_argument("--set", nargs="+", default=[], help="settings, e.g. data.crop_size=96 mask.min_keep=2")
@@ -95,6 +93,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=12, help="steps before")
     parser.add_argument("--out", type=Path, help="folder for a JSON file of the results and a plot")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU, or: python -m tests.stand_in python -m benchmarks.bench_host ...")
     open_published(options.published, options.providers)
     providers = [parse_provider(text, "cuda") for text in options.providers]
     workloads = [parse_workload(text, options.set) for text in options.models]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_memory, bench_operators, bench_scaling, gpu_check, harness, profile_step, steps
+from benchmarks import bench_host, bench_memory, bench_operators, bench_scaling, gpu_check, harness, profile_step, steps
 from benchmarks.harness import Shape
 from benchmarks.providers import parse_workload
 
@@ -34,6 +34,16 @@ def test_memory_beside_its_estimate(run_program, tiny):
     assert small["transient_bytes"] < large["transient_bytes"]
     assert small["estimate_error"] == pytest.approx(small["estimate_bytes"] / small["peak_bytes"] - 1)
     assert "estimate" in printed
+
+
+def test_the_time_of_the_host_needs_a_gpu_or_its_stand_in(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, code in (["--help"], 0), ([], 2):
+        monkeypatch.setattr(sys, "argv", ["bench_host", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            bench_host.main()
+        assert ended.value.code == code
+        assert "python -m tests.stand_in python -m benchmarks.bench_host" in "".join(capsys.readouterr())
 
 
 def test_peak_memory_counts_what_a_call_holds():
