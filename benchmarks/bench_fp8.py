@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks.harness import environment, number, relative_error, save, text_table
 from dmtjepa.config import Config, load_config
 from dmtjepa.data import build_eval_loader, build_loader
-from dmtjepa.data.shapes import ShapesParameters, draw_image
+from dmtjepa.data.sources.shapes import ShapesParameters, draw_image
 from dmtjepa.evaluation.features import extract_features
 from dmtjepa.evaluation.knn import knn_accuracy, standardize
 from dmtjepa.masking import MaskBatch, sample_masks

@@ -19,7 +19,7 @@ ALLOWED = {
     "config": {"errors"},
     "packing": set(),
     "masking": {"config", "packing"},
-    "data": {"config"},
+    "data": {"config", "errors"},
     "models": {"kernels", "packing"},
     "objective": {"kernels", "config", "masking", "models"},
     "reference": set(),
