@@ -29,7 +29,7 @@ from dmtjepa.evaluation.sources import Splits, spread
 from dmtjepa.interop import load_weights, read_checkpoint
 from dmtjepa.interop.checkpoint import get_part
 from dmtjepa.kernels import select_neighbors
-from dmtjepa.masking import sample_masks
+from dmtjepa.masks import sample_masks
 from dmtjepa.objective import build_model
 
 NUM_PICTURES = 5

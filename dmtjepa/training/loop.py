@@ -20,13 +20,13 @@ from torch import Tensor
 from dmtjepa.config import Config, ConfigError, OptimizationSettings
 from dmtjepa.data import Loader, build_loader
 from dmtjepa.interop import load_model
-from dmtjepa.masking import MaskBatch, check_masks, sample_masks
+from dmtjepa.masks import MaskBatch, check_masks, sample_masks
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training import checkpoint as checkpoints
 from dmtjepa.training.distributed import Agreement, DistributedError, StopSignals, Watchdog, World
 from dmtjepa.training.metrics import Metrics, StepRecord, StepValues
 from dmtjepa.training.optimization import Schedules
-from dmtjepa.training.parallel import build_mesh, compute_dtype, is_compiled, parallelize, recomputation
+from dmtjepa.training.parallelize import build_mesh, compute_dtype, is_compiled, parallelize, recomputation
 from dmtjepa.training.run_folder import check_folder, claimed, write_environment, write_settings
 from dmtjepa.training.step import Batch, TrainStep
 
