@@ -17,7 +17,7 @@ from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
 from dmtjepa.models.onednn import compute_by_onednn
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training.distributed import joined
-from dmtjepa.training.optimization import build_optimizer
+from dmtjepa.training.optimizer import build_optimizer
 from dmtjepa.training.parallelize import (
     build_mesh,
     checkpoint_blocks,
