@@ -18,15 +18,14 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "packing": set(),
-    "masking": {"config", "packing"},
+    "masks": {"config", "packing"},
     "data": {"config"},
     "models": {"kernels", "packing"},
-    "objective": {"kernels", "config", "masking", "models"},
-    "reference": set(),
-    "reference_masks": {"config", "masking"},
+    "objective": {"kernels", "config", "masks", "models"},
+    "reference": {"config", "masks"},
     "interop": {"config", "models", "objective"},
-    "training": {"config", "data", "masking", "models", "objective", "interop", "kernels"},
-    "evaluation": {"config", "data", "masking", "models", "objective", "interop", "kernels"},
+    "training": {"config", "data", "masks", "models", "objective", "interop", "kernels"},
+    "evaluation": {"config", "data", "masks", "models", "objective", "interop", "kernels"},
 }
 
 

@@ -26,8 +26,8 @@ from benchmarks.machine import environment
 from benchmarks.official import open_checkout
 from benchmarks.tables import number, text_table
 from dmtjepa.config import MaskSettings
-from dmtjepa.masking import sample_masks
-from dmtjepa.reference_masks import sample_masks_reference
+from dmtjepa.masks import sample_masks
+from dmtjepa.reference.masks import sample_masks_reference
 
 CASES = (((16, 16), 128), ((14, 14), 256))  # grid size, images
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmtjepa.config import MaskSettings
-from dmtjepa.masking import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, sample_masks
 
 
 @dataclass(frozen=True)

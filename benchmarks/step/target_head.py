@@ -1,4 +1,4 @@
-"""The target head, features to targets: this project against the method op for op (`dmtjepa.reference`).
+"""The target head, features to targets: this project against the method op for op (`dmtjepa.reference.step`).
 
 Measured is `AggregationHead.aggregate_neighbors` on one step's covered patches, beside the reference's
 `aggregate_neighbors` on all patches followed by reading the target blocks, as published. Time is the median of
@@ -25,10 +25,10 @@ from benchmarks.machine import default_device, peak_memory
 from benchmarks.official import open_checkout, published_head
 from benchmarks.operators.cases import SHAPES, Shape
 from benchmarks.tables import number, save, text_table
-from dmtjepa import reference
 from dmtjepa.config import MaskSettings
-from dmtjepa.masking import sample_masks
+from dmtjepa.masks import sample_masks
 from dmtjepa.models import AggregationHead
+from dmtjepa.reference import step as reference
 
 # Of the targets' relative errors, row by row: the median, and the share of rows above 0.1. In bfloat16 a few patches
 # choose another neighbour where two are all but equally similar.

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import DataError
 from dmtjepa.interop import WeightsError
-from dmtjepa.masking import MaskError
+from dmtjepa.masks import MaskError
 from dmtjepa.training.checkpoint import CheckpointError
 from dmtjepa.training.distributed import DeviceError, check_device, first_failure, joined
 from dmtjepa.training.estimate import OutOfMemory, explain_lack

@@ -14,7 +14,7 @@ import torch
 import torch._dynamo
 import yaml
 
-from dmtjepa.training import checkpoint, parallel
+from dmtjepa.training import checkpoint, parallelize
 from dmtjepa.training import launch as launcher
 from dmtjepa.training.launch import launch
 from dmtjepa.training.loop import NonFiniteLoss, Trainer
@@ -290,7 +290,7 @@ def test_compiled_equals_eager(plain, settings, losses, weights, monkeypatch):
     """With the graphs, decompositions and partition of Inductor, whose C++ would take minutes to compile."""
     torch._dynamo.reset()
     compiler = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    monkeypatch.setattr(parallel, "compile_blocks", functools.partial(parallel.compile_blocks, compiler=compiler))
+    monkeypatch.setattr(parallelize, "compile_blocks", functools.partial(parallelize.compile_blocks, compiler=compiler))
     config = settings(**{"runtime.compile": "on"})
     assert launch(config, ["cpu"]) == 0
     assert_same_run(plain, config, losses, weights, tolerance=1e-5)
