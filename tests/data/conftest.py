@@ -6,18 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dmtjepa.config import DataSettings
-from dmtjepa.data import is_dali_installed
-
-needs_dali = pytest.mark.skipif(not is_dali_installed(), reason="NVIDIA DALI is not installed")
-
-
-def smooth_image(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A picture with some structure at low frequencies, so that JPEG and resizing change it little."""
-    small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+from dmtjepa.data import make_shards
+from tests.data.images import smooth_image
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +31,17 @@ def settings(image_folder: Path) -> DataSettings:
     return DataSettings(
         root_path=str(image_folder), batch_size=4, crop_size=32, num_workers=0, loader="torchvision", max_broken=0.2
     )
+
+
+@pytest.fixture(scope="session")
+def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of that folder in four shards."""
+    out = tmp_path_factory.mktemp("shards")
+    assert make_shards.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
+    return out
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch) -> None:
+    """No test reads or writes the cache of the user."""
+    monkeypatch.setenv("DMTJEPA_CACHE", str(tmp_path / "cache"))

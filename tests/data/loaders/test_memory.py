@@ -9,7 +9,7 @@ import pytest
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import build_loader
-from tests.data.conftest import needs_dali
+from tests.data.images import LOADERS
 
 
 def private_memory() -> int:
@@ -25,7 +25,7 @@ def private_memory() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("loader_name", ["torchvision", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize("loader_name", LOADERS)
 def test_memory_is_flat_over_2000_batches(image_folder: Path, loader_name: str):
     settings = DataSettings(root_path=str(image_folder), batch_size=5, crop_size=32, num_workers=2, loader=loader_name)
     loader = build_loader(settings, seed=0)

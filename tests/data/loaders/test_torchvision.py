@@ -23,7 +23,7 @@ from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_loader
 from dmtjepa.data.loaders.torchvision import _PREFETCH, TorchvisionLoader
 from dmtjepa.data.sampling import FLIP_DRAW, SampleOrder, choose_crop, draw_uniforms
-from tests.data.conftest import needs_dali
+from tests.data.images import LOADERS
 
 
 def batches(settings: DataSettings, epoch: int = 0, start_step: int = 0, **options: int) -> list[torch.Tensor]:
@@ -155,7 +155,7 @@ def test_a_folder_that_vanishes_ends_the_run(settings: DataSettings, image_folde
     shutil.copytree(image_folder, tmp_path / "gone")
     loader = build_loader(settings.model_copy(update={"root_path": str(tmp_path / "gone"), "max_broken": 1}), seed=0)
     shutil.rmtree(tmp_path / "gone")
-    with pytest.raises(DataError, match="is the data still there"):
+    with pytest.raises(DataError, match="Check that the data set is still there"):
         next(loader.epoch(0))
 
 
@@ -180,7 +180,7 @@ class Die(Trap):
 
 @pytest.mark.parametrize(
     ("trap", "cause"),
-    [(Stall, "no worker has finished"), (Die, "ended by SIGKILL, as by the system when memory runs out")],
+    [(Stall, "no worker has finished"), (Die, "ended by SIGKILL, as when the system runs out of memory")],
 )
 def test_a_dead_or_stalled_worker_ends_the_run_with_its_cause(
     settings: DataSettings, trap: type, cause: str, monkeypatch
@@ -265,7 +265,7 @@ def test_a_process_that_ends_without_closing_its_loader_does_not_wait_for_the_wo
     assert done.stderr.strip().endswith("left")
 
 
-@pytest.mark.parametrize("loader_name", ["torchvision", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize("loader_name", LOADERS)
 def test_a_job_that_was_suspended_as_a_whole_has_not_stalled(settings: DataSettings, loader_name: str):
     slow = f"""if True:
         import time
