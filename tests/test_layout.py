@@ -12,10 +12,15 @@ from setuptools import find_packages
 
 ROOT = Path(__file__).parents[1]
 
+RUNS = {"checkpoint_format", "config", "errors", "files", "run_folder"}
+
 # What each part may import of the project; a part may always import itself.
 ALLOWED = {
     "kernels": set(),
     "errors": set(),
+    "files": set(),
+    "checkpoint_format": {"errors", "files"},
+    "run_folder": {"checkpoint_format", "config", "errors", "files"},
     "config": {"errors"},
     "packing": set(),
     "masking": {"config", "packing"},
@@ -24,9 +29,9 @@ ALLOWED = {
     "objective": {"kernels", "config", "masking", "models"},
     "reference": set(),
     "reference_masks": {"config", "masking"},
-    "interop": {"config", "models", "objective"},
-    "training": {"config", "data", "masking", "models", "objective", "interop", "kernels"},
-    "evaluation": {"config", "data", "masking", "models", "objective", "interop", "kernels"},
+    "interop": RUNS | {"models", "objective"},
+    "training": RUNS | {"data", "masking", "models", "objective", "interop", "kernels"},
+    "evaluation": RUNS | {"data", "masking", "models", "objective", "interop", "kernels"},
 }
 
 
