@@ -9,7 +9,7 @@ venv: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,dali]"
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,dali,export]"
 	touch $@
 
 quickstart: venv

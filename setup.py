@@ -17,6 +17,7 @@ setup(
     python_requires=">=3.10",
     # dmtjepa/kernels is a link to the folder kernels at the top: a PyPI package is already called `kernels`.
     packages=find_packages(include=["dmtjepa", "dmtjepa.*"]),
+    package_data={"dmtjepa": ["py.typed"]},
     install_requires=[
         "torch>=2.10",
         "torchvision>=0.25",
@@ -31,10 +32,21 @@ setup(
         "tensorboard",
         "safetensors",
         "matplotlib",
-        "scikit-learn",
     ],
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.4"],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff"],
+        "export": ["timm>=1.0", "transformers>=5.0"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "scipy",
+            "scikit-learn",
+            "mypy",
+            "types-PyYAML",
+            "ruff",
+            "pre-commit",
+        ],
     },
 )

@@ -25,8 +25,8 @@ from scipy import stats
 from benchmarks.harness import environment, number, text_table
 from benchmarks.published import open_checkout
 from dmtjepa.config import MaskSettings
-from dmtjepa.masking import sample_masks
-from dmtjepa.reference_masks import sample_masks_reference
+from dmtjepa.masks import sample_masks
+from dmtjepa.reference.masks import sample_masks_reference
 
 CASES = (((16, 16), 128), ((14, 14), 256))  # grid size, images
 

@@ -1,4 +1,4 @@
-"""The target head, features to targets: this project against the method op for op (`dmtjepa.reference`).
+"""The target head, features to targets: this project against the method op for op (`dmtjepa.reference.step`).
 
 Measured is `AggregationHead.aggregate_neighbors` on one step's covered patches, beside the reference's
 `aggregate_neighbors` on all patches followed by reading the target blocks, as published. Time is the median of
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from benchmarks.harness import SHAPES, Shape, default_device, number, peak_memory, save, text_table
 from benchmarks.published import open_checkout, published_head
-from dmtjepa import reference
 from dmtjepa.config import MaskSettings
-from dmtjepa.masking import sample_masks
+from dmtjepa.masks import sample_masks
 from dmtjepa.models import AggregationHead
+from dmtjepa.reference import step as reference
 
 # Of the targets' relative errors, row by row: the median, and the share of rows above 0.1. In bfloat16 a few patches
 # choose another neighbour where two are all but equally similar.

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 TIME_LIMIT = 9 * 60  # a minute is left for starting Python, and for the tables
 OTHER_MODELS = ("vit_base:256", "vit_large:256")
 OTHER_TESTS = (
-    "tests/test_models.py", "tests/test_pack.py", "tests/test_fp8.py", "tests/test_masking.py",
+    "tests/models", "tests/test_packing.py", "tests/masks",
     "tests/data/test_dali.py", "tests/data/test_augment.py", "tests/evaluation/test_features.py",
 )  # fmt: skip
 PRINTED_LINES = 60  # of each step's output, at the end

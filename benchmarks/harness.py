@@ -29,7 +29,7 @@ import triton
 from torch import Tensor
 
 from dmtjepa.config import MaskSettings
-from dmtjepa.masking import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, sample_masks
 
 GIB = 2**30
 # Dense bfloat16 products on tensor cores, FLOP/s, from NVIDIA's data sheets (SXM modules).

@@ -9,8 +9,9 @@ sample at steps 0, 1, 2, ... of seed 0, so that a recording of masks is a number
 
 `project` is `parallelize` (FSDP2) and `TrainStep`, as in a run; `keep`, `pointwise` and `recompute` are what the
 backward pass computes again (nothing, norms and GELUs, or whole blocks), `fp8` is the teacher's precision. `reference`
-is `dmtjepa.reference` with autograd and PyTorch's AdamW, under autocast for bfloat16. `published` is the published code
-(`benchmarks.published`), which gets its images normalised, outside of what is timed. All start from the same weights.
+is `dmtjepa.reference.step` with autograd and PyTorch's AdamW, under autocast for bfloat16. `published` is the published
+code (`benchmarks.published`), which gets its images normalised, outside of what is timed. All start from the same
+weights.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.published import PublishedStep, open_checkout
-from dmtjepa import reference
 from dmtjepa.config import Config, ConfigError, load_config
-from dmtjepa.masking import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, sample_masks
 from dmtjepa.objective import DMTJEPA, build_model
+from dmtjepa.reference import step as reference
 from dmtjepa.training.distributed import World
 from dmtjepa.training.estimate import MaskShapes, step_flops
-from dmtjepa.training.optimization import Schedules
-from dmtjepa.training.parallel import build_mesh, parallelize, recomputation
+from dmtjepa.training.parallelize import build_mesh, parallelize, recomputation
+from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.step import TrainStep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -188,7 +189,7 @@ class ProjectStep:
 
 
 class ReferenceStep:
-    """`dmtjepa.reference`, with autograd, AdamW and the moving average by PyTorch's plain means.
+    """`dmtjepa.reference.step`, with autograd, AdamW and the moving average by PyTorch's plain means.
 
     Args:
         part: images that are computed at a time, for machines that cannot hold a batch; the result is the same.

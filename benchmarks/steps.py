@@ -20,11 +20,11 @@ from torch import Tensor
 
 from benchmarks.harness import peak_memory, peak_rate
 from benchmarks.providers import PHASES, Provider, ReferenceStep, Workload, build_step, draw_model
-from dmtjepa import reference
-from dmtjepa.masking import MaskBatch
+from dmtjepa.masks import MaskBatch
+from dmtjepa.reference import step as reference
 from dmtjepa.training.distributed import World
 from dmtjepa.training.metrics import Stopwatch
-from dmtjepa.training.optimization import local_tensors
+from dmtjepa.training.optimizer import local_tensors
 
 # ---- The gate: losses and gradient norms of the first steps against the reference in float32.
 

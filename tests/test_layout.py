@@ -23,15 +23,14 @@ ALLOWED = {
     "run_folder": {"checkpoint_format", "config", "errors", "files"},
     "config": {"errors"},
     "packing": set(),
-    "masking": {"config", "packing"},
+    "masks": {"config", "packing"},
     "data": {"config"},
     "models": {"kernels", "packing"},
-    "objective": {"kernels", "config", "masking", "models"},
-    "reference": set(),
-    "reference_masks": {"config", "masking"},
+    "objective": {"kernels", "config", "masks", "models"},
+    "reference": {"config", "masks"},
     "interop": RUNS | {"models", "objective"},
-    "training": RUNS | {"data", "masking", "models", "objective", "interop", "kernels"},
-    "evaluation": RUNS | {"data", "masking", "models", "objective", "interop", "kernels"},
+    "training": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},
+    "evaluation": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},
 }
 
 

@@ -22,7 +22,7 @@ from dmtjepa.checkpoint_format import CheckpointError
 from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import DataError
 from dmtjepa.interop import WeightsError
-from dmtjepa.masking import MaskError
+from dmtjepa.masks import MaskError
 from dmtjepa.run_folder import RunFolderError
 from dmtjepa.training.distributed import DeviceError, check_device, first_failure, joined
 from dmtjepa.training.estimate import OutOfMemory, explain_lack

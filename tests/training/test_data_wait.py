@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dmtjepa.config import MaskSettings
 from dmtjepa.data.folder import TorchvisionLoader
-from dmtjepa.masking import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, sample_masks
 from dmtjepa.training.launch import launch
 from dmtjepa.training.loop import BatchStream, Trainer
 from dmtjepa.training.metrics import WAIT_STEPS, Metrics, StepRecord, StepValues

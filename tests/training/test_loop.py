@@ -17,7 +17,7 @@ import yaml
 from dmtjepa import checkpoint_format
 from dmtjepa.run_folder import RunFolderError, locked
 from dmtjepa.training import launch as launcher
-from dmtjepa.training import parallel
+from dmtjepa.training import parallelize
 from dmtjepa.training.launch import launch
 from dmtjepa.training.loop import NonFiniteLoss, Trainer
 
@@ -291,7 +291,7 @@ def test_compiled_equals_eager(plain, settings, losses, weights, monkeypatch):
     """With the graphs, decompositions and partition of Inductor, whose C++ would take minutes to compile."""
     torch._dynamo.reset()
     compiler = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    monkeypatch.setattr(parallel, "compile_blocks", functools.partial(parallel.compile_blocks, compiler=compiler))
+    monkeypatch.setattr(parallelize, "compile_blocks", functools.partial(parallelize.compile_blocks, compiler=compiler))
     config = settings(**{"runtime.compile": "on"})
     assert launch(config, ["cpu"]) == 0
     assert_same_run(plain, config, losses, weights, tolerance=1e-5)

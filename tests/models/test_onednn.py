@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmtjepa.config import parse_config
-from dmtjepa.models.cpu import compute_by_onednn, onednn_linear
 from dmtjepa.models.layers import Linear
+from dmtjepa.models.onednn import compute_by_onednn, onednn_linear
 from dmtjepa.objective import build_model
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -10,15 +10,15 @@ import torch._dynamo
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dmtjepa.training.parallelize
 from dmtjepa.config import MaskSettings
-from dmtjepa.masking import sample_masks
+from dmtjepa.masks import sample_masks
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
-from dmtjepa.models.cpu import compute_by_onednn
+from dmtjepa.models.onednn import compute_by_onednn
 from dmtjepa.objective import DMTJEPA, build_model
-from dmtjepa.training import parallel
 from dmtjepa.training.distributed import joined
-from dmtjepa.training.optimization import build_optimizer
-from dmtjepa.training.parallel import (
+from dmtjepa.training.optimizer import build_optimizer
+from dmtjepa.training.parallelize import (
     build_mesh,
     checkpoint_blocks,
     compile_blocks,
@@ -125,7 +125,7 @@ def test_memory_of_a_rank_falls_as_one_over_the_number_of_ranks(tmp_path):
 def train_casting(folder, at_once, reshard, recompute):
     """Write down the gradients of two steps, each of two backward passes, and how many casts and copies they made."""
     if not at_once:
-        parallel.cast_at_once = lambda model: None
+        dmtjepa.training.parallelize.cast_at_once = lambda model: None
     with joined(torch.device("cpu"), start_timeout=60, hang_timeout=100):
         torch.manual_seed(0)
         encoder = VisionTransformer(32, 8, embed_dim=192, depth=2, num_heads=3)

@@ -1,4 +1,4 @@
-"""The masks again, slow and obvious, one image and one patch at a time: what `dmtjepa.masking` is tested against.
+"""The masks again, slow and obvious, one image and one patch at a time: what `dmtjepa.masks` is tested against.
 
 The distributions are those described there; the random numbers are its own.
 """

@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dmtjepa import kernels
 from dmtjepa.config import load_config
-from dmtjepa.masking import MaskBatch
+from dmtjepa.masks import MaskBatch
 from dmtjepa.objective import build_model
 from dmtjepa.training.estimate import measure_masks, step_flops
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 BATCH = 4
 
 

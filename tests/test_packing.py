@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmtjepa import reference
 from dmtjepa.config import MaskSettings, parse_config
-from dmtjepa.masking import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, sample_masks
 from dmtjepa.models.attention import choose_attention, cpu_attention, sdpa_attention
 from dmtjepa.packing import Packing, pack, pack_predictions
+from dmtjepa.reference import step as reference
 from dmtjepa.training.estimate import measure_masks
-from dmtjepa.training.parallel import compile_blocks, parallelize
+from dmtjepa.training.parallelize import compile_blocks, parallelize
 from tests.test_objective import PATCH, Case, make_images, make_model, relative_error, student_gradients
 
 CASE = Case(3, (6, 6), 4, 3, "clip")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dmtjepa.config import MaskSettings
-from dmtjepa.masking import MaskBatch, MaskError, _reachable_sizes, check_masks, sample_masks
-from dmtjepa.reference_masks import index_targets_reference, sample_masks_reference
+from dmtjepa.masks import MaskBatch, MaskError, check_masks, sample_masks
+from dmtjepa.masks.geometry import reachable_sizes
+from dmtjepa.reference.masks import index_targets_reference, sample_masks_reference
 
 SAMPLERS = ("released", "corrected")
 # Crowded: contexts are often too short, so blocks are drawn again and (released) targets given up.
@@ -260,7 +261,7 @@ def test_released_draws_five_sizes_and_corrected_eleven():
             block_size(sample_masks(MaskSettings(sampler=sampler), (14, 14), 1, 0, step, 0), 14) for step in range(1000)
         }
         assert len(sizes) == num_sizes
-        assert sizes == _reachable_sizes((0.15, 0.2), (0.75, 1.5), (14, 14), sampler)
+        assert sizes == reachable_sizes((0.15, 0.2), (0.75, 1.5), (14, 14), sampler)
 
 
 def test_released_contexts_keep_their_first_patches():
@@ -362,7 +363,7 @@ def test_any_accepted_settings_give_valid_masks(mask, grid_size, batch_size, see
 @given(mask=mask_settings, grid_size=st.tuples(st.integers(1, 30), st.integers(1, 30)))
 def test_reachable_sizes_are_all_sizes(mask, grid_size):
     """Against a fine scan of the released sampler's one random number, which may miss a narrow piece."""
-    sizes = _reachable_sizes(mask.pred_mask_scale, mask.aspect_ratio, grid_size, "released")
+    sizes = reachable_sizes(mask.pred_mask_scale, mask.aspect_ratio, grid_size, "released")
     scanned = set()
     for u in np.linspace(0, 1, 400, endpoint=False) + 1 / 797:
         area = int(math.prod(grid_size) * (mask.pred_mask_scale[0] + u * np.subtract(*mask.pred_mask_scale[::-1])))
@@ -384,8 +385,8 @@ def exists(mask: MaskSettings, grid_size: tuple[int, int]) -> bool:
         for top, left in itertools.product(range(rows - size[0] + 1), range(cols - size[1] + 1)):
             yield {(top + i, left + j) for i in range(size[0]) for j in range(size[1])}
 
-    targets = _reachable_sizes(mask.pred_mask_scale, mask.aspect_ratio, grid_size, mask.sampler)
-    contexts = _reachable_sizes(mask.enc_mask_scale, (1.0, 1.0), grid_size, mask.sampler)
+    targets = reachable_sizes(mask.pred_mask_scale, mask.aspect_ratio, grid_size, mask.sampler)
+    contexts = reachable_sizes(mask.enc_mask_scale, (1.0, 1.0), grid_size, mask.sampler)
     for target, context in itertools.product(targets, contexts):
         best = 0
         for blocks in itertools.product(placements(target), repeat=mask.num_pred_masks):

@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dmtjepa.config import MaskSettings, parse_config
 from dmtjepa.evaluation.report import load_teacher
-from dmtjepa.masking import sample_masks
+from dmtjepa.masks import sample_masks
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer, fp8
 from dmtjepa.models.layers import Linear
 from dmtjepa.objective import DMTJEPA, build_model
-from dmtjepa.training.parallel import compile_blocks, parallelize
+from dmtjepa.training.parallelize import compile_blocks, parallelize
 
 GRID = (8, 8)
 
