@@ -34,7 +34,7 @@ TIME_LIMIT = 9 * 60  # a minute is left for starting Python, and for the tables
 OTHER_MODELS = ("vit_base:256", "vit_large:256")
 OTHER_TESTS = (
     "tests/models", "tests/test_packing.py", "tests/masks",
-    "tests/data/test_dali.py", "tests/data/test_augment.py", "tests/evaluation/test_features.py",
+    "tests/data/loaders/test_dali.py", "tests/data/test_augment.py", "tests/evaluation/test_features.py",
 )  # fmt: skip
 PRINTED_LINES = 60  # of each step's output, at the end
 STATES = {0: "passed", 5: "no tests", None: "stopped: out of time"}  # by return code; any other is a failure

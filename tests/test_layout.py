@@ -24,7 +24,7 @@ ALLOWED = {
     "config": {"errors"},
     "packing": set(),
     "masks": {"config", "packing"},
-    "data": {"config"},
+    "data": {"config", "errors"},
     "models": {"kernels", "packing"},
     "objective": {"kernels", "config", "masks", "models"},
     "reference": {"config", "masks"},

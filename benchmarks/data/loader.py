@@ -31,7 +31,7 @@ from benchmarks.machine import environment
 from benchmarks.official import open_checkout
 from dmtjepa.config import DataSettings
 from dmtjepa.data import FolderSource, Loader, build_loader
-from dmtjepa.data.pack import pack
+from dmtjepa.data.make_shards import make_shards
 
 # Images/s of the lean step on one GPU: the project's analytic model of the step, a prediction (docs/performance.md).
 NEEDS = {
@@ -158,7 +158,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as temporary:
         folder, shards = Path(temporary, "folder"), Path(temporary, "shards")
         link_images(args.folder, args.images, folder)
-        pack(FolderSource(folder), shards, 1000)
+        make_shards(FolderSource(folder), shards, 1000)
         check_pixels(folder, args)
         cases: dict[str, Callable] = {
             f"{kind}, {form}": lambda kind=kind, path=path: open_ours(path, kind, args)

@@ -32,7 +32,7 @@ from benchmarks.operators.cases import relative_error
 from benchmarks.tables import number, save, text_table
 from dmtjepa.config import Config, load_config
 from dmtjepa.data import build_eval_loader, build_loader
-from dmtjepa.data.shapes import ShapesParameters, draw_image
+from dmtjepa.data.sources.shapes import ShapesParameters, draw_image
 from dmtjepa.evaluation.features import extract_features
 from dmtjepa.evaluation.knn import knn_accuracy, standardize
 from dmtjepa.masks import MaskBatch, sample_masks

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dmtjepa.config import Config
 from dmtjepa.data import build_eval_loader
-from dmtjepa.data.sources import ImageSource
+from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.evaluation.collapse import collapse_numbers
 from dmtjepa.evaluation.features import LAYOUT_SIDE, Features, extract_features, extract_patches, extract_pixels
 from dmtjepa.evaluation.figures import FigureData, pick_queries, read_losses, save_figures

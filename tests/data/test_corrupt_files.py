@@ -12,36 +12,36 @@ import torch
 from dmtjepa.config import DataSettings
 from dmtjepa.data import build_loader
 from dmtjepa.data.check import check
-from dmtjepa.data.images import BrokenImage, decode_image
-from dmtjepa.data.jpeg import read_plain_size
-from dmtjepa.data.sources import FolderSource
+from dmtjepa.data.decode import CorruptImage, decode_image
+from dmtjepa.data.jpeg_header import read_plain_size
+from dmtjepa.data.sources.folder import FolderSource
 from tests.data.conftest import needs_dali, smooth_image
-from tests.data.damage import encode, list_kinds
+from tests.data.kinds import encode, list_kinds
 
 LOADERS = ["torchvision", pytest.param("dali", marks=needs_dali)]
 
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
-    """A folder of all kinds, and the names of the broken files."""
+    """A folder of all kinds, and the names of the corrupt files."""
     folder = tmp_path_factory.mktemp("damaged")
-    broken = set()
+    corrupt = set()
     kinds = list(list_kinds())
-    assert sum(is_broken for _, _, is_broken in kinds) >= 200
-    for name, data, is_broken in kinds:
+    assert sum(is_corrupt for _, _, is_corrupt in kinds) >= 200
+    for name, data, is_corrupt in kinds:
         assert not (folder / name).exists()
         (folder / name).write_bytes(data)
-        broken |= {name} if is_broken else set()
+        corrupt |= {name} if is_corrupt else set()
     (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
     (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
     os.mkfifo(folder / "pipe.jpg")  # no file: not listed, and never read
     (folder / "folder.jpg").mkdir()
-    return folder, broken | {"gone.jpg", "loop.jpg"}
+    return folder, corrupt | {"gone.jpg", "loop.jpg"}
 
 
 @pytest.mark.parametrize("loader_name", LOADERS)
 def test_an_epoch_survives_with_the_right_counts(damaged: tuple[Path, set[str]], loader_name: str):
-    folder, broken = damaged
+    folder, corrupt = damaged
     num_images = len(FolderSource(folder))
     settings = DataSettings(
         root_path=str(folder), batch_size=1, crop_size=32, num_workers=2, loader=loader_name, max_broken=1
@@ -49,11 +49,11 @@ def test_an_epoch_survives_with_the_right_counts(damaged: tuple[Path, set[str]],
     batch = next(size for size in (8, 7, 6, 5, 4, 3, 2, 1) if num_images % size == 0)
     loader = build_loader(settings.model_copy(update={"batch_size": batch}), seed=0)
     shapes = [tuple(images.shape) for images in loader.epoch(0)]
-    named = [Path(name).name for name, _ in loader.broken]
+    named = [Path(name).name for name, _ in loader.corrupt]
     loader.close()
     assert shapes == [(batch, 3, 32, 32)] * (num_images // batch)
     assert len(named) == len(set(named))
-    assert set(named) == broken
+    assert set(named) == corrupt
 
 
 @needs_dali
@@ -73,13 +73,13 @@ def test_loaders_agree_on_every_whole_kind(damaged: tuple[Path, set[str]]):
 
 
 def test_check_reports_the_same(damaged: tuple[Path, set[str]]):
-    folder, broken = damaged
+    folder, corrupt = damaged
     report = check(FolderSource(folder), num_workers=2)
-    assert {Path(name).name for name, _ in report.broken} == broken
-    assert report.formats.total() == report.num_images - len(broken)
+    assert {Path(name).name for name, _ in report.corrupt} == corrupt
+    assert report.formats.total() == report.num_images - len(corrupt)
     text = str(report)
     assert "JPEG" in text
-    assert f"broken      {len(broken)}" in text
+    assert f"corrupt      {len(corrupt)}" in text
 
 
 @pytest.mark.parametrize("loader_name", LOADERS)
@@ -97,9 +97,9 @@ def test_files_deleted_during_the_run_are_skipped(tmp_path: Path, loader_name: s
     assert len(list(loader.epoch(1))) == 10
     list(loader.epoch(2))
     loader.close()
-    assert {Path(name).name for name, _ in loader.broken} <= {f"{number:02d}.jpg" for number in range(10)}
-    assert len(loader.broken) == 10
-    assert {reason for _, reason in loader.broken} == {"No such file or directory"}
+    assert {Path(name).name for name, _ in loader.corrupt} <= {f"{number:02d}.jpg" for number in range(10)}
+    assert len(loader.corrupt) == 10
+    assert {reason for _, reason in loader.corrupt} == {"No such file or directory"}
 
 
 def flip_bytes(data: bytes, rng: np.random.Generator) -> bytes:
@@ -124,7 +124,7 @@ def test_a_thousand_fuzzed_files_decode_or_are_refused():
             image = decode_image(data)
             outcomes.add("decoded")
             assert plain is None or plain == image.size
-        except BrokenImage:
+        except CorruptImage:
             outcomes.add("refused")
     assert outcomes == {"decoded", "refused"}
 
@@ -138,5 +138,5 @@ def test_a_thousand_fuzzed_files_neither_crash_nor_hang_a_loader(tmp_path: Path,
     )
     loader = build_loader(settings, seed=0)
     assert sum(len(images) for images in loader.epoch(0)) == 1000
-    assert 50 < len(loader.broken) < 950
+    assert 50 < len(loader.corrupt) < 950
     loader.close()

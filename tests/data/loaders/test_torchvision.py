@@ -1,4 +1,4 @@
-"""The torchvision loader: pixels, order, resume, broken images, dead and stalled workers."""
+"""The torchvision loader: pixels, order, resume, corrupt images, dead and stalled workers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_loader
-from dmtjepa.data.folder import _PREFETCH, TorchvisionLoader
+from dmtjepa.data.loaders.torchvision import _PREFETCH, TorchvisionLoader
 from dmtjepa.data.sampling import FLIP_DRAW, SampleOrder, choose_crop, draw_uniforms
 from tests.data.conftest import needs_dali
 
@@ -122,7 +122,7 @@ def damaged(image_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_broken_images_are_replaced_counted_and_named_once(
+def test_corrupt_images_are_replaced_counted_and_named_once(
     settings: DataSettings, image_folder: Path, tmp_path: Path, num_workers: int, caplog
 ):
     folder = damaged(image_folder, tmp_path)
@@ -134,9 +134,9 @@ def test_broken_images_are_replaced_counted_and_named_once(
         first = [images for epoch in range(3) for images in loader.epoch(epoch)]
     loader.close()
     assert [len(images) for images in first] == [3] * 30
-    assert {Path(name).name for name, _ in loader.broken} == {"000.jpg", "001.jpg", "002.jpg"}
-    assert sum("skipped a broken image" in record.getMessage() for record in caplog.records) == 3
-    reasons = {Path(name).name: reason for name, reason in loader.broken}
+    assert {Path(name).name for name, _ in loader.corrupt} == {"000.jpg", "001.jpg", "002.jpg"}
+    assert sum("skipped a corrupt image" in record.getMessage() for record in caplog.records) == 3
+    reasons = {Path(name).name: reason for name, reason in loader.corrupt}
     assert reasons["000.jpg"] == "empty file"
     assert "runcated" in reasons["002.jpg"]
     assert reasons["001.jpg"] == "No such file or directory"
@@ -144,7 +144,7 @@ def test_broken_images_are_replaced_counted_and_named_once(
     assert all(torch.equal(a, b) for a, b in zip(again, first[:10], strict=True))
 
 
-def test_too_many_broken_images_stop_the_run_with_the_list(settings: DataSettings, image_folder: Path, tmp_path: Path):
+def test_too_many_corrupt_images_stop_the_run_with_the_list(settings: DataSettings, image_folder: Path, tmp_path: Path):
     folder = damaged(image_folder, tmp_path)
     strict = settings.model_copy(update={"root_path": str(folder), "max_broken": 0.05, "batch_size": 3})
     with pytest.raises(DataError, match=r"(?s)data\.max_broken = 0\.05.*empty file"):
@@ -185,7 +185,7 @@ class Die(Trap):
 def test_a_dead_or_stalled_worker_ends_the_run_with_its_cause(
     settings: DataSettings, trap: type, cause: str, monkeypatch
 ):
-    monkeypatch.setattr("dmtjepa.data.FolderSource", trap)
+    monkeypatch.setattr("dmtjepa.data.build.FolderSource", trap)
     loader = build_loader(settings.model_copy(update={"num_workers": 1, "worker_timeout": 1}), seed=0)
     started = time.monotonic()
     with pytest.raises(DataError, match=cause) as error:

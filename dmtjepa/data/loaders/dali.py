@@ -23,11 +23,11 @@ from torch.nn import functional as F
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data.augment import augment
-from dmtjepa.data.images import BrokenImage, cut_crop, decode_image, tell_reason
-from dmtjepa.data.jpeg import read_plain_size
-from dmtjepa.data.loader import Loader
+from dmtjepa.data.decode import CorruptImage, cut_crop, decode_image, tell_reason
+from dmtjepa.data.jpeg_header import read_plain_size
+from dmtjepa.data.loaders.base import Loader
 from dmtjepa.data.sampling import FLIP_DRAW, BatchRequest, candidate_images, choose_crop, draw_uniforms
-from dmtjepa.data.sources import DataError, ImageSource
+from dmtjepa.data.sources.base import DataError, ImageSource
 
 try:
     from nvidia.dali import Pipeline, fn, types
@@ -62,7 +62,7 @@ class Batch:
     request: BatchRequest
     uniforms: np.ndarray  # [B, NUM_DRAWS]
     samples: list[Sample | None]
-    broken: list[tuple[int, str]] = field(default_factory=list)
+    corrupt: list[tuple[int, str]] = field(default_factory=list)
     refused: set[int] = field(default_factory=set)  # images that DALI would not decode: PIL is the judge of them
     missing: int = 0  # samples not read yet
     lost: bool = False  # no candidate of some place could be read
@@ -130,9 +130,9 @@ class Reader:
                 picture = decode_image(data)
                 box = choose_crop(*picture.size, batch.uniforms[row], scale)
                 return _wrap(candidate, cut_crop(picture, box, size))
-            except (BrokenImage, OSError) as error:
+            except (CorruptImage, OSError) as error:
                 with self._lock:
-                    batch.broken.append((candidate, tell_reason(error)))
+                    batch.corrupt.append((candidate, tell_reason(error)))
             finally:
                 self.at[number] = None
         batch.lost = True
@@ -308,7 +308,7 @@ class DaliLoader(Loader):
         if not self._decoded:
             while len(self._decoding) < _IN_FLIGHT:
                 self._feed_next()
-        return augment(images, batch.uniforms, self._settings), batch.broken
+        return augment(images, batch.uniforms, self._settings), batch.corrupt
 
     def _recover(self) -> None:
         """Decode the batches under way apart from each other, with PIL as the judge of what DALI refuses.
@@ -377,5 +377,5 @@ class DaliLoader(Loader):
         if batch.error is not None:
             raise batch.error
         if batch.lost:
-            self._broken.record(self._settings.batch_size, batch.broken)
-            self._broken.stop_lost()
+            self._corrupt.record(self._settings.batch_size, batch.corrupt)
+            self._corrupt.stop_lost()

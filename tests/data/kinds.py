@@ -1,4 +1,4 @@
-"""About 270 files of every kind that turns up in image folders, and which of them are broken."""
+"""About 270 files of every kind that turns up in image folders, and which of them are corrupt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def encode(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def list_kinds() -> Iterator[tuple[str, bytes, bool]]:
-    """(file name, bytes, whether it is broken), each name once."""
+    """(file name, bytes, whether it is corrupt), each name once."""
     rng = np.random.default_rng(11)
     image = smooth_image(rng, 72, 56)
     whole = dict(_list_whole(image))

@@ -1,4 +1,4 @@
-"""Pack images into tar shards: `python -m dmtjepa.data.pack SOURCE OUT --shard-size 5000`.
+"""Pack images into tar shards: `python -m dmtjepa.data.make_shards SOURCE OUT --shard-size 5000`.
 
 Shards follow webdataset's layout, each with an index for DALI and for this project's reader (shards.py). A shard is
 written beside its place and renamed when whole, and those that are there are left alone: an interrupted run goes on
@@ -23,12 +23,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dmtjepa.data import DataError, ImageSource, open_images
-from dmtjepa.data.images import tell_reason
-from dmtjepa.data.shards import read_members, write_index
-from dmtjepa.data.sources import IMAGE_EXTENSIONS
+from dmtjepa.data.decode import tell_reason
+from dmtjepa.data.sources.base import IMAGE_EXTENSIONS
+from dmtjepa.data.sources.tar_index import read_members, write_index
 
 
-def pack(source: ImageSource, out: Path, shard_size: int, num_threads: int = 8) -> list[tuple[str, str]]:
+def make_shards(source: ImageSource, out: Path, shard_size: int, num_threads: int = 8) -> list[tuple[str, str]]:
     """Write the shards of a source that are not there yet; the images that could not be read, as (name, reason).
 
     Raises DataError where the folder holds shards of other images or another size, or a shard cannot be written.
@@ -64,14 +64,14 @@ def pack(source: ImageSource, out: Path, shard_size: int, num_threads: int = 8) 
 
 
 def _claim(source: ImageSource, out: Path, shard_size: int) -> None:
-    """Leave a note of what is packed here, or compare with the one that is there."""
+    """Leave a note of what is written here, or compare with the one that is there."""
     names = hashlib.sha256()
     for image in range(len(source)):
         names.update(os.fsencode(source.name(image)) + b"\n")
     note = {"num_images": len(source), "shard_size": shard_size, "names": names.hexdigest()}
     path, part = out / "pack.json", out / ".pack.json.part"
     if path.exists() and json.loads(path.read_text()) != note:
-        raise DataError(f"{out} holds shards of other images or of another size; pack into another folder")
+        raise DataError(f"{out} holds shards of other images or of another size; write to another folder")
     part.write_text(json.dumps(note, indent=2) + "\n")
     part.replace(path)
 
@@ -120,7 +120,9 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dmtjepa.data.pack", description="Pack images into tar shards.")
+    parser = argparse.ArgumentParser(
+        prog="python -m dmtjepa.data.make_shards", description="Pack images into tar shards."
+    )
     parser.add_argument("source", help="folder of images, or a file list (.txt, .tsv, .lst)")
     parser.add_argument("out", type=Path, help="folder of the shards")
     parser.add_argument("--shard-size", type=int, default=5000, help="images in a shard (%(default)s)")
@@ -129,10 +131,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.shard_size < 1 or options.threads < 1:
         parser.error("--shard-size and --threads must be at least 1")
     if options.out.resolve() == Path(options.source).resolve():
-        parser.error("pack into another folder: one that holds both images and shards cannot be read")
+        parser.error("write to another folder: one that holds both images and shards cannot be read")
     try:
         source = open_images(options.source)
-        unreadable = pack(source, options.out, options.shard_size, options.threads)
+        unreadable = make_shards(source, options.out, options.shard_size, options.threads)
         num_packed = len(open_images(options.out))
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmtjepa.data.images import BrokenImage, decode_image
+from dmtjepa.data.decode import CorruptImage, decode_image
 from tests.data.conftest import smooth_image
 
 
@@ -64,7 +64,7 @@ def test_first_frame_of_an_animation():
     assert decode_image(data).getpixel((4, 4)) == (255, 0, 0)
 
 
-def test_broken_bytes_are_refused_with_a_reason():
+def test_corrupt_bytes_are_refused_with_a_reason():
     whole = encode(smooth_image(np.random.default_rng(3), 64, 64), "JPEG")
     png = encode(smooth_image(np.random.default_rng(3), 64, 64))
     for data, reason in (
@@ -73,13 +73,13 @@ def test_broken_bytes_are_refused_with_a_reason():
         (whole[: len(whole) // 2], "truncated"),
         (png[: len(png) // 2], "truncated"),
     ):
-        with pytest.raises(BrokenImage, match=reason):
+        with pytest.raises(CorruptImage, match=reason):
             decode_image(data)
 
 
 def test_a_decompression_bomb_is_refused():
     data = encode(Image.new("1", (20_000, 20_000)))
-    with pytest.raises(BrokenImage, match="DecompressionBomb"):
+    with pytest.raises(CorruptImage, match="DecompressionBomb"):
         decode_image(data)
     wide = encode(Image.new("1", (20_000, 20)))
     assert decode_image(wide).size == (20_000, 20)

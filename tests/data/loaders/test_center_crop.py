@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from dmtjepa.data import build_eval_loader
-from dmtjepa.data.evaluation import crop_center
+from dmtjepa.data.loaders.center_crop import crop_center
 
 
 def test_all_images_in_order_with_labels(image_folder: Path):
@@ -52,9 +52,9 @@ def test_an_image_of_the_crops_size_is_not_touched():
     assert crop_center(Image.fromarray(pixels[:20]), (32, 32)).shape == (32, 32, 3)
 
 
-def test_broken_images_are_left_out(image_folder: Path, tmp_path: Path):
+def test_corrupt_images_are_left_out(image_folder: Path, tmp_path: Path):
     shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images" / "ant" / "000.jpg").write_bytes(b"oh")
     loader = build_eval_loader(tmp_path / "images", 24, 8)
     assert sum(len(names) for _, _, names in loader) == 29
-    assert [Path(name).name for name, _ in loader.broken] == ["000.jpg"]
+    assert [Path(name).name for name, _ in loader.corrupt] == ["000.jpg"]

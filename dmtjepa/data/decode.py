@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-class BrokenImage(ValueError):
+class CorruptImage(ValueError):
     """Bytes that are no image, or not a whole one; the message is the reason."""
 
 
@@ -18,10 +18,10 @@ def decode_image(data: bytes) -> Image.Image:
     """The image in RGB, upright (EXIF orientation applied), 8 bits a channel; the first frame of an animation.
 
     Grey, palette and CMYK images are converted, 16-bit greys scaled to 8 bits, and an alpha channel is dropped.
-    Raises BrokenImage for whatever is not a whole image, and for decompression bombs (PIL's limit: 179 million pixels).
+    Raises CorruptImage for anything else, and for decompression bombs (above 179 million pixels, the limit of PIL).
     """
     if not data:
-        raise BrokenImage("empty file")
+        raise CorruptImage("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata, many pixels: nothing to tell for each image
@@ -33,10 +33,10 @@ def decode_image(data: bytes) -> Image.Image:
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # PIL's plugins raise nearly every type on damaged input
         reason = re.sub(r"<_io\.BytesIO[^>]*>", "", str(error))  # PIL names the object that it reads
-        raise BrokenImage(f"{type(error).__name__}: {reason}"[:200].strip()) from error
+        raise CorruptImage(f"{type(error).__name__}: {reason}"[:200].strip()) from error
 
 
-def tell_reason(error: BrokenImage | OSError) -> str:
+def tell_reason(error: CorruptImage | OSError) -> str:
     """Why an image could not be read or decoded, in a few words."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 

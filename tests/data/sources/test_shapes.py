@@ -10,7 +10,7 @@ from PIL import Image
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import build_eval_loader, build_loader
-from dmtjepa.data.shapes import CLASS_NAMES, ShapesParameters, draw_image, find_shapes
+from dmtjepa.data.sources.shapes import CLASS_NAMES, ShapesParameters, draw_image, find_shapes
 
 SMALL = ShapesParameters(num_train=40, num_val=20, image_size=48)
 
@@ -38,7 +38,7 @@ def test_files_labels_and_masks(cache: Path):
 
 def test_drawn_once_and_by_parameters_alone(cache: Path, monkeypatch):
     folder = find_shapes(SMALL, cache)
-    monkeypatch.setattr("dmtjepa.data.shapes._write_set", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr("dmtjepa.data.sources.shapes._write_set", lambda *_: pytest.fail("drawn again"))
     assert find_shapes(SMALL, cache) == folder
     first, mask = draw_image(SMALL, 3, 13)
     again, mask_again = draw_image(SMALL, 3, 13)
@@ -53,7 +53,7 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path: Path, monkeypatch):
         (folder / "train").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dmtjepa.data.shapes._write_set", fail)
+    monkeypatch.setattr("dmtjepa.data.sources.shapes._write_set", fail)
     with pytest.raises(KeyboardInterrupt):
         find_shapes(SMALL, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -69,7 +69,7 @@ def test_raw_pixels_tell_little_about_the_class():
 
 
 def test_loaders_find_the_set(cache: Path, monkeypatch):
-    monkeypatch.setattr("dmtjepa.data.find_shapes", lambda: find_shapes(SMALL, cache))
+    monkeypatch.setattr("dmtjepa.data.build.find_shapes", lambda: find_shapes(SMALL, cache))
     loader = build_loader(DataSettings(dataset="shapes", batch_size=8, crop_size=32, num_workers=0), seed=0)
     assert loader.num_images == 40
     assert len(list(loader.epoch(0))) == 5

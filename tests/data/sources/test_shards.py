@@ -18,9 +18,11 @@ import pytest
 import torch
 
 from dmtjepa.config import DataSettings
-from dmtjepa.data import DataError, build_eval_loader, build_loader, check, open_images, pack
-from dmtjepa.data.shards import ShardSource, find_shards, read_members
-from dmtjepa.data.sources import FolderSource, ListSource
+from dmtjepa.data import DataError, build_eval_loader, build_loader, check, make_shards, open_images
+from dmtjepa.data.sources.file_list import ListSource
+from dmtjepa.data.sources.folder import FolderSource
+from dmtjepa.data.sources.shards import ShardSource, find_shards
+from dmtjepa.data.sources.tar_index import read_members
 from tests.data.conftest import needs_dali
 
 
@@ -32,7 +34,7 @@ def own_cache(tmp_path: Path, monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards")
-    assert pack.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
+    assert make_shards.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
     return out
 
 
@@ -209,34 +211,34 @@ def test_packing_goes_on_where_it_stopped(image_folder: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(FolderSource, "read", fail_late)
     with pytest.raises(KeyboardInterrupt):
-        pack.pack(source, out, 8, num_threads=1)
+        make_shards.make_shards(source, out, 8, num_threads=1)
     done = sorted(path.name for path in out.glob("*.tar"))
     assert "shard-000000.tar" in done
     assert "shard-000002.tar" not in done
     before = [(out / name).stat().st_mtime_ns for name in done]
     monkeypatch.setattr(FolderSource, "read", original)
-    assert pack.pack(source, out, 8, num_threads=1) == []
+    assert make_shards.make_shards(source, out, 8, num_threads=1) == []
     assert [(out / name).stat().st_mtime_ns for name in done] == before
     assert contents(open_images(out)) == contents(source)
     with pytest.raises(DataError, match="of other images or of another size"):
-        pack.pack(source, out, 9)
+        make_shards.make_shards(source, out, 9)
 
 
 def test_packing_leaves_out_and_names_what_it_cannot_read(image_folder: Path, tmp_path: Path, capsys):
     shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images" / "ant" / "000.jpg").unlink()
     (tmp_path / "images" / "ant" / "000.jpg").symlink_to(tmp_path / "gone")
-    assert pack.main([str(tmp_path / "images"), str(tmp_path / "out"), "--shard-size", "100"]) == 1
+    assert make_shards.main([str(tmp_path / "images"), str(tmp_path / "out"), "--shard-size", "100"]) == 1
     assert "ant/000.jpg: No such file" in capsys.readouterr().err
     assert len(open_images(tmp_path / "out")) == 29
-    assert pack.main([str(tmp_path / "nowhere"), str(tmp_path / "out2")]) == 1
+    assert make_shards.main([str(tmp_path / "nowhere"), str(tmp_path / "out2")]) == 1
     assert "does not exist" in capsys.readouterr().err
 
 
 def test_the_progress_bar_counts_images_and_what_is_there_already(image_folder: Path, tmp_path: Path, monkeypatch):
     bars = []
 
-    class Bar(pack.tqdm):
+    class Bar(make_shards.tqdm):
         def __init__(self, **options: object) -> None:
             super().__init__(**options | {"disable": False, "file": io.StringIO()})
             self.steps = []
@@ -245,9 +247,9 @@ def test_the_progress_bar_counts_images_and_what_is_there_already(image_folder: 
         def update(self, n: int = 1) -> None:
             self.steps.append(n)
 
-    monkeypatch.setattr(pack, "tqdm", Bar)
+    monkeypatch.setattr(make_shards, "tqdm", Bar)
     for _ in range(2):
-        pack.pack(FolderSource(image_folder), tmp_path / "out", 16)
+        make_shards.make_shards(FolderSource(image_folder), tmp_path / "out", 16)
     assert [bar.total for bar in bars] == [30, 30]
     assert [sorted(bar.steps) for bar in bars] == [[1] * 30, [14, 16]]
 
@@ -257,7 +259,7 @@ def test_a_second_call_tells_again_of_what_was_left_out(image_folder: Path, tmp_
     (tmp_path / "images" / "ant" / "000.jpg").unlink()
     (tmp_path / "images" / "ant" / "000.jpg").symlink_to(tmp_path / "gone")
     for _ in range(2):
-        assert pack.main([str(tmp_path / "images"), str(tmp_path / "out")]) == 1
+        assert make_shards.main([str(tmp_path / "images"), str(tmp_path / "out")]) == 1
         assert "29 images in 1 shards" in (text := capsys.readouterr().out)
         assert "(1 could not be read and are left out)" in text
 
@@ -266,12 +268,12 @@ def test_packing_survives_a_kill_and_a_full_disk(image_folder: Path, tmp_path: P
     out = tmp_path / "out"
     killed = f"""if True:
         import os, signal
-        from dmtjepa.data import FolderSource, pack
+        from dmtjepa.data import FolderSource, make_shards
 
         read = FolderSource.read
         kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
         FolderSource.read = lambda self, image: kill() if image == 20 else read(self, image)
-        pack.main([{str(image_folder)!r}, {str(out)!r}, "--shard-size", "8", "--threads", "1"])
+        make_shards.main([{str(image_folder)!r}, {str(out)!r}, "--shard-size", "8", "--threads", "1"])
     """
     assert subprocess.run([sys.executable, "-c", killed], timeout=60).returncode == -signal.SIGKILL
     whole = [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
@@ -281,11 +283,11 @@ def test_packing_survives_a_kill_and_a_full_disk(image_folder: Path, tmp_path: P
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack, "_add", fill)
-        assert pack.main([str(image_folder), str(out), "--shard-size", "8"]) == 1
+        patch.setattr(make_shards, "_add", fill)
+        assert make_shards.main([str(image_folder), str(out), "--shard-size", "8"]) == 1
     assert re.search(r"cannot write .*-00000[23]\.tar: No space left on device.*start again", capsys.readouterr().err)
     assert not list(out.glob(".shard-*"))
-    assert pack.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
+    assert make_shards.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
     assert [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))][:2] == whole
     assert contents(open_images(out)) == contents(FolderSource(image_folder))
 
@@ -294,10 +296,10 @@ def test_packing_into_the_images_own_folder(image_folder: Path, tmp_path: Path, 
     images = tmp_path / "images"
     shutil.copytree(image_folder, images)
     with pytest.raises(SystemExit):
-        pack.main([str(images), f"{images}/ant/.."])
-    assert "pack into another folder" in capsys.readouterr().err
+        make_shards.main([str(images), f"{images}/ant/.."])
+    assert "write to another folder" in capsys.readouterr().err
     for _ in range(2):  # below it is no harm: tar files are no images
-        assert pack.main([str(images), str(images / "packed")]) == 0
+        assert make_shards.main([str(images), str(images / "packed")]) == 0
     assert contents(open_images(images / "packed")) == contents(FolderSource(images))
 
 
@@ -307,7 +309,7 @@ def test_names_of_any_bytes_are_packed_and_checked(image_folder: Path, tmp_path:
         os.makedirs(images + b"/" + name)
         shutil.copy(image_folder / "ant" / "000.jpg", images + b"/" + name + b"/x\xfe.jpg")
     Path(os.fsdecode(images + b"/a \xff/y\xfd.jpg")).write_bytes(b"no image")
-    assert pack.main([os.fsdecode(images), str(tmp_path / "out")]) == 0
+    assert make_shards.main([os.fsdecode(images), str(tmp_path / "out")]) == 0
     source, packed = open_images(os.fsdecode(images)), open_images(tmp_path / "out")
     assert contents(packed) == contents(source)
     assert packed.labels.tolist() == source.labels.tolist() == [0, 0, 1, 2]
@@ -398,7 +400,7 @@ def test_a_pipe_in_a_list_is_no_image_and_is_not_waited_for(image_folder: Path, 
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "list.txt").write_text(f"pipe.jpg\n{image_folder / 'ant' / '000.jpg'}\n")
     report = check.check(open_images(tmp_path / "list.txt"), num_workers=1)
-    assert report.broken == [(str(tmp_path / "pipe.jpg"), "empty file")]
+    assert report.corrupt == [(str(tmp_path / "pipe.jpg"), "empty file")]
 
 
 def test_members_are_found_without_reading_the_data(shards: Path):

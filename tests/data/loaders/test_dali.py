@@ -14,10 +14,10 @@ from PIL import Image
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_loader
-from dmtjepa.data.jpeg import read_plain_size
+from dmtjepa.data.jpeg_header import read_plain_size
 from tests.data.conftest import needs_dali, smooth_image
-from tests.data.damage import encode
-from tests.data.test_damage import flip_bytes
+from tests.data.kinds import encode
+from tests.data.test_corrupt_files import flip_bytes
 
 pytestmark = needs_dali
 
@@ -57,7 +57,7 @@ def test_pixels_agree_with_torchvision(settings: DataSettings, changes: dict):
 
 def test_the_pipeline_of_a_gpu_stays_on_it(settings: DataSettings, monkeypatch):
     """It can be defined without a GPU, not built: nothing but encoded bytes and boxes comes from the host."""
-    from dmtjepa.data import dali
+    from dmtjepa.data.loaders import dali
 
     outputs, decoders = [], []
     decode = dali.fn.decoders.image_slice
@@ -76,7 +76,7 @@ def test_the_pipeline_of_a_gpu_stays_on_it(settings: DataSettings, monkeypatch):
 @pytest.fixture
 def _whole_graph(monkeypatch):
     """What a GPU runs, on the CPU: DALI's own resizing, too."""
-    from dmtjepa.data import dali
+    from dmtjepa.data.loaders import dali
 
     monkeypatch.setattr(
         dali, "Decoder", lambda *rest, whole=dali.Decoder, **named: whole(*rest, **{**named, "dali_resize": True})
@@ -136,7 +136,7 @@ def test_resume_reads_nothing_skipped(settings: DataSettings, monkeypatch):
     read = []
     original = FolderSource.read
     monkeypatch.setattr(FolderSource, "read", lambda self, image: read.append(image) or original(self, image))
-    from dmtjepa.data import dali
+    from dmtjepa.data.loaders import dali
 
     monkeypatch.setattr(dali, "_READ_AHEAD", 1)
     loader = build_loader(use(settings), seed=7)
@@ -167,7 +167,7 @@ def test_damage_that_dali_refuses_depends_on_no_history(tmp_path: Path):
     settings = DataSettings(root_path=str(tmp_path), batch_size=6, crop_size=32, loader="dali", max_broken=1)
     loader = build_loader(settings, seed=0)
     whole = [images for epoch in range(2) for images in loader.epoch(epoch)]
-    assert loader.broken
+    assert loader.corrupt
     loader.close()
     for start in (3, 7):
         rest = batches(settings, epoch=1, start_step=start, seed=0)
@@ -175,7 +175,7 @@ def test_damage_that_dali_refuses_depends_on_no_history(tmp_path: Path):
 
 
 def test_a_refused_image_that_is_in_the_batch_twice(tmp_path: Path, monkeypatch):
-    """A broken image can be replaced by one that the batch holds already, and that DALI refuses."""
+    """A corrupt image can be replaced by one that the batch holds already, and that DALI refuses."""
     rng = np.random.default_rng(5)
     refused = bytearray(encode(smooth_image(rng, 50, 40), "JPEG"))
     table = refused.index(b"\xff\xdb")
@@ -189,7 +189,7 @@ def test_a_refused_image_that_is_in_the_batch_twice(tmp_path: Path, monkeypatch)
     def candidates(image: int, *rest: int) -> list[int]:
         return {5: [5, 4, 0], 4: [4, 1]}.get(image, [image])
 
-    monkeypatch.setattr("dmtjepa.data.dali.candidate_images", candidates)
+    monkeypatch.setattr("dmtjepa.data.loaders.dali.candidate_images", candidates)
     settings = DataSettings(root_path=str(tmp_path), batch_size=6, crop_size=32, loader="dali", max_broken=1)
     (images,) = batches(settings)
     assert len(images) == 6
@@ -202,7 +202,7 @@ def test_a_stalled_read_ends_the_run_with_its_cause(settings: DataSettings, monk
                 time.sleep(3600)
             return super().read(image)
 
-    monkeypatch.setattr("dmtjepa.data.FolderSource", Stall)
+    monkeypatch.setattr("dmtjepa.data.build.FolderSource", Stall)
     loader = build_loader(use(settings, worker_timeout=1), seed=0)
     started = time.monotonic()
     with pytest.raises(DataError, match="no thread has finished an image") as error:
@@ -212,7 +212,7 @@ def test_a_stalled_read_ends_the_run_with_its_cause(settings: DataSettings, monk
 
 
 def test_where_dali_does_not_work_auto_takes_torchvision(settings: DataSettings, monkeypatch, caplog):
-    from dmtjepa.data import dali
+    from dmtjepa.data.loaders import dali
 
     def fail(self: object) -> None:
         raise RuntimeError("CUDA driver version is insufficient")
@@ -227,7 +227,7 @@ def test_where_dali_does_not_work_auto_takes_torchvision(settings: DataSettings,
 
 def test_auto_takes_dali(settings: DataSettings, monkeypatch):
     assert type(build_loader(use(settings, loader="auto"), seed=0)).__name__ == "DaliLoader"
-    monkeypatch.setattr("dmtjepa.data.is_dali_installed", lambda: False)
+    monkeypatch.setattr("dmtjepa.data.build.is_dali_installed", lambda: False)
     assert type(build_loader(use(settings, loader="auto"), seed=0)).__name__ == "TorchvisionLoader"
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, build_loader, open_images
-from dmtjepa.data.sources import FolderSource, Names
+from dmtjepa.data.sources.base import Names
+from dmtjepa.data.sources.folder import FolderSource
 
 
 def touch(path: Path) -> None:
@@ -125,7 +126,7 @@ def test_what_may_not_be_read_is_named(monkeypatch):
         with permissions():
             loader = build_loader(settings, seed=0)
             assert len(list(loader.epoch(0))) == 1
-        assert loader.broken == [(str(folder / "inner" / "b.png"), "Permission denied")]
+        assert loader.corrupt == [(str(folder / "inner" / "b.png"), "Permission denied")]
         (folder / "inner").chmod(0)
         with permissions(), pytest.raises(DataError, match=r"cannot list the images of .*Permission denied: .*inner"):
             open_images(folder)

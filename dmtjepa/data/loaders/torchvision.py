@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data.augment import augment
-from dmtjepa.data.images import BrokenImage, cut_crop, decode_image, tell_reason
-from dmtjepa.data.loader import Loader
+from dmtjepa.data.decode import CorruptImage, cut_crop, decode_image, tell_reason
+from dmtjepa.data.loaders.base import Loader, start_workers
 from dmtjepa.data.sampling import FLIP_DRAW, BatchRequest, SampleOrder, candidate_images, choose_crop, draw_uniforms
-from dmtjepa.data.sources import DataError, ImageSource
+from dmtjepa.data.sources.base import DataError, ImageSource
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ _PREFETCH = 2  # batches made ahead by each worker
 
 
 class BatchMaker(Dataset):
-    """Turns a BatchRequest into (uint8 [B,3,H,W], [(broken image, reason), ...]).
+    """Turns a BatchRequest into (uint8 [B,3,H,W], [(corrupt image, reason), ...]).
 
-    In place of the images there is None where all is broken, or a DataError.
+    In place of the images there is None where all is corrupt, or a DataError.
     """
 
     def __init__(self, source: ImageSource, settings: DataSettings, seed: int, num_workers: int) -> None:
@@ -41,31 +41,31 @@ class BatchMaker(Dataset):
 
     def __getitem__(self, request: BatchRequest) -> tuple[torch.Tensor | DataError | None, list[tuple[int, str]]]:
         settings = self._settings
-        broken: list[tuple[int, str]] = []
+        corrupt: list[tuple[int, str]] = []
         batch = np.empty((len(request.images), 3, *settings.image_size), dtype=np.uint8)
         uniforms = np.stack([draw_uniforms(self._seed, request.epoch, int(p)) for p in request.positions])
         for row, (position, image) in enumerate(zip(request.positions.tolist(), request.images.tolist(), strict=True)):
-            picture = self._decode(request.epoch, position, image, broken)
+            picture = self._decode(request.epoch, position, image, corrupt)
             if picture is None:
-                return None, broken
+                return None, corrupt
             box = choose_crop(*picture.size, uniforms[row], settings.crop_scale)
             pixels = cut_crop(picture, box, settings.image_size)
             flipped = settings.use_horizontal_flip and uniforms[row, FLIP_DRAW] < 0.5
             batch[row] = (pixels[:, ::-1] if flipped else pixels).transpose(2, 0, 1)
         images = augment(torch.from_numpy(batch), uniforms, settings)
         if torch.utils.data.get_worker_info() is None:
-            return images, broken
+            return images, corrupt
         try:  # here, because the queue would drop a batch that it finds no memory for
-            return images.share_memory_(), broken
+            return images.share_memory_(), corrupt
         except RuntimeError as error:
             size = images.numel() / 1e6
             return DataError(
                 f"no shared memory for a batch of {size:.1f} MB ({error}). Give /dev/shm more room (docker run "
                 f"--shm-size=16g), lower data.num_workers, or set data.loader: dali, which needs none"
-            ), broken
+            ), corrupt
 
-    def _decode(self, epoch: int, position: int, image: int, broken: list[tuple[int, str]]) -> Image.Image | None:
-        """The decoded image or, where it is broken, its replacement; None where none of them can be decoded."""
+    def _decode(self, epoch: int, position: int, image: int, corrupt: list[tuple[int, str]]) -> Image.Image | None:
+        """The decoded image or, where it is corrupt, its replacement; None where none of them can be decoded."""
         worker = torch.utils.data.get_worker_info()
         for candidate in candidate_images(image, self._seed, epoch, position, len(self._source)):
             if worker is not None:
@@ -73,8 +73,8 @@ class BatchMaker(Dataset):
                 self.progress[worker.id, 0] += 1
             try:
                 return decode_image(self._source.read(candidate))
-            except (BrokenImage, OSError) as error:
-                broken.append((candidate, tell_reason(error)))
+            except (CorruptImage, OSError) as error:
+                corrupt.append((candidate, tell_reason(error)))
         return None
 
     def start_worker(self, worker: int) -> None:
@@ -133,21 +133,17 @@ class TorchvisionLoader(Loader):
             worker_init_fn=self._maker.start_worker,
             prefetch_factor=_PREFETCH if num_workers else None,
         )
-        handler = signal.getsignal(signal.SIGCHLD)
-        self._batches = iter(loader)
-        if signal.getsignal(signal.SIGCHLD) is not handler:
-            # torch's own would raise the death of a worker amid whatever this process does; _receive tells of it.
-            signal.signal(signal.SIGCHLD, handler)
+        self._batches = start_workers(loader)  # `_receive` reports the death of a worker
 
     def _stop(self) -> None:
         self._maker.closing.fill_(1)
         self._batches = None
 
     def _receive(self) -> tuple[torch.Tensor | None, list[tuple[int, str]]]:
-        images, broken = self._watch_next() if self._settings.num_workers else next(self._batches)
+        images, corrupt = self._watch_next() if self._settings.num_workers else next(self._batches)
         if isinstance(images, DataError):
             raise images
-        return images, broken
+        return images, corrupt
 
     def _watch_next(self) -> tuple[torch.Tensor | DataError | None, list[tuple[int, str]]]:
         """The next batch; DataError with the cause when a worker died, or none has moved for worker_timeout seconds."""
