@@ -26,8 +26,7 @@ from dmtjepa.evaluation.knn import knn_accuracy, standardize
 from dmtjepa.evaluation.linear import fit_linear
 from dmtjepa.evaluation.segmentation import find_mask, read_mask, score_segmentation
 from dmtjepa.evaluation.splits import Splits, subsample
-from dmtjepa.interop import load_weights, read_checkpoint
-from dmtjepa.interop.checkpoint import get_part
+from dmtjepa.interop import get_part, load_weights, read_checkpoint
 from dmtjepa.kernels import select_neighbors
 from dmtjepa.masks import sample_masks
 from dmtjepa.objective import build_model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dmtjepa.training import checkpoint
+from dmtjepa import checkpoint_format
 from tests.fake_cuda.conftest import HERE, TRAINING
 
 
@@ -24,7 +24,7 @@ def test_main_trains_and_goes_on(main_py, settings):
     ended = main_py(config, "cuda:0", program=HERE / "compiled_main.py")
     assert ended.code == 0, ended.output
     assert "finished at step 16 of 16" in ended.output
-    checkpoint.discard(Path(config.logging.folder, "checkpoints", "step-00000016"))
+    checkpoint_format.discard(Path(config.logging.folder, "checkpoints", "step-00000016"))
     ended = main_py(settings(**{"mask.pack": True, "optimization.epochs": 2, "runtime.compile": "off"}), "cuda:0")
     assert ended.code == 0, ended.output
     assert "resumed from" in ended.output

@@ -3,8 +3,15 @@ import re
 import pytest
 import torch
 
-from dmtjepa.interop import WeightsError, build_encoder, describe_encoder, load_model, load_weights, read_checkpoint
-from dmtjepa.interop.checkpoint import get_part
+from dmtjepa.interop import (
+    WeightsError,
+    build_encoder,
+    describe_encoder,
+    get_part,
+    load_model,
+    load_weights,
+    read_checkpoint,
+)
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
 from dmtjepa.models.vit import ARCHITECTURES
 from dmtjepa.objective import DMTJEPA
@@ -114,7 +121,7 @@ def test_a_missing_part_names_those_that_are_there(encoder, tmp_path):
     save_published(tmp_path / "a.pth.tar", encoder=encoder.state_dict(), target_encoder=encoder.state_dict())
     checkpoint = read_checkpoint(tmp_path / "a.pth.tar")
     with pytest.raises(
-        WeightsError, match="no weights of target_head; it has those of: encoder, target_encoder; published"
+        WeightsError, match="no weights of target_head; it has those of: encoder, target_encoder; official"
     ):
         get_part(checkpoint, "target_head", "a.pth.tar")
 

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from dmtjepa.config import Config, ConfigError, parse_config
+from dmtjepa.errors import UserError
 
 # What may differ between two starts of a run, as it does not change what is trained. The batch of a device and the
 # accumulation may differ where the global batch stays the same.
@@ -34,12 +35,12 @@ FIXED_RUNTIME_KEYS = ("runtime.seed",)
 PACKAGES = ("torch", "torchvision", "triton", "xformers", "numpy", "submitit", "nvidia-dali-cuda130")
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UserError, ValueError):
     """A run folder that belongs to another run or configuration; nothing in it was changed."""
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder, created where missing, against a second run that would write into it.
 
     Raises RunFolderError where another process holds it. File systems without locks are not protected.

@@ -1,8 +1,4 @@
-"""Reading `.pth.tar` checkpoints, this project's and the published I-JEPA's and DMT-JEPA's, into its models.
-
-Their layout: a dictionary of state dictionaries, `encoder`, `predictor`, `target_encoder` and here also `head` and
-`target_head`, beside numbers such as `epoch`. Published files prefix every parameter with `module.`.
-"""
+"""Reading weights from this project's and the official I-JEPA's and DMT-JEPA's `.pth.tar` files into models."""
 
 from __future__ import annotations
 
@@ -16,14 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmtjepa.checkpoint_format import is_checkpoint, load_full, read_meta
 from dmtjepa.config import Config, load_config
+from dmtjepa.errors import UserError
 from dmtjepa.models import ARCHITECTURES, VisionTransformer
 from dmtjepa.objective import DMTJEPA
 
 MAX_LISTED = 8
+MODULES = {
+    "encoder": "encoder",
+    "predictor": "predictor",
+    "target_encoder": "teacher_encoder",
+    "head": "head",
+    "target_head": "teacher_head",
+}
+"""Official name of each part of a checkpoint -> attribute of `DMTJEPA`."""
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """Weights that cannot be read, or do not fit the model; the message says which and why."""
 
 
@@ -61,12 +67,21 @@ def open_run(folder: Path) -> tuple[Config, Path]:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a `.pth.tar` file on the CPU, `module.` taken off the names; tensors stay on disk until they are used.
+    """Read a `.pth.tar` file or a checkpoint folder `step-{n}` on the CPU.
+
+    Returns:
+        State dictionaries by official name (see `MODULES`), without the prefix `module.`, and what else the file holds.
+        Tensors of a file stay on disk until they are used.
 
     Raises:
-        WeightsError: there is no such file, or it is not a checkpoint that can be read without running code in it.
+        WeightsError: there is no such file, or it cannot be read as tensors alone. No code in a file is run.
+        CheckpointError: the checkpoint folder cannot be read.
     """
     path = Path(path)
+    if path.is_dir() and is_checkpoint(path):
+        state, meta = load_full(path), read_meta(path)
+        weights = {part: select_module(state, module) for part, module in MODULES.items()}
+        return {part: values for part, values in weights.items() if values} | meta
     if not path.is_file():
         others = sorted(other.name for other in path.parent.glob("*.pth.tar"))
         hint = f"its folder holds {', '.join(others[-MAX_LISTED:])}" if others else "its folder holds no .pth.tar file"
@@ -90,9 +105,15 @@ def get_part(checkpoint: Mapping[str, Any], part: str, source: str | os.PathLike
     weights = checkpoint.get(part)
     if not _is_weights(weights):
         parts = ", ".join(name for name, value in checkpoint.items() if _is_weights(value)) or "none"
-        hint = "; published DMT-JEPA checkpoints do not hold the aggregation head" if part.endswith("head") else ""
+        hint = "; official DMT-JEPA checkpoints do not hold the aggregation head" if part.endswith("head") else ""
         raise WeightsError(f"{source} has no weights of {part}; it has those of: {parts}{hint}")
     return weights
+
+
+def select_module(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """The state dictionary of one module of the model, from the tensors of a checkpoint folder."""
+    prefix = f"model.{module}."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
@@ -134,7 +155,7 @@ def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], source: str | o
 def load_model(model: DMTJEPA, path: str | os.PathLike[str]) -> list[str]:
     """Start a model from a checkpoint: student and teacher, by name and strictly; nothing is changed unless all fit.
 
-    Published files hold no aggregation heads. Where the model has heads and the file has none, they keep the weights
+    Official files hold no aggregation heads. Where the model has heads and the file has none, they keep the weights
     they were drawn with.
 
     Returns:

@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from dmtjepa.training import checkpoint
+from dmtjepa import checkpoint_format
+from dmtjepa.interop.__main__ import main
 from dmtjepa.training.launch import launch
 
 
@@ -44,30 +46,30 @@ DAMAGES = {
 def test_damaged_checkpoint_is_recognised_and_passed_over(checkpoints, damage, caplog):
     work, message = DAMAGES[damage]
     newest = checkpoints / "step-00000024"
-    assert checkpoint.newest_whole(checkpoints) == newest
+    assert checkpoint_format.newest_whole(checkpoints) == newest
     work(newest)
-    assert message in checkpoint.find_fault(newest)
-    assert checkpoint.newest_whole(checkpoints) == checkpoints / "step-00000016"
+    assert message in checkpoint_format.find_fault(newest)
+    assert checkpoint_format.newest_whole(checkpoints) == checkpoints / "step-00000016"
     assert "step-00000024 is damaged and passed over" in caplog.text
 
 
 def test_renamed_checkpoint_is_not_what_its_name_says(checkpoints):
     renamed = (checkpoints / "step-00000016").rename(checkpoints / "step-00000099")
-    assert "name says step 99 and its manifest step 16" in checkpoint.find_fault(renamed)
+    assert "name says step 99 and its manifest step 16" in checkpoint_format.find_fault(renamed)
 
 
 def test_half_written_checkpoint_is_not_seen_and_is_removed(checkpoints):
     (checkpoints / "step-00000024").rename(checkpoints / ".writing-step-00000024")
-    assert checkpoint.newest_whole(checkpoints).name == "step-00000016"
-    checkpoint.remove_leftovers(checkpoints)
+    assert checkpoint_format.newest_whole(checkpoints).name == "step-00000016"
+    checkpoint_format.remove_leftovers(checkpoints)
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000016"]
 
 
 def test_epoch_and_step_in_a_name_are_what_is_inside(plain):
     folder = Path(plain.logging.folder, "checkpoints")
-    for path in checkpoint.list_checkpoints(folder):
-        meta = checkpoint.read_meta(path)
-        assert meta["step"] == checkpoint.step_of(path)
+    for path in checkpoint_format.list_checkpoints(folder):
+        meta = checkpoint_format.read_meta(path)
+        assert meta["step"] == checkpoint_format.step_of(path)
         assert meta["epoch"] == meta["step"] // 8
         assert meta["optimizer_steps"] == meta["step"]
 
@@ -83,22 +85,27 @@ def test_last_n_and_every_mth_epoch_are_kept(settings):
 
 
 def test_command_verifies_and_exports(checkpoints, tmp_path, capsys):
-    checkpoint.main([str(checkpoints), "--export", str(tmp_path / "out.pth.tar")])
+    assert main(["verify", str(checkpoints)]) == 0
     assert "step-00000024 is whole: step 24" in capsys.readouterr().out
-    assert (tmp_path / "out.pth.tar").stat().st_size > 0
+    newest = str(checkpoints / "step-00000024")
+    assert main(["export", newest, "--format", "official", "--out", str(tmp_path / "out.pth.tar")]) == 0
+    exported = torch.load(tmp_path / "out.pth.tar", weights_only=True)
+    assert exported["step"] == 24
+    assert exported["opt"]["state"]
     flip(checkpoints / "step-00000016")
-    with pytest.raises(SystemExit, match=r"damaged: .* has other contents"):
-        checkpoint.main([str(checkpoints / "step-00000016")])
+    for command in ("verify", "show"):
+        assert main([command, str(checkpoints / "step-00000016")]) == 1
+        assert "has other contents" in capsys.readouterr().err
 
 
 def test_data_set_that_changed_is_an_error(settings):
     config = settings(**{"optimization.epochs": 2})
     assert launch(config, ["cpu"]) == 0
-    newest = checkpoint.newest_whole(Path(config.logging.folder, "checkpoints"))
-    meta = checkpoint.read_meta(newest) | {"steps_per_epoch": 9, "num_images": 150}
+    newest = checkpoint_format.newest_whole(Path(config.logging.folder, "checkpoints"))
+    meta = checkpoint_format.read_meta(newest) | {"steps_per_epoch": 9, "num_images": 150}
     (newest / "meta.json").write_text(json.dumps(meta))
     manifest = json.loads((newest / "manifest.json").read_text())
     manifest["files"].pop("meta.json")
     (newest / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(checkpoint.CheckpointError, match=r"9 steps per epoch of 150 images.*data set has changed"):
+    with pytest.raises(checkpoint_format.CheckpointError, match=r"9 steps per epoch of 150 images.*has changed"):
         launch(config, ["cpu"])
