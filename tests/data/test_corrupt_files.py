@@ -120,6 +120,7 @@ def test_a_thousand_fuzzed_files_decode_or_are_refused():
     assert outcomes == {"decoded", "refused"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader_name", LOADERS)
 def test_a_thousand_fuzzed_files_neither_crash_nor_hang_a_loader(tmp_path: Path, loader_name: str):
     for number, data in enumerate(fuzzed(1000, seed=2)):
