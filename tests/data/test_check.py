@@ -8,7 +8,7 @@ from pathlib import Path
 from dmtjepa.data import check
 
 
-def test_check_counts_sizes_duplicates_and_broken_files(image_folder: Path, tmp_path: Path, capsys):
+def test_check_counts_sizes_duplicates_and_corrupt_files(image_folder: Path, tmp_path: Path, capsys):
     images = tmp_path / "images"
     shutil.copytree(image_folder, images)
     assert check.main([str(images), "--workers", "1"]) == 0
