@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from dmtjepa.config import Config
-from tests.training.conftest import image_folder, settings, settings_in  # noqa: F401
 from tools.fake_cuda.build import ROOT, Unavailable, build
 
 HERE = Path(__file__).parent

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from dmtjepa import checkpoint_format
-from tests.fake_cuda.conftest import HERE, TRAINING
+
+HERE = Path(__file__).parent
+TRAINING = HERE.parent / "training"
 
 
 def test_no_step_between_two_logged_ones_waits_for_the_device(start_on):

@@ -4,9 +4,6 @@ from tests.training.conftest import (  # noqa: F401
     _fork_server,
     _one_thread,
     _quiet,
-    image_folder,
     losses,
-    settings,
-    settings_in,
     weights,
 )
