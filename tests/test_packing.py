@@ -15,7 +15,7 @@ from dmtjepa.packing import Packing, pack, pack_predictions
 from dmtjepa.reference import step as reference
 from dmtjepa.training.estimate import measure_masks
 from dmtjepa.training.parallelize import compile_blocks, parallelize
-from tests.test_objective import PATCH, Case, make_images, make_model, relative_error, student_gradients
+from tests.helpers.models import PATCH, Case, make_images, make_model, relative_error, student_gradients
 
 CASE = Case(3, (6, 6), 4, 3, "clip")
 
