@@ -84,9 +84,9 @@ def check_device(name: str, local_rank: int = 0) -> torch.device:
 def process_group(device: torch.device, *, start_timeout: float, hang_timeout: float) -> Iterator[World]:
     """Initialise the default process group, and destroy it at the end.
 
-    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe the group (main.py, torchrun and main_distributed.py set them).
-    A process without RANK trains alone. Gloo serves CPUs, NCCL serves GPUs. All ranks have exchanged a number before
-    this returns, so a broken network shows here, on every rank.
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe the group: main.py, torchrun or main_distributed.py set
+    them. A process without RANK trains alone. Gloo serves CPUs, NCCL serves GPUs. All ranks have exchanged a number
+    before this returns, so a broken network shows here, on every rank.
 
     Args:
         device: where this process computes.

@@ -167,9 +167,9 @@ class Metrics:
     def _write(self, steps: Sequence[StepValues]) -> None:
         for value in steps:
             record = value.record
-            row = (record.epoch + 1, record.step_in_epoch, f"{value.loss:.9g}")  # 9 digits tell any two float32 apart
-            row += (f"{record.context_size:.5f}", f"{record.target_size:.5f}", round(1000 * value.seconds))
-            self._csv.writerow(row)
+            loss = f"{value.loss:.9g}"  # 9 digits tell any two float32 apart
+            sizes = (f"{record.context_size:.5f}", f"{record.target_size:.5f}")
+            self._csv.writerow((record.epoch + 1, record.step_in_epoch, loss, *sizes, round(1000 * value.seconds)))
         self._file.flush()
         self._warn_of_waiting(steps)
         if self._board is None:

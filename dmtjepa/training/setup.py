@@ -113,9 +113,7 @@ def build_run(config: Config, world: World, folder: Path, watchdog: Watchdog, st
     stack.callback(metrics.close)
     batches = _build_batches(config, world, loader, schedules, metrics)
     stack.callback(batches.close)
-    return Run(
-        schedules, train_step, state, vote, saver, FiniteCheck(config, world, state, saver), metrics, batches
-    )
+    return Run(schedules, train_step, state, vote, saver, FiniteCheck(config, world, state, saver), metrics, batches)
 
 
 def _count_steps_per_epoch(config: Config, world: World, loader: Loader) -> int:
@@ -128,9 +126,7 @@ def _count_steps_per_epoch(config: Config, world: World, loader: Loader) -> int:
     return steps_per_epoch
 
 
-def _build_batches(
-    config: Config, world: World, loader: Loader, schedules: Schedules, metrics: Metrics
-) -> BatchStream:
+def _build_batches(config: Config, world: World, loader: Loader, schedules: Schedules, metrics: Metrics) -> BatchStream:
     accumulation = config.runtime.accumulation
 
     def sample(step: int, micro_batch: int) -> MaskBatch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 
@@ -25,10 +25,8 @@ class Stopwatch:
         event.record()
         return event
 
-    @staticmethod
-    def seconds(start: Event, end: Event) -> float:
+    def seconds(self, start: Event, end: Event) -> float:
         """Seconds between two moments that have passed."""
-        if isinstance(start, float) and isinstance(end, float):
-            return end - start
-        assert isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
-        return start.elapsed_time(end) / 1000
+        if self._on_cuda:
+            return cast(torch.cuda.Event, start).elapsed_time(cast(torch.cuda.Event, end)) / 1000
+        return cast(float, end) - cast(float, start)

@@ -48,7 +48,13 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
             phase, step, since = self._place
-            row = {"phase": phase.value, "step": step, "since": since, "host": socket.gethostname(), "heard": time.time()}
+            row = {
+                "phase": phase.value,
+                "step": step,
+                "since": since,
+                "host": socket.gethostname(),
+                "heard": time.time(),
+            }
             with contextlib.suppress(RuntimeError):  # rank 0, which serves the store, is gone: the report says so
                 self._store.set(f"place/{self._world.rank}", json.dumps(row))
             if time.time() - since > self._timeout:
