@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -76,15 +75,6 @@ def read_losses(path: Path) -> LossCurve:
     steps_per_epoch = step.max() + 1 if len(step) else 1
     first = epoch.min() if len(epoch) else 0
     return LossCurve(epoch - first + step / steps_per_epoch, loss)
-
-
-def pick_queries(grid_size: tuple[int, int]) -> Tensor:
-    """Patches [Q] whose neighbours are shown: the middle of each quadrant; the centre in large grids."""
-    rows, columns = grid_size
-    positions = [(r * rows // 4, c * columns // 4) for r in (1, 3) for c in (1, 3)]
-    if min(grid_size) >= 12:
-        positions.append((rows // 2, columns // 2))
-    return torch.tensor([row * columns + column for row, column in positions])
 
 
 def save_figures(data: FigureData, folder: Path, title: str) -> list[Path]:

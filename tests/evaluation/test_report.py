@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dmtjepa.evaluation.__main__ import main
+from dmtjepa.evaluation.context import load_teacher
 from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
-from dmtjepa.evaluation.report import load_teacher
 from dmtjepa.interop import open_run
 from dmtjepa.objective import build_model
 from tests.evaluation.conftest import write_images, write_run
@@ -166,7 +166,7 @@ def test_features_with_layout_are_compared_too():
 
 
 def test_layout_too_large_to_hold_is_skipped(run, monkeypatch, capsys):
-    monkeypatch.setattr("dmtjepa.evaluation.report.LAYOUT_BYTES", 1000)
+    monkeypatch.setattr("dmtjepa.evaluation.measurements.LAYOUT_BYTES", 1000)
     assert main([str(run), "--device", "cpu"]) == 0
     assert "k-NN with layout: its features would take" in capsys.readouterr().out
     assert json.loads((run / "report" / "report.json").read_text())["knn_layout"] == {}
