@@ -9,10 +9,9 @@ import torch
 
 from dmtjepa.config import Config
 from dmtjepa.data import EvaluationLoader, build_eval_loader
-from dmtjepa.data.sources import ImageSource
+from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.evaluation.splits import Splits
-from dmtjepa.interop import load_weights, read_checkpoint
-from dmtjepa.interop.checkpoint import get_part
+from dmtjepa.interop import get_part, load_weights, read_checkpoint
 from dmtjepa.models import VisionTransformer
 from dmtjepa.objective import build_model
 

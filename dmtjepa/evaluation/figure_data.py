@@ -15,7 +15,7 @@ from dmtjepa.evaluation.features import extract_patches
 from dmtjepa.evaluation.figures import FigureData, LossCurve
 from dmtjepa.evaluation.splits import subsample
 from dmtjepa.kernels import select_neighbors
-from dmtjepa.masking import sample_masks
+from dmtjepa.masks import sample_masks
 
 NUM_SHOWN = 5
 """Images in a row of a figure."""

@@ -94,9 +94,9 @@ def save_figures(data: FigureData, folder: Path, title: str) -> list[Path]:
     heights = [max(panel.height for panel in row) for row in rows]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=15, fontweight="bold")
-    strips = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
+    strips = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
     for row, strip in zip(rows, strips, strict=True):
-        for panel, subfigure in zip(row, np.atleast_1d(strip.subfigures(1, len(row))), strict=True):
+        for panel, subfigure in zip(row, strip.subfigures(1, len(row), squeeze=False)[0], strict=True):
             panel.draw(subfigure)
     paths = [folder / "report.png"]
     figure.savefig(paths[0], dpi=DPI)

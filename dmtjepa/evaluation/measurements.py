@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmtjepa.data.sources import ImageSource
+from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.evaluation.collapse import CollapseNumbers, collapse_numbers
 from dmtjepa.evaluation.context import EvaluationContext
 from dmtjepa.evaluation.errors import NotMeasuredError

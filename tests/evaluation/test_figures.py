@@ -8,6 +8,7 @@ from dmtjepa.evaluation.figures import FigureData, LossCurve
 GRID = (4, 6)
 
 
+@pytest.mark.slow
 def test_writes_a_composite_and_one_file_for_each_picture(everything, tmp_path):
     paths = figures.save_figures(everything, tmp_path / "report", "a run")
     assert [path.name for path in paths] == [
