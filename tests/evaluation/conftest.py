@@ -1,4 +1,4 @@
-"""Fixtures of the evaluation tests: a small labelled data set and a run folder."""
+"""A run folder as training leaves it, and a small labelled data set whose classes differ in colour."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.run_folders import write_images, write_masks, write_run
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
-    """Everything here is small: threads that wait for each other cost more than they bring."""
+    """One thread: the tensors of these tests are too small for several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,13 +25,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def run_template(data, tmp_path_factory) -> Path:
-    """A run folder on `data` that no test changes; `run` is a copy for each."""
+    """A run folder on `data` that no test changes; `run` is a copy of it."""
     return write_run(tmp_path_factory.mktemp("template") / "run", data)
 
 
 @pytest.fixture
 def run(run_template, tmp_path) -> Path:
-    """A run folder on `data` of its own, whose files are links: replace, do not write into them."""
+    """A run folder on `data` for one test. Its files are hard links: replace them, do not write into them."""
     return Path(shutil.copytree(run_template, tmp_path / "run", copy_function=os.link))
 
 

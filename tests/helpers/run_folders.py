@@ -1,4 +1,4 @@
-"""A labelled data set that a small network can tell apart, and a run folder as training leaves it."""
+"""Small labelled images, and run folders as training leaves them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_CLASSES = 3
 
 
 def write_images(folder: Path, per_class: int, seed: int, side: int = 32) -> None:
-    """Pictures of noise around a colour per class, in a folder per class."""
+    """Images of noise around one colour per class, in a folder per class."""
     rng = np.random.default_rng(seed)
     colors = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])
     for label in range(NUM_CLASSES):
@@ -28,7 +28,7 @@ def write_images(folder: Path, per_class: int, seed: int, side: int = 32) -> Non
 
 
 def write_masks(data: Path) -> None:
-    """The mask of every image below data: its left half is the ground, its right half the class."""
+    """Write a mask for every image below `data`: background in the left half, the class in the right half."""
     for image in list(data.glob("*/class*/*.png")):
         label = int(image.parent.name[-1])
         mask = np.zeros((32, 32), dtype=np.uint8)
@@ -39,12 +39,12 @@ def write_masks(data: Path) -> None:
 
 
 def write_run(folder: Path, data: Path, **sections) -> Path:
-    """A run folder with settings, an untrained checkpoint drawn with another seed than the run's, and a loss CSV."""
+    """A run folder with settings, a loss CSV, and a checkpoint of untrained weights of another seed than the run's."""
     values = {
         "data": {"root_path": str(data.parent), "image_folder": data.name, "crop_size": 32, "batch_size": 4},
         "mask": {"patch_size": 4, "min_keep": 2},
         "patch": {"local_agg_head": True},
-        "meta": {"model_name": "vit_tiny", "pred_depth": 1, "pred_emb_dim": 48},
+        "meta": {"model_name": "vit_nano", "pred_depth": 1, "pred_emb_dim": 48},
         "logging": {"folder": str(folder), "write_tag": "tiny"},
         "optimization": {"epochs": 2, "warmup": 0},
         "evaluation": {"batch_size": 16},

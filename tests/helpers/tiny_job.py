@@ -5,10 +5,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 import tests.helpers.tiny_architecture  # noqa: F401
 from dmtjepa.training import slurm
-from dmtjepa.training.loop import Trainer
 from dmtjepa.training.signals import StopSignals
+from dmtjepa.training.step import TrainStep
 
 
 @dataclass
@@ -20,7 +22,7 @@ class TinyJob(slurm.Job):
     """
 
     def __call__(self) -> None:
-        enter, original = StopSignals.__enter__, Trainer.train_step
+        enter, original = StopSignals.__enter__, TrainStep.__call__
         allowed = Path(self.config.logging.folder).with_name("allowed_steps")
         entered = []
 
@@ -28,12 +30,12 @@ class TinyJob(slurm.Job):
             entered.append(signals)
             return enter(signals)
 
-        def train_step(trainer, batches):
-            while trainer.step >= int(allowed.read_text()) and not entered[-1].received and trainer.world.rank == 0:
+        def train_step(train_step, micro_batches, step):
+            while dist.get_rank() == 0 and step >= int(allowed.read_text()) and not entered[-1].received:
                 time.sleep(0.02)
-            return original(trainer, batches)
+            return original(train_step, micro_batches, step)
 
-        StopSignals.__enter__, Trainer.train_step = enter_and_remember, train_step
+        StopSignals.__enter__, TrainStep.__call__ = enter_and_remember, train_step
         super().__call__()
 
 
