@@ -29,7 +29,7 @@ from benchmarks.step.providers import Provider, open_official, parse_provider
 from benchmarks.step.runs import Run, failed, failures_noted, problems, release
 from benchmarks.tables import number, save, text_table
 from benchmarks.workloads import Workload, add_workloads, chosen_workloads
-from dmtjepa.training.distributed import World, check_device, joined
+from dmtjepa.training.distributed import World, check_device, process_group
 
 
 def count_calls() -> dict[str, int]:
@@ -100,7 +100,7 @@ def main() -> None:
     providers = [parse_provider(text, "cuda") for text in options.providers]
     workloads = chosen_workloads(options)
     rows = []
-    with joined(check_device("cuda"), start_timeout=60, hang_timeout=600) as world:
+    with process_group(check_device("cuda"), start_timeout=60, hang_timeout=600) as world:
         for workload in workloads:
             for provider in providers:
                 rows.append(measure(workload, provider, world, options.warmup, options.steps))

@@ -24,7 +24,7 @@ from benchmarks.step.providers import Provider, open_official, parse_provider
 from benchmarks.step.runs import Run, failed, failures_noted, problems, ratios, release
 from benchmarks.tables import number, save, text_table
 from benchmarks.workloads import Workload, add_workloads, chosen_workloads
-from dmtjepa.training.distributed import World, check_device, joined
+from dmtjepa.training.distributed import World, check_device, process_group
 from dmtjepa.training.estimate import memory_bytes
 
 MASKS = 32
@@ -116,7 +116,7 @@ def main() -> None:
     providers = [parse_provider(text, device) for text in texts]
     workloads = chosen_workloads(options)
     rows: list[dict] = []
-    with joined(check_device(device), start_timeout=60, hang_timeout=600) as world:
+    with process_group(check_device(device), start_timeout=60, hang_timeout=600) as world:
         for workload in workloads:
             for provider in providers:
                 rows.append(measure(workload, provider, world))

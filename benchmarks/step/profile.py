@@ -33,7 +33,7 @@ from benchmarks.step.providers import open_official, parse_provider
 from benchmarks.step.runs import CHECKED_STEPS, Run
 from benchmarks.tables import number, save, text_table
 from benchmarks.workloads import add_workload, chosen_workload
-from dmtjepa.training.distributed import check_device, joined
+from dmtjepa.training.distributed import check_device, process_group
 
 ITEM_SIZES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "short int": 2}
 STREAMING = (
@@ -188,7 +188,7 @@ def main() -> None:
     provider, workload = parse_provider(options.provider, device), chosen_workload(options)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     ceilings = product_rate(device, provider.dtype), copy_bandwidth(device)
-    with joined(check_device(device), start_timeout=60, hang_timeout=600) as world:
+    with process_group(check_device(device), start_timeout=60, hang_timeout=600) as world:
         run = Run(workload, provider, world)
         for step in range(CHECKED_STEPS + options.steps):
             run(step)

@@ -27,8 +27,8 @@ from benchmarks.workloads import Workload
 from dmtjepa.masks import MaskBatch
 from dmtjepa.reference import step as reference
 from dmtjepa.training.distributed import World
-from dmtjepa.training.metrics import Stopwatch
 from dmtjepa.training.optimizer import local_tensors
+from dmtjepa.training.stopwatch import Stopwatch
 
 # ---- The gate: losses and gradient norms of the first steps must agree with those of the reference in float32.
 
@@ -51,7 +51,7 @@ class Run:
         self.images = self.prepare(workload)
 
     def record_phase(self, phase: str) -> None:
-        self.events.append((phase, self.clock.mark()))
+        self.events.append((str(phase), self.clock.record_event()))
 
     def prepare(self, workload: Workload) -> Tensor:
         """The images in the form that the provider takes."""

@@ -35,7 +35,7 @@ from benchmarks.step.providers import PHASES, open_official, parse_provider
 from benchmarks.step.runs import failed, measure_steps, problems, ratios
 from benchmarks.tables import number, save, text_table
 from benchmarks.workloads import add_workloads, chosen_workloads
-from dmtjepa.training.distributed import check_device, joined
+from dmtjepa.training.distributed import check_device, process_group
 
 DEFAULT_WORKLOADS = {"cpu": ["vit_small:16"], "cuda": ["vit_huge:128", "vit_large:256", "vit_base:256"]}
 
@@ -107,7 +107,7 @@ def main() -> None:
     open_official(options.official, texts)
     providers = [parse_provider(text, device) for text in texts]
     rows = []
-    with joined(check_device(device), start_timeout=60, hang_timeout=600) as world:
+    with process_group(check_device(device), start_timeout=60, hang_timeout=600) as world:
         for workload in chosen_workloads(options):
             # On CUDA each provider has the memory for itself.
             for group in [providers] if on_cpu else [[provider] for provider in providers]:

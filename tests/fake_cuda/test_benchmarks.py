@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
 
 TINY = ("--set", "data.crop_size=96", "mask.min_keep=2", "meta.pred_depth=1", "meta.pred_emb_dim=16")
