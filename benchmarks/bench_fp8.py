@@ -35,8 +35,8 @@ from dmtjepa.evaluation.knn import knn_accuracy, standardize
 from dmtjepa.masking import MaskBatch, sample_masks
 from dmtjepa.models import fp8
 from dmtjepa.objective import DMTJEPA, build_model
-from dmtjepa.training.loop import build_schedules
-from dmtjepa.training.optimization import build_optimizer, set_schedules
+from dmtjepa.training.optimizer import build_optimizer, set_schedules
+from dmtjepa.training.schedules import build_schedules
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PATCH_SIZES = {"small": 16, "base": 16, "large": 16, "huge": 14}

@@ -31,8 +31,8 @@ from dmtjepa.masking import MaskBatch, sample_masks
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training.distributed import World
 from dmtjepa.training.estimate import MaskShapes, step_flops
-from dmtjepa.training.optimization import Schedules
 from dmtjepa.training.parallel import build_mesh, parallelize, recomputation
+from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.step import TrainStep
 
 CONFIGS = Path(__file__).parents[1] / "configs"

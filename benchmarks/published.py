@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dmtjepa.config import Config
 from dmtjepa.masking import MaskBatch
 from dmtjepa.objective import DMTJEPA
-from dmtjepa.training.optimization import Schedules
+from dmtjepa.training.schedules import Schedules
 
 
 def open_checkout(checkout: Path) -> None:

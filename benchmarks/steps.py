@@ -24,7 +24,7 @@ from dmtjepa import reference
 from dmtjepa.masking import MaskBatch
 from dmtjepa.training.distributed import World
 from dmtjepa.training.metrics import Stopwatch
-from dmtjepa.training.optimization import local_tensors
+from dmtjepa.training.optimizer import local_tensors
 
 # ---- The gate: losses and gradient norms of the first steps against the reference in float32.
 

@@ -1,1 +1,1 @@
-"""What a trained teacher is worth: k-NN, linear probe, collapse numbers, segmentation, pictures, a report."""
+"""What a trained teacher is worth: k-NN, linear probe, collapse numbers, segmentation, figures, a report."""

@@ -14,7 +14,7 @@ from dmtjepa.config import ConfigError
 from dmtjepa.data import DataError
 from dmtjepa.evaluation.formatting import format_table, format_verdict
 from dmtjepa.evaluation.report import evaluate
-from dmtjepa.evaluation.sources import find_splits
+from dmtjepa.evaluation.splits import find_splits
 from dmtjepa.interop import WeightsError
 from dmtjepa.interop.checkpoint import open_run
 

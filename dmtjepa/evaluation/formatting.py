@@ -85,8 +85,8 @@ def format_verdict(report: Report) -> list[str]:
     return lines + [f"skipped {reason}" for reason in report.skipped]
 
 
-def format_markdown(report: Report, pictures: Sequence[str]) -> str:
-    """The report as Markdown; `pictures` are file names beside it, the composite first."""
+def format_markdown(report: Report, figures: Sequence[str]) -> str:
+    """The report as Markdown; `figures` are file names beside it, the composite first."""
     run, data = report.run, report.data
     size = "x".join(map(str, run["image_size"]))
     lines = [
@@ -161,8 +161,8 @@ def format_markdown(report: Report, pictures: Sequence[str]) -> str:
                 for name, c in report.collapse.items()
             ],
         )
-    if pictures:
-        lines += ["", "## Pictures", "", f"![loss, accuracy, masks, neighbours, principal components]({pictures[0]})"]
+    if figures:
+        lines += ["", "## Figures", "", f"![loss, accuracy, masks, neighbours, principal components]({figures[0]})"]
     return "\n".join(lines) + "\n"
 
 

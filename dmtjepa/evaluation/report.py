@@ -1,5 +1,5 @@
 """The report of a run: k-NN and linear accuracy of its teacher beside an untrained network and raw pixels, collapse
-numbers, segmentation where there are masks, and pictures; written as report.md, report.json and PNG files.
+numbers, segmentation where there are masks, and figures; written as report.md, report.json and PNG files.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from dmtjepa.data import build_eval_loader
 from dmtjepa.data.sources import ImageSource
 from dmtjepa.evaluation.collapse import collapse_numbers
 from dmtjepa.evaluation.features import LAYOUT_SIDE, Features, extract_features, extract_patches, extract_pixels
+from dmtjepa.evaluation.figures import FigureData, pick_queries, read_losses, save_figures
 from dmtjepa.evaluation.formatting import Report, format_markdown
 from dmtjepa.evaluation.knn import knn_accuracy, standardize
 from dmtjepa.evaluation.linear import fit_linear
-from dmtjepa.evaluation.pictures import PictureData, pick_queries, read_losses, save_pictures
 from dmtjepa.evaluation.segmentation import find_mask, read_mask, score_segmentation
-from dmtjepa.evaluation.sources import Splits, spread
+from dmtjepa.evaluation.splits import Splits, subsample
 from dmtjepa.interop import load_weights, read_checkpoint
 from dmtjepa.interop.checkpoint import get_part
 from dmtjepa.kernels import select_neighbors
 from dmtjepa.masking import sample_masks
 from dmtjepa.objective import build_model
 
-NUM_PICTURES = 5
+NUM_SHOWN = 5
 """Images shown in a row."""
 NUM_CENTERED = 200
 """Images whose mean patch feature at each place is taken away before principal components are drawn."""
@@ -84,9 +84,9 @@ def evaluate(
     )
     _measure_features(report, config, trained, untrained, splits, device, num_workers, progress)
     _measure_segmentation(report, config, {"trained": trained, "untrained": untrained}, splits, device)
-    pictures = _collect_pictures(report, run, config, trained, untrained, splits, device)
+    figures = _collect_figures(report, run, config, trained, untrained, splits, device)
     title = f"{run.resolve().name}: {config.meta.model_name}, patch {config.mask.patch_size}"
-    paths = save_pictures(pictures, out, title)
+    paths = save_figures(figures, out, title)
     report.files = [str(path) for path in [out / "report.md", out / "report.json", *paths]]
     (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     (out / "report.md").write_text(format_markdown(report, [path.name for path in paths]))
@@ -183,7 +183,7 @@ def _measure_features(
 def _measure_segmentation(
     report: Report, config: Config, encoders: dict[str, nn.Module], splits: Splits, device: torch.device | str
 ) -> None:
-    parts = [spread(source, NUM_SEGMENTED) for source in (splits.train, splits.validation)]
+    parts = [subsample(source, NUM_SEGMENTED) for source in (splits.train, splits.validation)]
     if find_mask(parts[0].name(0)) is None or find_mask(parts[1].name(0)) is None:
         report.skipped.append("segmentation: there are no pixel masks beside the images (see docs/evaluation.md)")
         return
@@ -207,7 +207,7 @@ def _load_masked(source: ImageSource, config: Config, batch_size: int) -> tuple[
     return images, torch.stack(masks)
 
 
-def _collect_pictures(
+def _collect_figures(
     report: Report,
     run: Path,
     config: Config,
@@ -215,8 +215,8 @@ def _collect_pictures(
     untrained: nn.Module,
     splits: Splits,
     device: torch.device | str,
-) -> PictureData:
-    loader = build_eval_loader(spread(splits.validation, NUM_PICTURES), config.data.image_size, NUM_PICTURES)
+) -> FigureData:
+    loader = build_eval_loader(subsample(splits.validation, NUM_SHOWN), config.data.image_size, NUM_SHOWN)
     images = torch.cat([batch for batch, _, _ in loader])
     patches = extract_patches(trained, images, device=device)
     masks = sample_masks(config.mask, config.grid_size, len(images), config.runtime.seed, step=0, rank=0)
@@ -237,7 +237,7 @@ def _collect_pictures(
     if config.patch.local_agg_head:
         query_index = pick_queries(config.grid_size)
         neighbor_index = _choose_neighbors(patches, query_index, config)
-    return PictureData(
+    return FigureData(
         grid_size=config.grid_size,
         images=images,
         context_index=masks.contexts(config.grid_size[0] * config.grid_size[1]),
@@ -256,7 +256,7 @@ def _collect_pictures(
 
 def _mean_patches(encoder: nn.Module, source: ImageSource, config: Config, device: torch.device | str) -> Tensor:
     """Mean feature of every place on the grid, [N,D]: what a patch says of its place, not of the image."""
-    loader = build_eval_loader(spread(source, NUM_CENTERED), config.data.image_size, config.evaluation.batch_size)
+    loader = build_eval_loader(subsample(source, NUM_CENTERED), config.data.image_size, config.evaluation.batch_size)
     total, count = 0.0, 0
     for images, _, _ in loader:
         total = total + extract_patches(encoder, images, device=device).sum(0)

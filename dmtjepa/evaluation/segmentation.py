@@ -38,9 +38,9 @@ def find_mask(image: str | Path) -> Path | None:
 
 def read_mask(path: Path, image_size: tuple[int, int]) -> Tensor:
     """A mask cut as the evaluation cuts its image: int64 [H,W], 0 the ground, from 1 the classes."""
-    with Image.open(path) as picture:
-        # Pillow resizes pictures with a palette to the nearest pixel, so no class is mixed of two others.
-        mask = picture if picture.mode == "P" else picture.convert("L").convert("P")
+    with Image.open(path) as image:
+        # Pillow resizes images with a palette to the nearest pixel, so no class is mixed of two others.
+        mask = image if image.mode == "P" else image.convert("L").convert("P")
         return torch.from_numpy(crop_center(mask, image_size).astype(np.int64))
 
 

@@ -15,8 +15,8 @@ from dmtjepa.config import Config
 from dmtjepa.masking import sample_masks
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
-from dmtjepa.training.loop import build_schedules
 from dmtjepa.training.parallel import UNIT_PARAMETERS, compute_dtype, recomputation
+from dmtjepa.training.schedules import build_schedules
 
 GIB = 2**30
 USABLE = 0.95  # share of a GPU's memory; the rest is CUDA's own, NCCL's and the allocator's gaps

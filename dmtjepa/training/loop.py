@@ -17,18 +17,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmtjepa.config import Config, ConfigError, OptimizationSettings
+from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import Loader, build_loader
 from dmtjepa.interop import load_model
 from dmtjepa.masking import MaskBatch, check_masks, sample_masks
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training import checkpoint as checkpoints
-from dmtjepa.training.distributed import Agreement, DistributedError, StopSignals, Watchdog, World
+from dmtjepa.training.distributed import Agreement, DistributedError, World
 from dmtjepa.training.metrics import Metrics, StepRecord, StepValues
-from dmtjepa.training.optimization import Schedules
 from dmtjepa.training.parallel import build_mesh, compute_dtype, is_compiled, parallelize, recomputation
 from dmtjepa.training.run_folder import check_folder, claimed, write_environment, write_settings
+from dmtjepa.training.schedules import build_schedules
+from dmtjepa.training.signals import StopSignals
 from dmtjepa.training.step import Batch, TrainStep
+from dmtjepa.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -95,23 +97,6 @@ def _on_rank_0(world: World, work: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-def build_schedules(settings: OptimizationSettings, steps_per_epoch: int, global_batch: int) -> Schedules:
-    """The schedules of the settings; learning rates scale with the global batch where `lr_batch_size` is set."""
-    scale = global_batch / settings.lr_batch_size if settings.lr_batch_size else 1.0
-    return Schedules(
-        steps_per_epoch=steps_per_epoch,
-        num_epochs=settings.epochs,
-        warmup=settings.warmup,
-        start_lr=scale * settings.start_lr,
-        lr=scale * settings.lr,
-        final_lr=scale * settings.final_lr,
-        weight_decay=settings.weight_decay,
-        final_weight_decay=settings.final_weight_decay,
-        ema=settings.ema,
-        ipe_scale=settings.ipe_scale,
-    )
 
 
 class Trainer:

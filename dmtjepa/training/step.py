@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from dmtjepa.config import OptimizationSettings
 from dmtjepa.masking import MaskBatch
 from dmtjepa.objective import DMTJEPA
-from dmtjepa.training.optimization import Schedules, build_optimizer, clip_gradients, gradient_norm, set_schedules
+from dmtjepa.training.optimizer import build_optimizer, clip_gradients, gradient_norm, set_schedules
+from dmtjepa.training.schedules import Schedules
 
 Batch = tuple[Tensor, MaskBatch]
 """Images uint8 [B,3,H,W] and their masks, on the device."""

@@ -14,7 +14,7 @@ from benchmarks.providers import Workload, open_published, parse_provider, parse
 from dmtjepa.models import AggregationHead
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.estimate import measure_masks, step_flops
-from dmtjepa.training.optimization import ShardedAdamW
+from dmtjepa.training.optimizer import ShardedAdamW
 
 
 def measured(workload: Workload, world, *providers: str) -> list[dict]:

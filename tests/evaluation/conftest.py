@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from dmtjepa.config import parse_config
+from dmtjepa.evaluation.figures import FigureData, LossCurve
 from dmtjepa.objective import build_model
 
 NUM_CLASSES = 3
@@ -104,3 +105,23 @@ def data(tmp_path_factory) -> Path:
     write_images(folder / "val", 4, seed=1)
     write_masks(folder)
     return folder
+
+
+@pytest.fixture
+def everything():
+    """All data that figures can show: 3 images of 32x48 pixels with 4x6 patches of 8."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.tensor([[0, 1, 6, 7], [9, 10, 15, 16]])
+    return FigureData(
+        grid_size=(4, 6),
+        images=torch.randint(256, (3, 3, 32, 48), dtype=torch.uint8, generator=generator),
+        context_index=torch.tensor([2, 3, 8]).expand(3, -1),
+        target_index=blocks.expand(3, -1, -1),
+        query_index=torch.tensor([7, 10]),
+        neighbor_index=torch.tensor([[0, 1, 8, -1], [9, 11, 4, 16]]).expand(3, -1, -1),
+        patches=torch.randn(3, 24, 16, generator=generator),
+        untrained_patches=torch.randn(3, 24, 16, generator=generator),
+        loss=LossCurve(np.linspace(0, 2, 100), np.linspace(1, 0.2, 100)),
+        accuracy={"trained": {5: 0.7, 10: 0.8}, "untrained": {5: 0.4, 10: 0.5}, "pixels": {5: 0.3, 10: 0.3}},
+        chance=0.1,
+    )

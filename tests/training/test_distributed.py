@@ -10,17 +10,16 @@ import torch
 import torch.distributed as dist
 
 from dmtjepa.training.distributed import (
-    EXIT_HUNG,
     Agreement,
     DeviceError,
     DistributedError,
-    StopSignals,
-    Watchdog,
     check_device,
     first_failure,
     joined,
 )
 from dmtjepa.training.launch import launch
+from dmtjepa.training.signals import StopSignals
+from dmtjepa.training.watchdog import EXIT_HUNG, Watchdog
 from tests.training.ranks import run_ranks
 
 CPU = torch.device("cpu")

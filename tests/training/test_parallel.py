@@ -17,7 +17,7 @@ from dmtjepa.models.cpu import compute_by_onednn
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training import parallel
 from dmtjepa.training.distributed import joined
-from dmtjepa.training.optimization import build_optimizer
+from dmtjepa.training.optimizer import build_optimizer
 from dmtjepa.training.parallel import (
     build_mesh,
     checkpoint_blocks,

@@ -6,22 +6,15 @@ A released I-JEPA or DMT-JEPA file runs unchanged: its sections `data`, `logging
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 ModelName = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"]
-
-
-class ConfigError(ValueError):
-    """A settings file or override that cannot be used; the message names every key at fault and the remedy."""
 
 
 class Section(BaseModel):
@@ -282,103 +275,3 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The settings as YAML which `load_config` reads back to an equal `Config`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
-    """Read a settings file and apply `section.key=value` overrides (values in YAML).
-
-    Raises:
-        ConfigError: the file is missing or not YAML, or keys are unknown (the nearest valid name is given),
-            or values have a wrong type or lie out of range (the range is given). All faults are listed at once.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text()
-    except OSError as error:
-        similar = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.with_stem(similar[0])}?" if similar else ""
-        raise ConfigError(f"cannot read the settings file {path}: {error.strerror}{hint}") from None
-    try:
-        values = yaml.load(text, Loader=_Loader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of settings")
-    for override in overrides:
-        _apply(values, override)
-    return parse_config(values, source=str(path))
-
-
-def parse_config(values: dict[str, Any], source: str = "settings") -> Config:
-    """Validate a tree of settings; `source` names it in errors. Raises `ConfigError` as `load_config`."""
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
-        raise ConfigError(f"{source}:\n{faults}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that also reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`)."""
-
-
-_Loader.yaml_implicit_resolvers = {key: list(rules) for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in the tree."""
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise ConfigError(f"override {override!r}: write it as section.key=value, e.g. data.batch_size=64")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
-    node = values
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
-    node[parts[-1]] = value
-
-
-def _explain(fault: dict[str, Any]) -> str:
-    """One fault of pydantic's as a line that names the key and the remedy."""
-    place = [str(part) for part in fault["loc"]]
-    if fault["type"] == "extra_forbidden":
-        valid = _keys(place[:-1])
-        near = difflib.get_close_matches(place[-1], valid, n=1) or _elsewhere(place[-1])
-        remedy = f"did you mean {near[0]}?" if near else f"valid are {', '.join(valid)}"
-        return f"{'.'.join(place)}: unknown key; {remedy}"
-    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if not place:
-        return message
-    last = place[-1]
-    if message.startswith(last):  # a section's own check already names its key
-        return f"{'.'.join(place[:-1])}.{message}"
-    given = "" if isinstance(fault["input"], (dict, Section)) else f" (it is {fault['input']!r})"
-    separator = "." if len(place) == 1 and message.split(":")[0] in _keys(place) else ": "
-    return f"{'.'.join(place)}{separator}{message}{given if separator == ': ' else ''}"
-
-
-def _keys(place: list[str]) -> list[str]:
-    """Valid keys at a place in the tree."""
-    model: Any = Config
-    for part in place:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if get_origin(annotation) is Union:
-            annotation = get_args(annotation)[0]
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
-
-
-def _elsewhere(key: str) -> list[str]:
-    """The `section.key` of a key that was put into the wrong section."""
-    names = {name: f"{section}.{name}" for section in Config.model_fields for name in _keys([section])}
-    return [names[name] for name in difflib.get_close_matches(key, names, n=1)]

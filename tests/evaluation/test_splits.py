@@ -5,7 +5,7 @@ import pytest
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError
-from dmtjepa.evaluation.sources import find_splits, spread
+from dmtjepa.evaluation.splits import find_splits, subsample
 from tests.evaluation.conftest import write_images
 
 
@@ -86,7 +86,7 @@ def test_refuses_what_cannot_be_measured(arguments, message):
         find_splits(DataSettings(), **arguments)
 
 
-def test_spread_reaches_every_class(data):
+def test_subsample_reaches_every_class(data):
     validation = find_splits(DataSettings(root_path=str(data))).validation
-    assert np.unique(spread(validation, 3).labels).tolist() == [0, 1, 2]
-    assert len(spread(validation, 100)) == 12
+    assert np.unique(subsample(validation, 3).labels).tolist() == [0, 1, 2]
+    assert len(subsample(validation, 100)) == 12

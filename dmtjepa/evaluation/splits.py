@@ -99,7 +99,7 @@ def find_splits(
     return Splits(_thin(first, max_images), _thin(second, max_images), description, unlabelled)
 
 
-def spread(source: ImageSource, count: int) -> Subset:
+def subsample(source: ImageSource, count: int) -> Subset:
     """`count` images of a source, evenly spread over it, so that a source sorted by class gives several classes."""
     return Subset(source, np.linspace(0, len(source) - 1, min(count, len(source)), dtype=np.int64))
 

@@ -7,7 +7,7 @@ import yaml
 
 from dmtjepa.config import Config, ConfigError, load_config, parse_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 # The released DMT-JEPA file for ViT-H/14, key by key.
 RELEASED = """

@@ -1,0 +1,30 @@
+"""The settings of a run: their schema (`settings`), how they are read (`loading`), the texts of faults (`errors`)."""
+
+from dmtjepa.config.errors import ConfigError
+from dmtjepa.config.loading import load_config, parse_config
+from dmtjepa.config.settings import (
+    Config,
+    DataSettings,
+    EvaluationSettings,
+    LoggingSettings,
+    MaskSettings,
+    MetaSettings,
+    OptimizationSettings,
+    PatchSettings,
+    RuntimeSettings,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataSettings",
+    "EvaluationSettings",
+    "LoggingSettings",
+    "MaskSettings",
+    "MetaSettings",
+    "OptimizationSettings",
+    "PatchSettings",
+    "RuntimeSettings",
+    "load_config",
+    "parse_config",
+]

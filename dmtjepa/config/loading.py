@@ -1,0 +1,78 @@
+"""Reading settings files and `section.key=value` overrides."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dmtjepa.config.errors import ConfigError, explain_fault
+from dmtjepa.config.settings import Config
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
+    """Read a settings file and apply `section.key=value` overrides (values in YAML).
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or keys are unknown (the nearest valid name is given),
+            or values have a wrong type or lie out of range (the range is given). All faults are listed at once.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        similar = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.with_stem(similar[0])}?" if similar else ""
+        raise ConfigError(f"cannot read the settings file {path}: {error.strerror}{hint}") from None
+    try:
+        values = yaml.load(text, Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of settings")
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: dict[str, Any], source: str = "settings") -> Config:
+    """Validate a tree of settings; `source` names it in errors. Raises `ConfigError` as `load_config`."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        faults = "\n".join(f"  {explain_fault(fault)}" for fault in error.errors())
+        raise ConfigError(f"{source}:\n{faults}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that also reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`)."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(rules) for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in the tree."""
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r}: write it as section.key=value, e.g. data.batch_size=64")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+    node = values
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+    node[parts[-1]] = value

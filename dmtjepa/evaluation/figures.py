@@ -1,0 +1,177 @@
+"""The figures of a report: what they show, and how they are arranged on the page.
+
+`dmtjepa.evaluation.drawing` draws into single axes; `save_figures` arranges the axes into one file per figure and one
+composite, `report.png`.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import FigureBase
+
+WIDTH = 15.0
+"""Width of the composite in inches."""
+DPI = 110
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Losses of a run: epoch as a real number (1.5 is half way through the second epoch) and loss, both [n]."""
+
+    epoch: np.ndarray
+    loss: np.ndarray
+
+
+@dataclass(frozen=True)
+class FigureData:
+    """What the figures show. Tensors are on the CPU; figures whose data is None are left out.
+
+    images: uint8 [B,3,H,W]. grid_size: rows and columns of patches, N patches in all.
+    context_index: [C] for each image, target_index: [B,M,T]; patches of the masks.
+    query_index: [Q], patches whose neighbours are shown; neighbor_index: [B,Q,K], most similar first, -1 if missing.
+    patches, untrained_patches: float [B,N,D], patch features minus their mean at each position.
+    accuracy: name of the features -> {k: accuracy from 0 to 1}; chance: share of the most frequent class.
+    """
+
+    grid_size: tuple[int, int]
+    images: Tensor | None = None
+    context_index: Sequence[Tensor] | None = None
+    target_index: Tensor | None = None
+    query_index: Tensor | None = None
+    neighbor_index: Tensor | None = None
+    window: int = 3
+    patches: Tensor | None = None
+    untrained_patches: Tensor | None = None
+    loss: LossCurve | None = None
+    accuracy: Mapping[str, Mapping[int, float]] | None = None
+    chance: float | None = None
+
+
+def read_losses(path: Path) -> LossCurve:
+    """Read the losses from a run's CSV, whose header is epoch,itr,loss,mask-A,mask-B,time (ms).
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = {"epoch", "itr", "loss"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; its header is {reader.fieldnames}")
+        rows = [(row["epoch"], row["itr"], row["loss"]) for row in reader]
+    # A killed run can leave a truncated last line, a resumed run a second header.
+    numbers = np.array([[float(value) for value in row] for row in rows if all(map(_is_number, row))]).reshape(-1, 3)
+    epoch, step, loss = numbers.T
+    steps_per_epoch = step.max() + 1 if len(step) else 1
+    first = epoch.min() if len(epoch) else 0
+    return LossCurve(epoch - first + step / steps_per_epoch, loss)
+
+
+def pick_queries(grid_size: tuple[int, int]) -> Tensor:
+    """Patches [Q] whose neighbours are shown: the middle of each quadrant; the centre in large grids."""
+    rows, columns = grid_size
+    positions = [(r * rows // 4, c * columns // 4) for r in (1, 3) for c in (1, 3)]
+    if min(grid_size) >= 12:
+        positions.append((rows // 2, columns // 2))
+    return torch.tensor([row * columns + column for row, column in positions])
+
+
+def save_figures(data: FigureData, folder: Path, title: str) -> list[Path]:
+    """Write one PNG for each figure that there is data for, and all of them together as report.png.
+
+    Returns the files written, the composite first; empty if there is nothing to show.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    panels = _make_panels(data)
+    if not panels:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    # Loss and accuracy share a row; each strip of images has a row of its own.
+    curves = [panel for panel in panels if panel.name in ("loss", "accuracy")]
+    rows = ([curves] if curves else []) + [[panel] for panel in panels if panel not in curves]
+    heights = [max(panel.height for panel in row) for row in rows]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=15, fontweight="bold")
+    strips = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
+    for row, strip in zip(rows, strips, strict=True):
+        for panel, subfigure in zip(row, np.atleast_1d(strip.subfigures(1, len(row))), strict=True):
+            panel.draw(subfigure)
+    paths = [folder / "report.png"]
+    figure.savefig(paths[0], dpi=DPI)
+    for panel in panels:
+        figure = Figure(figsize=(WIDTH if panel not in curves else 0.55 * WIDTH, panel.height), layout="constrained")
+        panel.draw(figure)
+        paths.append(folder / f"{panel.name}.png")
+        figure.savefig(paths[-1], dpi=DPI)
+    return paths
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A figure of the composite: its name, its height in inches, and what draws it into a (sub)figure."""
+
+    name: str
+    height: float
+    draw: Callable[[FigureBase], None]
+
+
+def _make_panels(data: FigureData) -> list[_Panel]:
+    from dmtjepa.evaluation import drawing
+
+    panels: list[_Panel] = []
+    if data.loss is not None and len(data.loss.loss):
+        curve = data.loss
+        panels.append(_Panel("loss", 3.8, lambda figure: drawing.draw_loss(figure.subplots(), curve.epoch, curve.loss)))
+    if data.accuracy:
+        draw = partial(drawing.draw_accuracy, accuracy=data.accuracy, chance=data.chance)
+        panels.append(_Panel("accuracy", 3.8, lambda figure: draw(figure.subplots())))
+    if data.images is None:
+        return panels
+    height, width = data.images.shape[-2:]
+    strip = WIDTH / len(data.images) * height / width
+    if data.target_index is not None and data.context_index is not None:
+        draw_masks = partial(
+            drawing.draw_mask_strip,
+            images=data.images,
+            context_index=data.context_index,
+            target_index=data.target_index,
+            grid_size=data.grid_size,
+        )
+        panels.append(_Panel("masks", strip + 0.9, draw_masks))
+    if data.neighbor_index is not None and data.query_index is not None:
+        draw_neighbors = partial(
+            drawing.draw_neighbor_strip,
+            images=data.images,
+            query_index=data.query_index,
+            neighbor_index=data.neighbor_index,
+            grid_size=data.grid_size,
+            window=data.window,
+        )
+        panels.append(_Panel("neighbors", strip + 0.9, draw_neighbors))
+    if data.patches is not None:
+        patches = {"trained": data.patches}
+        if data.untrained_patches is not None:
+            patches["untrained"] = data.untrained_patches
+        draw_pca = partial(drawing.draw_pca_rows, images=data.images, patches=patches, grid_size=data.grid_size)
+        panels.append(_Panel("pca", (1 + len(patches)) * strip + 0.6, draw_pca))
+    return panels
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        float(text or "")
+    except ValueError:
+        return False
+    return True

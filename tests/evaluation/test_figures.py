@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmtjepa.evaluation import figures
+from dmtjepa.evaluation.figures import FigureData, LossCurve
+
+GRID = (4, 6)
+
+
+def test_writes_a_composite_and_one_file_for_each_picture(everything, tmp_path):
+    paths = figures.save_figures(everything, tmp_path / "report", "a run")
+    assert [path.name for path in paths] == [
+        "report.png",
+        "loss.png",
+        "accuracy.png",
+        "masks.png",
+        "neighbors.png",
+        "pca.png",
+    ]
+    sizes = []
+    for path in paths:
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert pixels.std() > 10  # something is drawn
+        sizes.append(pixels.shape[:2])
+    assert sizes[0][0] > sum(height for height, _ in sizes[3:])  # the composite holds the strips one above the other
+
+
+def test_leaves_out_what_there_is_no_data_for(everything, tmp_path):
+    only_loss = FigureData(grid_size=GRID, loss=everything.loss)
+    assert [p.name for p in figures.save_figures(only_loss, tmp_path / "a", "")] == ["report.png", "loss.png"]
+    plain = FigureData(grid_size=GRID, images=everything.images, patches=everything.patches)
+    assert [p.name for p in figures.save_figures(plain, tmp_path / "b", "")] == ["report.png", "pca.png"]
+    assert figures.save_figures(FigureData(grid_size=GRID), tmp_path / "c", "") == []
+    assert not (tmp_path / "c").exists()
+
+
+def test_loss_of_one_step_and_of_nan_is_drawn(tmp_path):
+    for loss in ([0.5], [0.5, float("nan"), 0.4]):
+        curve = LossCurve(np.arange(len(loss)) / 10, np.array(loss))
+        assert figures.save_figures(FigureData(grid_size=GRID, loss=curve), tmp_path, "")
+
+
+def test_losses_are_read_from_the_released_csv(tmp_path):
+    path = tmp_path / "jepa_r0.csv"
+    header = "epoch,itr,loss,mask-A,mask-B,time (ms)\n"
+    # As after a kill: a line cut short, then a second header.
+    path.write_text(
+        header + "1,0,0.50000,50,30,9\n1,1,0.40000,50,30,9\n2,0,0.3\n2,1,\n" + header + "2,1,0.20000,50,30,9\n"
+    )
+    curve = figures.read_losses(path)
+    assert curve.epoch.tolist() == [0, 0.5, 1, 1.5]
+    assert curve.loss.tolist() == [0.5, 0.4, 0.3, 0.2]
+    path.write_text(header)
+    assert len(figures.read_losses(path).loss) == 0
+    path.write_text("step,value\n1,2\n")
+    with pytest.raises(ValueError, match="no column epoch, itr, loss"):
+        figures.read_losses(path)
+
+
+@pytest.mark.parametrize("grid_size", [(6, 6), (14, 14), (9, 14), (16, 16)])
+def test_windows_of_queries_lie_on_the_grid_and_apart(grid_size):
+    queries = figures.pick_queries(grid_size)
+    rows, columns = queries // grid_size[1], queries % grid_size[1]
+    assert rows.min() >= 1
+    assert columns.min() >= 1
+    assert rows.max() <= grid_size[0] - 2
+    assert columns.max() <= grid_size[1] - 2
+    for i in range(len(queries)):
+        for j in range(i):
+            assert max(abs(rows[i] - rows[j]), abs(columns[i] - columns[j])) >= 2
