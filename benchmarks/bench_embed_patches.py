@@ -15,7 +15,7 @@ def cases(shape: Shape, device: str, dtype: torch.dtype) -> list[Case]:
     size = (shape.batch_size, 3, shape.image_size, shape.image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
     context = shape.masks().context_index.to(device)
-    channels_last = images.permute(0, 2, 3, 1).contiguous()
+    channels_last = images.contiguous(memory_format=torch.channels_last)
     row_size = 3 * shape.patch_size**2
 
     def plain(images, patch_size, index, mean, std, dtype):
@@ -38,7 +38,11 @@ def cases(shape: Shape, device: str, dtype: torch.dtype) -> list[Case]:
             rounding(dtype),
         )
 
-    return [case("all", images, None), case("context", images, context), case("NHWC context", channels_last, context)]
+    return [
+        case("all", images, None),
+        case("context", images, context),
+        case("context, channels last", channels_last, context),
+    ]
 
 
 if __name__ == "__main__":

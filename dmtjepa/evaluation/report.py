@@ -269,7 +269,7 @@ def _choose_neighbors(patches: Tensor, query_index: Tensor, config: Config) -> T
     batch, num_patches, width = patches.shape
     h = F.layer_norm(patches, (width,))
     flat = (torch.arange(batch)[:, None] * num_patches + query_index).flatten()
-    chosen, _ = select_neighbors(
+    chosen = select_neighbors(
         h,
         flat,
         config.grid_size,
