@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from dmtjepa import kernels as operators
 from dmtjepa.config import Config
-from dmtjepa.masking import MaskBatch
+from dmtjepa.masks import MaskBatch
 from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictor, VisionTransformer
-from dmtjepa.models.cpu import compute_by_onednn
 from dmtjepa.models.fp8 import compute_in_fp8
+from dmtjepa.models.onednn import compute_by_onednn
 
 
 class DMTJEPA(nn.Module):

@@ -1,4 +1,4 @@
-"""Forward, loss, every gradient and whole training steps against `dmtjepa.reference`."""
+"""Forward, loss, every gradient and whole training steps against `dmtjepa.reference.step`."""
 
 import copy
 from typing import NamedTuple
@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmtjepa import reference
 from dmtjepa.config import MaskSettings, load_config, parse_config
-from dmtjepa.masking import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, sample_masks
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
 from dmtjepa.objective import DMTJEPA, build_model
+from dmtjepa.reference import step as reference
 
 PATCH = 4
 

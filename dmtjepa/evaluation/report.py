@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dmtjepa.config import Config
 from dmtjepa.data import build_eval_loader
-from dmtjepa.data.sources import ImageSource
+from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.evaluation.collapse import collapse_numbers
 from dmtjepa.evaluation.features import LAYOUT_SIDE, Features, extract_features, extract_patches, extract_pixels
 from dmtjepa.evaluation.figures import FigureData, pick_queries, read_losses, save_figures
@@ -26,10 +26,9 @@ from dmtjepa.evaluation.knn import knn_accuracy, standardize
 from dmtjepa.evaluation.linear import fit_linear
 from dmtjepa.evaluation.segmentation import find_mask, read_mask, score_segmentation
 from dmtjepa.evaluation.splits import Splits, subsample
-from dmtjepa.interop import load_weights, read_checkpoint
-from dmtjepa.interop.checkpoint import get_part
+from dmtjepa.interop import get_part, load_weights, read_checkpoint
 from dmtjepa.kernels import select_neighbors
-from dmtjepa.masking import sample_masks
+from dmtjepa.masks import sample_masks
 from dmtjepa.objective import build_model
 
 NUM_SHOWN = 5

@@ -10,8 +10,9 @@ import numpy as np
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError
-from dmtjepa.data.shapes import find_shapes
-from dmtjepa.data.sources import FolderSource, ImageSource
+from dmtjepa.data.sources.base import ImageSource
+from dmtjepa.data.sources.folder import FolderSource
+from dmtjepa.data.sources.shapes import find_shapes
 
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
 HELD_OUT = 5

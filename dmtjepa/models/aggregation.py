@@ -3,7 +3,7 @@
 The algebra that makes it cheap (all exact): keys and values depend on a patch alone, so they are projected once per
 patch, then gathered; queries, MLPs and outputs exist only for patches that some target block covers; the first block
 has one query per image, and the context side one per image and block, so W_k is absorbed into the query and W_v is
-applied after pooling. The slow form, which this is tested against, is `dmtjepa.reference`.
+applied after pooling. The slow form, which this is tested against, is `dmtjepa.reference.step`.
 """
 
 from __future__ import annotations

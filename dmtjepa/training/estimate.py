@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from dmtjepa.config import Config
-from dmtjepa.masking import sample_masks
+from dmtjepa.masks import sample_masks
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
-from dmtjepa.training.parallel import UNIT_PARAMETERS, compute_dtype, recomputation
+from dmtjepa.training.parallelize import UNIT_PARAMETERS, compute_dtype, recomputation
 from dmtjepa.training.schedules import build_schedules
 
 GIB = 2**30

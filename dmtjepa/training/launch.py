@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dmtjepa.checkpoint_format import CheckpointError
 from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import DataError
 from dmtjepa.interop import WeightsError
-from dmtjepa.masking import MaskError
-from dmtjepa.training.checkpoint import CheckpointError
+from dmtjepa.masks import MaskError
+from dmtjepa.run_folder import RunFolderError
 from dmtjepa.training.distributed import DeviceError, check_device, first_failure, joined
 from dmtjepa.training.estimate import OutOfMemory, explain_lack
 from dmtjepa.training.loop import NonFiniteLoss, Outcome, train
-from dmtjepa.training.run_folder import RunFolderError
 
 # After the first failure the other processes have this long to fail by themselves, which tells more than being killed.
 GRACE_SECONDS = 2.0

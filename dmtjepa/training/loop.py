@@ -17,16 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dmtjepa import checkpoint_format
 from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import Loader, build_loader
-from dmtjepa.interop import load_model
-from dmtjepa.masking import MaskBatch, check_masks, sample_masks
+from dmtjepa.interop import export_checkpoint, load_model
+from dmtjepa.masks import MaskBatch, check_masks, sample_masks
 from dmtjepa.objective import DMTJEPA, build_model
-from dmtjepa.training import checkpoint as checkpoints
+from dmtjepa.run_folder import check_folder, locked, write_environment, write_settings
+from dmtjepa.training.checkpoint_writer import CheckpointWriter, model_state, optimizer_steps, set_optimizer_steps
 from dmtjepa.training.distributed import Agreement, DistributedError, World
 from dmtjepa.training.metrics import Metrics, StepRecord, StepValues
-from dmtjepa.training.parallel import build_mesh, compute_dtype, is_compiled, parallelize, recomputation
-from dmtjepa.training.run_folder import check_folder, claimed, write_environment, write_settings
+from dmtjepa.training.parallelize import build_mesh, compute_dtype, is_compiled, parallelize, recomputation
 from dmtjepa.training.schedules import build_schedules
 from dmtjepa.training.signals import StopSignals
 from dmtjepa.training.step import Batch, TrainStep
@@ -70,7 +71,7 @@ def train(config: Config, world: World) -> Outcome:
         global_batch = config.data.batch_size * world.world_size * config.runtime.accumulation
 
         def claim() -> None:
-            stack.enter_context(claimed(folder))
+            stack.enter_context(locked(folder))
             check_folder(folder, config, global_batch)
             write_settings(folder, config)
 
@@ -139,9 +140,7 @@ class Trainer:
         self.optimizer = self.update.optimizer
 
         self.agreement = Agreement(self._gloo_group())
-        self.writer = checkpoints.CheckpointWriter(
-            folder / "checkpoints", self._gloo_group(), runtime.keep_last, world.device
-        )
+        self.writer = CheckpointWriter(folder / "checkpoints", self._gloo_group(), runtime.keep_last, world.device)
         self.step = 0
         self.num_skipped = 0
         self.epoch_loss = [0.0, 0]  # sum and number of the finite losses of the current epoch
@@ -271,7 +270,7 @@ class Trainer:
             return
         self.writer.wait()
         folder = self.folder / "not_finite"
-        writer = checkpoints.CheckpointWriter(folder, self._gloo_group(), keep_last=1, device=self.world.device)
+        writer = CheckpointWriter(folder, self._gloo_group(), keep_last=1, device=self.world.device)
         writer.save(self._state(), self._meta(keep=False))
         writer.close()
         if self.world.rank == 0:
@@ -302,7 +301,7 @@ class Trainer:
     # ---- Checkpoints
 
     def _state(self) -> dict[str, Tensor]:
-        state = checkpoints.model_state(self.model, self.optimizer)
+        state = model_state(self.model, self.optimizer)
         state[f"rng.{self.world.rank}"] = torch.get_rng_state()
         if self.world.device.type == "cuda":
             state[f"rng.cuda.{self.world.rank}"] = torch.cuda.get_rng_state(self.world.device)
@@ -322,7 +321,7 @@ class Trainer:
             "epoch_loss": self.epoch_loss,
             "lr": self.schedules.learning_rate(last),
             "weight_decay": self.schedules.decay(last),
-            "optimizer_steps": checkpoints.optimizer_steps(self.optimizer),
+            "optimizer_steps": optimizer_steps(self.optimizer),
             "num_skipped": self.num_skipped,
             "batch_size": self.config.data.batch_size,
             "accumulation": self.accumulation,
@@ -348,8 +347,8 @@ class Trainer:
         """The newest whole checkpoint of the run folder, if there is one."""
 
         def find() -> Path | None:
-            checkpoints.remove_leftovers(self.folder / "checkpoints")
-            return checkpoints.newest_whole(self.folder / "checkpoints")
+            checkpoint_format.remove_leftovers(self.folder / "checkpoints")
+            return checkpoint_format.newest_whole(self.folder / "checkpoints")
 
         return _on_rank_0(self.world, find)
 
@@ -372,20 +371,20 @@ class Trainer:
 
     def _resume(self, found: Path) -> None:
         """Go on from a checkpoint."""
-        meta = checkpoints.read_meta(found)
+        meta = checkpoint_format.read_meta(found)
         if meta["steps_per_epoch"] != self.schedules.steps_per_epoch:
-            raise checkpoints.CheckpointError(
+            raise checkpoint_format.CheckpointError(
                 f"{found} counts {meta['steps_per_epoch']} steps per epoch of {meta['num_images']} images, and this "
                 f"run {self.schedules.steps_per_epoch} of {self.loader.num_images}: the data set has changed"
             )
         state = self._state()
         if meta["world_size"] != self.world.world_size:  # no generator of another number of ranks can be continued
             state = {name: tensor for name, tensor in state.items() if not name.startswith("rng.")}
-        checkpoints.load_into(state, found)
+        checkpoint_format.load_into(state, found)
         self.model.load_state_dict(
             {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         )
-        checkpoints.set_optimizer_steps(self.optimizer, meta["optimizer_steps"])
+        set_optimizer_steps(self.optimizer, meta["optimizer_steps"])
         if f"rng.{self.world.rank}" in state:
             torch.set_rng_state(state[f"rng.{self.world.rank}"])
         if f"rng.cuda.{self.world.rank}" in state:
@@ -401,7 +400,7 @@ class Trainer:
 def _export(checkpoint: Path, paths: list[Path]) -> None:
     """Export to the first path, and link or copy it to the others."""
     first, *others = paths
-    checkpoints.export(checkpoint, first)
+    export_checkpoint(checkpoint, first)
     for path in others:
         path.unlink(missing_ok=True)
         try:

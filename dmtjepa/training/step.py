@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dmtjepa.config import OptimizationSettings
-from dmtjepa.masking import MaskBatch
+from dmtjepa.masks import MaskBatch
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.optimizer import build_optimizer, clip_gradients, gradient_norm, set_schedules
 from dmtjepa.training.schedules import Schedules

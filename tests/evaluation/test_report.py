@@ -8,7 +8,7 @@ import torch
 from dmtjepa.evaluation.__main__ import main
 from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
 from dmtjepa.evaluation.report import load_teacher
-from dmtjepa.interop.checkpoint import open_run
+from dmtjepa.interop import open_run
 from dmtjepa.objective import build_model
 from tests.evaluation.conftest import write_images, write_run
 

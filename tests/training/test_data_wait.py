@@ -11,8 +11,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dmtjepa.config import MaskSettings
-from dmtjepa.data.folder import TorchvisionLoader
-from dmtjepa.masking import MaskBatch, sample_masks
+from dmtjepa.data.loaders.torchvision import TorchvisionLoader
+from dmtjepa.masks import MaskBatch, sample_masks
 from dmtjepa.training.launch import launch
 from dmtjepa.training.loop import BatchStream, Trainer
 from dmtjepa.training.metrics import WAIT_STEPS, Metrics, StepRecord, StepValues

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmtjepa.config import load_config
-from dmtjepa.masking import sample_masks
+from dmtjepa.masks import sample_masks
 from dmtjepa.objective import build_model
 from dmtjepa.training.estimate import (
     MaskShapes,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmtjepa.training import checkpoint
+from dmtjepa import checkpoint_format
 from dmtjepa.training.launch import launch
 from dmtjepa.training.loop import Trainer
 from dmtjepa.training.metrics import Metrics
@@ -74,8 +74,8 @@ def test_resumes_from_a_checkpoint_of_the_gpu(settings, losses):
     config = settings(**{"runtime.keep_last": 5})
     assert launch(config, ["cuda:0"]) == 0
     before = losses(config)
-    checkpoint.discard(Path(config.logging.folder, "checkpoints", "step-00000024"))
-    checkpoint.discard(Path(config.logging.folder, "checkpoints", "step-00000016"))
+    checkpoint_format.discard(Path(config.logging.folder, "checkpoints", "step-00000024"))
+    checkpoint_format.discard(Path(config.logging.folder, "checkpoints", "step-00000016"))
     assert launch(config, ["cuda:0"]) == 0
     after = losses(config)
     assert after[:8] == before[:8]
