@@ -23,7 +23,7 @@ ALLOWED = {
     "run_folder": {"checkpoint_format", "config", "errors", "files"},
     "config": {"errors"},
     "packing": set(),
-    "masks": {"config", "packing"},
+    "masks": {"config", "errors", "packing"},
     "data": {"config", "errors"},
     "models": {"kernels", "packing"},
     "objective": {"kernels", "config", "masks", "models"},
