@@ -37,7 +37,7 @@ def tiny() -> tuple[str, ...]:
 
 @pytest.fixture
 def world() -> World:
-    with process_group(torch.device("cpu"), start_timeout=60, hang_timeout=60) as world:
+    with process_group(torch.device("cpu"), start_timeout=600, hang_timeout=3600) as world:
         yield world
 
 
