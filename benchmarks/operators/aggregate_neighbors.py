@@ -12,10 +12,8 @@ from dmtjepa.kernels.aggregate_neighbors import (
     aggregate_neighbors_cpu,
     aggregate_neighbors_plain,
     launch_aggregate_neighbors,
-    launch_pool_neighbors,
-    pool_neighbors_cpu,
-    pool_neighbors_plain,
 )
+from dmtjepa.kernels.pool_neighbors import launch_pool_neighbors, pool_neighbors_cpu, pool_neighbors_plain
 
 
 def cases(workload: Workload, device: str, dtype: torch.dtype) -> list[Case]:

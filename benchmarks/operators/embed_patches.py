@@ -15,7 +15,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def cases(workload: Workload, device: str, dtype: torch.dtype) -> list[Case]:
     images = workload.images(device)
     context = workload.masks(0, device=device).context_index
-    channels_last = images.permute(0, 2, 3, 1).contiguous()
+    channels_last = images.contiguous(memory_format=torch.channels_last)
     row_size = 3 * workload.patch_size**2
 
     def plain(images, patch_size, index, mean, std, dtype):
@@ -38,4 +38,8 @@ def cases(workload: Workload, device: str, dtype: torch.dtype) -> list[Case]:
             rounding(dtype),
         )
 
-    return [case("all", images, None), case("context", images, context), case("NHWC context", channels_last, context)]
+    return [
+        case("all", images, None),
+        case("context", images, context),
+        case("context, channels last", channels_last, context),
+    ]
