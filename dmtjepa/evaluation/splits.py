@@ -72,7 +72,8 @@ def find_splits(
         raise DataError(f"--max-images must be at least 1, not {max_images}")
     if (train is None) != (validation is None):
         raise DataError("give both --train and --val, or neither")
-    if train is not None:
+    sources: FolderSource | tuple[FolderSource, FolderSource]
+    if train is not None and validation is not None:
         sources = FolderSource(train), FolderSource(validation)
     elif data is None and settings.dataset == "shapes":
         folder = find_shapes()
@@ -89,7 +90,8 @@ def find_splits(
     else:
         description = f"{sources[0].folder} and {sources[1].folder}"
         pair = sources
-    first, second = pair
+    first: ImageSource = pair[0]
+    second: ImageSource = pair[1]
     unlabelled = None
     if first.labels is None or second.labels is None:
         unlabelled = "its images do not lie in one folder per class"

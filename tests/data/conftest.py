@@ -4,25 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import make_shards
-from tests.data.images import smooth_image
-
-
-@pytest.fixture(scope="session")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 JPEG files of different sizes in three classes, in folders of different depth."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for number in range(30):
-        place = folder / ("ant", "bee/worker", "cat")[number % 3]
-        place.mkdir(parents=True, exist_ok=True)
-        width, height = rng.integers(40, 160, 2).tolist()
-        smooth_image(rng, width, height).save(place / f"{number:03d}.jpg", quality=90)
-    return folder
+from tests.helpers.images import image_folder
 
 
 @pytest.fixture

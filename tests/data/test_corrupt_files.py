@@ -15,8 +15,8 @@ from dmtjepa.data.check import check
 from dmtjepa.data.decode import CorruptImage, decode_image
 from dmtjepa.data.jpeg_header import read_plain_size
 from dmtjepa.data.sources.folder import FolderSource
-from tests.data.images import LOADERS, encode, flip_bytes, needs_dali, smooth_image
-from tests.data.kinds import list_kinds
+from tests.helpers.image_kinds import list_kinds
+from tests.helpers.images import LOADERS, encode, flip_bytes, needs_dali, smooth_image
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dmtjepa.data.decode import CorruptImage, decode_image
-from tests.data.images import encode, smooth_image
+from tests.helpers.images import encode, smooth_image
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF", "JPEG"])

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dmtjepa.data.jpeg_header import read_plain_size
-from tests.data.images import encode, smooth_image
+from tests.helpers.images import encode, smooth_image
 
 
 def test_plain_jpegs_are_recognised():

@@ -17,7 +17,7 @@ import pytest
 
 from dmtjepa.data import DataError, check, make_shards, open_images
 from dmtjepa.data.sources.folder import FolderSource
-from tests.data.images import contents
+from tests.helpers.images import contents
 
 
 def test_packing_goes_on_where_it_stopped(image_folder: Path, tmp_path: Path, monkeypatch):

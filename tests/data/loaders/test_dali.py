@@ -16,7 +16,7 @@ from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_loader
 from dmtjepa.data.jpeg_header import read_plain_size
 from dmtjepa.data.loaders.base import wait_for_progress
-from tests.data.images import encode, flip_bytes, needs_dali, smooth_image
+from tests.helpers.images import encode, flip_bytes, needs_dali, smooth_image
 
 pytestmark = needs_dali
 

@@ -9,7 +9,7 @@ import pytest
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import build_loader
-from tests.data.images import LOADERS
+from tests.helpers.images import LOADERS
 
 
 def written_memory() -> int:

@@ -25,7 +25,7 @@ from dmtjepa.data import DataError, FolderSource, build_loader
 from dmtjepa.data.loaders.base import wait_for_progress
 from dmtjepa.data.loaders.torchvision import _PREFETCH, TorchvisionLoader
 from dmtjepa.data.sampling import FLIP_DRAW, SampleOrder, choose_crop, draw_uniforms
-from tests.data.images import LOADERS
+from tests.helpers.images import LOADERS
 
 
 def batches(settings: DataSettings, epoch: int = 0, start_step: int = 0, **options: int) -> list[torch.Tensor]:

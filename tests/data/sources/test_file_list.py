@@ -11,7 +11,7 @@ import torch
 from dmtjepa.data import DataError, build_eval_loader, check, open_images
 from dmtjepa.data.sources.file_list import ListSource
 from dmtjepa.data.sources.folder import FolderSource
-from tests.data.images import contents
+from tests.helpers.images import contents
 
 
 def test_lists(image_folder: Path, tmp_path: Path):

@@ -19,7 +19,7 @@ from dmtjepa.data import DataError, build_loader, open_images
 from dmtjepa.data.sources.folder import FolderSource
 from dmtjepa.data.sources.shards import ShardSource, find_shards
 from dmtjepa.data.sources.tar_index import read_members
-from tests.data.images import LOADERS, contents, needs_dali
+from tests.helpers.images import LOADERS, contents, needs_dali
 
 
 def test_packed_shards_hold_the_folder(shards: Path, image_folder: Path):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from tests.data.images import encode, smooth_image
+from tests.helpers.images import encode, smooth_image
 
 
 def list_kinds() -> Iterator[tuple[str, bytes, bool]]:
