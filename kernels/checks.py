@@ -1,7 +1,7 @@
 """Argument checks shared by the operators. They raise before a kernel is launched.
 
-Messages are formatted only on failure, so that a check does not make `torch.compile` specialise on a dynamic size. Values
-are checked in debug mode only (`DMTJEPA_DEBUG=1`), because reading an index makes the host wait for the device.
+Messages are formatted only on failure, so that a check does not make `torch.compile` specialise on a dynamic size.
+Values are checked in debug mode only (`DMTJEPA_DEBUG=1`), because reading an index makes the host wait for the device.
 """
 
 import os

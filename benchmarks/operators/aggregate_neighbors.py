@@ -5,7 +5,8 @@ Unique bytes: queries, own keys and values, keys and values of the neighbourhood
 
 import torch
 
-from benchmarks.operators.cases import Case, Shape, draw_neighbors, in_float32, num_bytes, rounding
+from benchmarks.operators.cases import Case, draw_neighbors, in_float32, num_bytes, rounding
+from benchmarks.workloads import Workload
 from dmtjepa.kernels.aggregate_neighbors import (
     aggregate_neighbors_cpu,
     aggregate_neighbors_plain,
@@ -13,19 +14,19 @@ from dmtjepa.kernels.aggregate_neighbors import (
 )
 
 
-def cases(shape: Shape, device: str, dtype: torch.dtype) -> list[Case]:
-    masks = shape.masks().to(device)
-    neighbor_index = draw_neighbors(masks, shape)
+def cases(workload: Workload, device: str, dtype: torch.dtype) -> list[Case]:
+    masks = workload.masks(0, device=device)
+    neighbor_index = draw_neighbors(masks, workload)
 
     def draw(num_tokens: int) -> torch.Tensor:
-        return torch.randn(num_tokens, shape.dim, device=device).to(dtype)
+        return torch.randn(num_tokens, workload.dim, device=device).to(dtype)
 
     query, self_key, self_value = (draw(len(masks.target_unique)) for _ in range(3))
     key, value = (draw(len(masks.neighborhood)) for _ in range(2))
     return [
         Case(
             "aggregate_neighbors",
-            (query, self_key, self_value, key, value, neighbor_index, shape.num_heads),
+            (query, self_key, self_value, key, value, neighbor_index, workload.num_heads),
             launch_aggregate_neighbors,
             aggregate_neighbors_cpu,
             aggregate_neighbors_plain,
