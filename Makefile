@@ -1,9 +1,12 @@
 # Everything runs in a virtual environment inside the checkout. Another Python: make PYTHON=python3.12 ...
 PYTHON ?= python3
+# Processes that run tests at a time. One thread each: two processes with two threads each are slower on two cores.
+JOBS ?= 2
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: venv quickstart test lint gpu-check clean
+.PHONY: venv quickstart check test lint types format gpu-check clean
 
 venv: $(VENV)/.installed
 
@@ -16,11 +19,24 @@ quickstart: venv
 	$(RUN) main.py --fname configs/quickstart.yaml
 	$(RUN) -m dmtjepa.evaluation runs/quickstart
 
-test: venv lint
-	$(RUN) -m pytest
+# Before every commit: style, types and the fast tests. Under 90 seconds on two cores.
+check: lint types
+	$(PYTEST) -m "not slow" -q
+
+# Everything, as CI runs it.
+test: lint types
+	$(PYTEST)
 
 lint: venv
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: venv
+	$(RUN) -m mypy
+
+format: venv
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 # On a machine with a CUDA device: correctness first, then every benchmark, in under 10 minutes.
 # PUBLISHED=checkout of the published code compares with it; IMAGES=folder of photographs measures the loaders, too.
@@ -29,4 +45,4 @@ gpu-check: venv
 		$(if $(IMAGES),--images $(IMAGES))
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

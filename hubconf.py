@@ -6,8 +6,7 @@ features = encoder(images).mean(1)          # images: uint8 [B,3,224,224], or fl
 
 from __future__ import annotations
 
-from dmtjepa.interop import load_weights, read_checkpoint
-from dmtjepa.interop.checkpoint import get_part
+from dmtjepa.interop import get_part, load_weights, read_checkpoint
 from dmtjepa.models import ARCHITECTURES, VisionTransformer
 
 dependencies = ["torch", "torchvision", "pydantic", "yaml", "safetensors"]

@@ -26,15 +26,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench_loader import NEEDS
-from benchmarks.harness import environment
+from benchmarks.data.loader import NEEDS
+from benchmarks.machine import environment
 
 ROOT = Path(__file__).parents[1]
 TIME_LIMIT = 9 * 60  # a minute is left for starting Python, and for the tables
 OTHER_MODELS = ("vit_base:256", "vit_large:256")
 OTHER_TESTS = (
     "tests/models", "tests/test_packing.py", "tests/masks",
-    "tests/data/test_dali.py", "tests/data/test_augment.py", "tests/evaluation/test_features.py",
+    "tests/data/loaders/test_dali.py", "tests/data/test_augment.py", "tests/evaluation/test_features.py",
 )  # fmt: skip
 PRINTED_LINES = 60  # of each step's output, at the end
 STATES = {0: "passed", 5: "no tests", None: "stopped: out of time"}  # by return code; any other is a failure
@@ -49,8 +49,8 @@ class Step:
     seconds: float
 
 
-def benchmark(name: str, out: Path, seconds: float, *options: str, module: str | None = None) -> Step:
-    command = (sys.executable, "-m", f"benchmarks.{module or f'bench_{name}'}", "--out", str(out), *options)
+def benchmark(name: str, module: str, out: Path, seconds: float, *options: str) -> Step:
+    command = (sys.executable, "-m", f"benchmarks.{module}", "--out", str(out), *options)
     return Step(name, command, seconds)
 
 
@@ -61,17 +61,19 @@ def steps(out: Path, images: Path | None, published: Path | None) -> list[Step]:
     found = [
         Step("operator-tests", (*pytest, "tests/kernels"), 200),
         Step("training-tests", (*pytest, "tests/training"), 120),
-        benchmark("targets", out, 60, "--shapes", "huge:128", *theirs),
-        benchmark("step", out, 220, "--models", "vit_huge:128", *theirs),
-        benchmark("operators", out, 150, "--shapes", "huge"),
-        benchmark("profile", out, 100, module="profile_step"),
-        benchmark("memory", out, 130, "--providers", "project", *(["published"] if published else []), *theirs),
-        benchmark("others", out / "others", 200, "--models", *OTHER_MODELS, *theirs, module="bench_step"),
+        benchmark("targets", "step.target_head", out, 60, "--shapes", "huge:128", *theirs),
+        benchmark("step", "step.speed", out, 220, "--models", "vit_huge:128", *theirs),
+        benchmark("operators", "operators.speed", out, 150, "--shapes", "huge"),
+        benchmark("profile", "step.profile", out, 100),
+        benchmark(
+            "memory", "step.memory", out, 130, "--providers", "project", *(["published"] if published else []), *theirs
+        ),
+        benchmark("others", "step.speed", out / "others", 200, "--models", *OTHER_MODELS, *theirs),
     ]
     if images is not None:
-        command = (sys.executable, "-m", "benchmarks.bench_loader", str(images), "--device", "cuda")
+        command = (sys.executable, "-m", "benchmarks.data.loader", str(images), "--device", "cuda")
         found.append(Step("loader", (*command, "--json", str(out / "loader.json")), 120))
-        found.append(benchmark("data_wait", out, 150, str(images), "--model", OTHER_MODELS[1]))
+        found.append(benchmark("data_wait", "data.data_wait", out, 150, str(images), "--model", OTHER_MODELS[1]))
     found.append(Step("other-tests", (*pytest, *OTHER_TESTS), 150))
     if sanitizer := shutil.which("compute-sanitizer"):
         command = (sanitizer, "--error-exitcode", "1", "--report-api-errors", "no", *pytest, "tests/kernels")

@@ -31,8 +31,8 @@ import tiny_architecture  # noqa: E402, F401
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from dmtjepa import checkpoint_format  # noqa: E402
 from dmtjepa.config import Config, parse_config  # noqa: E402
-from dmtjepa.training import checkpoint  # noqa: E402
 from dmtjepa.training.launch import run_process  # noqa: E402
 
 NUM_STEPS = 24
@@ -124,7 +124,7 @@ def same_result(first: Config, second: Config) -> bool:
 
         def compare() -> None:
             old, new = (
-                checkpoint.load_full(checkpoint.newest_whole(Path(config.logging.folder, "checkpoints")))
+                checkpoint_format.load_full(checkpoint_format.newest_whole(Path(config.logging.folder, "checkpoints")))
                 for config in (first, second)
             )
             assert old.keys() == new.keys()
@@ -166,7 +166,7 @@ def wait_for_moment(moment: str, run: Processes, config: Config, generator: rand
 
 def newest_step(checkpoints: Path) -> int:
     """Steps of the newest published checkpoint; 0 without any."""
-    return max(map(checkpoint.step_of, checkpoint.list_checkpoints(checkpoints)), default=0)
+    return max(map(checkpoint_format.step_of, checkpoint_format.list_checkpoints(checkpoints)), default=0)
 
 
 def _poll_until(run: Processes, condition: Callable[[], bool]) -> bool:
@@ -238,8 +238,8 @@ def main() -> int:
                 return _fail(f"resumed from step {last_start(config)['step']} instead of {expected}", log)
             if not killing:
                 break
-            found = checkpoint.newest_whole(checkpoints)
-            expected = 0 if found is None else checkpoint.step_of(found)
+            found = checkpoint_format.newest_whole(checkpoints)
+            expected = 0 if found is None else checkpoint_format.step_of(found)
             if expected < published:
                 return _fail(f"step {published} was published, but the newest whole checkpoint is {found}", log)
             rows = len(read_losses(config))

@@ -12,20 +12,25 @@ from setuptools import find_packages
 
 ROOT = Path(__file__).parents[1]
 
+RUNS = {"checkpoint_format", "config", "errors", "files", "run_folder"}
+
 # What each part may import of the project; a part may always import itself.
 ALLOWED = {
     "kernels": set(),
     "errors": set(),
+    "files": set(),
+    "checkpoint_format": {"errors", "files"},
+    "run_folder": {"checkpoint_format", "config", "errors", "files"},
     "config": {"errors"},
     "packing": set(),
-    "masks": {"config", "packing"},
-    "data": {"config"},
+    "masks": {"config", "errors", "packing"},
+    "data": {"config", "errors"},
     "models": {"kernels", "packing"},
     "objective": {"kernels", "config", "masks", "models"},
     "reference": {"config", "masks"},
-    "interop": {"config", "models", "objective"},
-    "training": {"config", "data", "masks", "models", "objective", "interop", "kernels"},
-    "evaluation": {"config", "data", "masks", "models", "objective", "interop", "kernels"},
+    "interop": RUNS | {"models", "objective"},
+    "training": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},
+    "evaluation": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},
 }
 
 

@@ -139,7 +139,7 @@ class MetaSettings(Section):
         if value:
             raise ValueError(
                 "images are not copied to local disks; pack them into tar shards, which a network file system serves "
-                "well (python -m dmtjepa.data.pack), and leave this false"
+                "well (python -m dmtjepa.data.make_shards), and leave this false"
             )
         return value
 
@@ -265,6 +265,10 @@ class Config(Section):
                 f"{self.patch.patch_k_size}x{self.patch.patch_k_size}, which holds {self.patch.patch_k_size**2 - 1}"
             )
         return self
+
+    def global_batch(self, world_size: int) -> int:
+        """Images of an optimizer step: the batches of all devices, and of all micro-batches that are accumulated."""
+        return self.data.batch_size * world_size * self.runtime.accumulation
 
     @property
     def grid_size(self) -> tuple[int, int]:

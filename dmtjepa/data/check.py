@@ -1,6 +1,6 @@
 """Look through a data set before a long run: `python -m dmtjepa.data.check SOURCE`.
 
-Reads and decodes every image, in parallel, and reports counts, sizes, formats, broken files and duplicates.
+Reads and decodes every image, in parallel, and reports counts, sizes, formats, corrupt files and duplicates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dmtjepa.data import DataError, ImageSource, open_images
-from dmtjepa.data.images import BrokenImage, decode_image, tell_reason
+from dmtjepa.data.decode import CorruptImage, decode_image, tell_reason
 
 _CHUNK = 64
 _LISTED = 20  # groups of duplicates
@@ -29,7 +29,7 @@ _EQUATED = 4  # names in a group
 
 
 class Finding(NamedTuple):
-    """What an image is: format and mode as PIL names them, and a digest of its bytes; or why it is broken."""
+    """What an image is: format and mode as PIL names them, and a digest of its bytes; or why it is corrupt."""
 
     form: str = ""
     mode: str = ""
@@ -48,11 +48,11 @@ class Report:
     sizes: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))  # (width, height) of the good ones
     formats: Counter = field(default_factory=Counter)
     modes: Counter = field(default_factory=Counter)
-    broken: list[tuple[str, str]] = field(default_factory=list)
+    corrupt: list[tuple[str, str]] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"images      {self.num_images}, {self.num_images - len(self.broken)} of them good"]
+        lines = [f"images      {self.num_images}, {self.num_images - len(self.corrupt)} of them good"]
         if self.num_classes:
             lines.append(f"classes     {self.num_classes}")
         if len(self.sizes):
@@ -63,8 +63,8 @@ class Report:
         copies = sum(len(group) - 1 for group in self.duplicates)
         lines.append(f"duplicates  {copies} copies of {len(self.duplicates)} images (same bytes)")
         lines += _list_some(["  " + _equate(group) for group in self.duplicates])
-        lines.append(f"broken      {len(self.broken)}")
-        lines += [f"  {name}: {reason}" for name, reason in self.broken]
+        lines.append(f"corrupt      {len(self.corrupt)}")
+        lines += [f"  {name}: {reason}" for name, reason in self.corrupt]
         return "\n".join(lines)
 
 
@@ -84,7 +84,7 @@ def examine(data: bytes) -> Finding:
         image = Image.open(io.BytesIO(data))
         digest = hashlib.blake2b(data, digest_size=16).digest()
         return Finding(image.format or "", image.mode, image.width, image.height, digest)
-    except BrokenImage as error:
+    except CorruptImage as error:
         return Finding(reason=str(error))
 
 
@@ -117,7 +117,7 @@ def check(source: ImageSource, num_workers: int) -> Report:
             for start, findings in zip(starts, pool.map(_examine_some, starts), strict=True):
                 for image, finding in enumerate(findings, start):
                     if finding.reason:
-                        report.broken.append((source.name(image), finding.reason))
+                        report.corrupt.append((source.name(image), finding.reason))
                         continue
                     sizes.append((finding.width, finding.height))
                     report.formats[finding.form] += 1
@@ -134,7 +134,7 @@ def check(source: ImageSource, num_workers: int) -> Report:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dmtjepa.data.check",
-        description="Read and decode every image, and report what is there. The exit code is 1 when some are broken.",
+        description="Read and decode every image, and report what is there. The exit code is 1 when some are corrupt.",
     )
     parser.add_argument("source", help="folder of images, file list (.txt, .tsv, .lst), or tar shards")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(str(report).encode(errors="backslashreplace").decode())  # names of files can be any bytes
-    return 1 if report.broken else 0
+    return 1 if report.corrupt else 0
 
 
 if __name__ == "__main__":

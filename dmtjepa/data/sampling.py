@@ -16,7 +16,7 @@ import numpy as np
 _ORDER, _CROP, _REPLACEMENT = 0, 1, 2
 
 CROP_ATTEMPTS = 10
-# So many broken images in a row mean that the data set is gone (a lost mount), not that an image is damaged.
+# So many corrupt images in a row mean that the data set is gone (a lost mount), not that an image is damaged.
 MAX_ATTEMPTS = 100
 # Uniform draws of a sample: 4 for each attempt at a crop box, then flip, colour and blur (augment.py).
 FLIP_DRAW = 4 * CROP_ATTEMPTS
@@ -42,7 +42,7 @@ def draw_uniforms(seed: int, epoch: int, position: int) -> np.ndarray:
 
 
 def candidate_images(image: int, seed: int, epoch: int, position: int, num_images: int) -> Iterator[int]:
-    """The image of a position, then those that take its place while it is broken: uniform over the data set."""
+    """The image of a position, then those that take its place while it is corrupt: uniform over the data set."""
     yield image
     for attempt in range(1, MAX_ATTEMPTS):
         yield int(_generator(seed, epoch, _REPLACEMENT + attempt, position).integers(num_images))

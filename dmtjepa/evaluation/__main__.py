@@ -15,8 +15,7 @@ from dmtjepa.data import DataError
 from dmtjepa.evaluation.formatting import format_table, format_verdict
 from dmtjepa.evaluation.report import evaluate
 from dmtjepa.evaluation.splits import find_splits
-from dmtjepa.interop import WeightsError
-from dmtjepa.interop.checkpoint import open_run
+from dmtjepa.interop import WeightsError, open_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\nwritten: {out}/report.md, report.json, {', '.join(Path(f).name for f in report.files[2:])}")
     print("next:")
     print(f"  look at {out}/report.png")
-    print(f"  python -m dmtjepa.interop export {options.run} --format hf --out {options.run}/hf   # or timm, released")
+    print(f"  python -m dmtjepa.interop export {options.run} --format hf --out {options.run}/hf   # or timm, official")
     print("  python -m dmtjepa.evaluation RUN --data FOLDER                # measure on other labelled images")
     return 0
 

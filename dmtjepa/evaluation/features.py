@@ -1,4 +1,4 @@
-"""Features of a frozen encoder over a set of images: what k-NN, probes and collapse numbers are computed from."""
+"""Features of a frozen encoder for a set of images: the input of k-NN, linear probes and collapse numbers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dmtjepa.evaluation.errors import EvaluationError
+from dmtjepa.models import VisionTransformer
+
 PIXEL_SIDE = 32
-"""Raw-pixel baselines average an image to at most this many pixels a side (CIFAR-10's own size)."""
+"""The raw-pixel baseline averages an image to at most this many pixels per side (the size of CIFAR-10)."""
 
 Batch = tuple[Tensor, Tensor | None, list[str]]
-"""images uint8 [B,3,H,W], labels int64 [B] or None, paths."""
-
+"""images uint8 [B,3,H,W], labels int64 [B] or None, names."""
 
 LAYOUT_SIDE = 4
-"""Features that keep the layout of an image are averages over at most this many fields of the grid a side."""
+"""Features that keep the layout of an image are averages over at most this many fields of the grid per side."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of n images: pooled float32 [n,D] on the CPU; labels int64 [n], or None where there are none.
+    """Features of n images on the CPU.
 
-    layout: float32 [n,S*S*D], averages over S x S fields of the grid one after the other, if they were asked for.
+    pooled: float32 [n,D]. labels: int64 [n], or None if the images have none.
+    layout: float32 [n,S*S*D], concatenated averages over S x S fields of the grid, or None.
     """
 
     pooled: Tensor
@@ -35,7 +38,7 @@ class Features:
 
 @torch.no_grad()
 def extract_features(
-    encoder: nn.Module,
+    encoder: VisionTransformer,
     batches: Iterable[Batch],
     *,
     device: torch.device | str = "cpu",
@@ -44,20 +47,24 @@ def extract_features(
     description: str = "features",
     progress: bool = True,
 ) -> Features:
-    """Average-pooled outputs of a frozen encoder for every image of `batches`.
+    """Average-pooled outputs of a frozen encoder for all images of `batches`.
 
-    I-JEPA evaluates the average of the teacher's patch outputs (section 5); its linear probe may also concatenate
-    the averages of the last four layers. bfloat16 on CUDA, float32 on the CPU; the average is taken in float32.
+    I-JEPA (arXiv 2301.08243, section 5) evaluates the average of the teacher's patch outputs. Its linear probe may
+    also concatenate the averages of the last four layers. The encoder computes in bfloat16 on CUDA and in float32 on
+    the CPU; averages are computed in float32.
 
     Args:
-        encoder: maps images uint8 [B,3,H,W] to [B,N,D]; with num_layers > 1 it has `blocks` and a final `norm`.
-        batches: images uint8 [B,3,H,W], labels int64 [B] or None, paths.
-        num_layers: concatenate the averages of this many last blocks, each through the final norm: D * num_layers.
-        grid_size: rows and columns of patches, to have `layout` too, of the last block.
-        progress: show a bar, where standard error is a terminal.
+        encoder: maps images uint8 [B,3,H,W] to [B,N,D].
+        batches: images uint8 [B,3,H,W], labels int64 [B] or None, names.
+        num_layers: concatenate the averages of the last `num_layers` blocks, each after the final norm: the pooled
+            features are then [n,D*num_layers].
+        grid_size: rows and columns of patches; if given, `layout` is computed from the last block.
+        description: what the features are, for the progress bar and for errors.
+        progress: show a progress bar if standard error is a terminal.
 
     Raises:
-        ValueError: no image came, or num_layers is out of range.
+        EvaluationError: there is no readable image.
+        ValueError: num_layers is out of range.
     """
     encoder = encoder.to(device).eval()
     pooled: list[Tensor] = []
@@ -69,12 +76,12 @@ def extract_features(
         pooled.append(torch.cat([layer.float().mean(1) for layer in layers], dim=1).cpu())
         if grid_size is not None:
             fields = layers[-1].float().transpose(1, 2).unflatten(2, grid_size)
-            side = [min(LAYOUT_SIDE, length) for length in grid_size]
+            side = (min(LAYOUT_SIDE, grid_size[0]), min(LAYOUT_SIDE, grid_size[1]))
             layout.append(F.adaptive_avg_pool2d(fields, side).flatten(2).transpose(1, 2).flatten(1).cpu())
         if batch_labels is not None:
             labels.append(batch_labels.cpu())
     if not pooled:
-        raise ValueError(f"{description}: no images to evaluate; check the folder given as data")
+        raise EvaluationError(f"{description}: no images could be read; check the images that are evaluated")
     return Features(torch.cat(pooled), torch.cat(labels) if labels else None, torch.cat(layout) if layout else None)
 
 
@@ -87,9 +94,12 @@ def extract_patches(encoder: nn.Module, images: Tensor, *, device: torch.device 
 
 
 def extract_pixels(batches: Iterable[Batch]) -> Features:
-    """Raw pixels as features: averaged to at most 32x32, less the mean of the image, flattened.
+    """Raw pixels as features: averaged to at most 32x32, minus the mean of the image, flattened.
 
-    Taking the mean away makes cosine similarity compare patterns; without it, brightness alone decides.
+    With the mean subtracted, cosine similarity compares patterns; otherwise it would compare brightness.
+
+    Raises:
+        EvaluationError: there is no readable image.
     """
     pooled: list[Tensor] = []
     labels: list[Tensor] = []
@@ -100,12 +110,16 @@ def extract_pixels(batches: Iterable[Batch]) -> Features:
         if batch_labels is not None:
             labels.append(batch_labels.cpu())
     if not pooled:
-        raise ValueError("pixels: no images to evaluate; check the folder given as data")
+        raise EvaluationError("pixels: no images could be read; check the images that are evaluated")
     return Features(torch.cat(pooled).cpu(), torch.cat(labels) if labels else None)
 
 
-def last_layers(encoder: nn.Module, images: Tensor, num_layers: int) -> list[Tensor]:
-    """Outputs [B,N,D] of the last `num_layers` blocks, each through the encoder's final norm, the last one last."""
+def last_layers(encoder: VisionTransformer, images: Tensor, num_layers: int) -> list[Tensor]:
+    """Outputs [B,N,D] of the last `num_layers` blocks, each after the final norm of the encoder; the last block last.
+
+    Raises:
+        ValueError: the encoder has fewer blocks.
+    """
     if num_layers == 1:
         return [encoder(images)]
     if not 1 <= num_layers <= len(encoder.blocks):
@@ -115,7 +129,7 @@ def last_layers(encoder: nn.Module, images: Tensor, num_layers: int) -> list[Ten
     outputs: list[Tensor] = []
     hooks = [
         block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-        for block in encoder.blocks[-num_layers:]
+        for block in list(encoder.blocks)[-num_layers:]
     ]
     try:
         encoder(images)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -78,15 +77,6 @@ def read_losses(path: Path) -> LossCurve:
     return LossCurve(epoch - first + step / steps_per_epoch, loss)
 
 
-def pick_queries(grid_size: tuple[int, int]) -> Tensor:
-    """Patches [Q] whose neighbours are shown: the middle of each quadrant; the centre in large grids."""
-    rows, columns = grid_size
-    positions = [(r * rows // 4, c * columns // 4) for r in (1, 3) for c in (1, 3)]
-    if min(grid_size) >= 12:
-        positions.append((rows // 2, columns // 2))
-    return torch.tensor([row * columns + column for row, column in positions])
-
-
 def save_figures(data: FigureData, folder: Path, title: str) -> list[Path]:
     """Write one PNG for each figure that there is data for, and all of them together as report.png.
 
@@ -104,9 +94,9 @@ def save_figures(data: FigureData, folder: Path, title: str) -> list[Path]:
     heights = [max(panel.height for panel in row) for row in rows]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=15, fontweight="bold")
-    strips = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
+    strips = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
     for row, strip in zip(rows, strips, strict=True):
-        for panel, subfigure in zip(row, np.atleast_1d(strip.subfigures(1, len(row))), strict=True):
+        for panel, subfigure in zip(row, strip.subfigures(1, len(row), squeeze=False)[0], strict=True):
             panel.draw(subfigure)
     paths = [folder / "report.png"]
     figure.savefig(paths[0], dpi=DPI)

@@ -1,20 +1,24 @@
-"""What a report holds, and how it reads: the table and sentences that are printed, and report.md."""
+"""The contents of a report, and their text: the table and the sentences that are printed, and report.md."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass
 class Report:
-    """What was measured. Accuracies are shares from 0 to 1; keys of `knn` are k; parts not measured are empty.
+    """What was measured. Accuracies are shares from 0 to 1. What was not measured is empty.
 
-    knn, knn_plain, linear, collapse, segmentation: by the features' name, `trained`, `untrained` or `pixels`.
-    knn_layout: of `trained` and `untrained`, features that keep the layout of the image, as pixels do.
+    run, data: what was measured, and on which images.
+    knn, knn_plain, linear, collapse, segmentation: results by the name of the features: `trained`, `untrained` or
+        `pixels`. The keys of the k-NN results are k; `knn` weights its votes, `knn_plain` does not.
+    knn_layout: k-NN results of features that keep the layout of the image, as pixels do.
+    loss: number of logged steps, first and last loss.
     skipped: what was not measured, and why.
+    files: the files of the report.
     """
 
     run: dict[str, Any]
@@ -32,7 +36,7 @@ class Report:
 
 
 def format_table(report: Report) -> str:
-    """The accuracies as plain text: one line for each kind of features, one column for each k and probe."""
+    """The accuracies as plain text: a line per kind of features, a column per k and per probe. Empty without them."""
     ks = list(next(iter(report.knn.values()), {}))
     header = ["features", *(f"k-NN k={k}" for k in ks)]
     header += ["linear"] * bool(report.linear) + ["mIoU"] * bool(report.segmentation)
@@ -59,25 +63,25 @@ def format_table(report: Report) -> str:
 
 
 def format_verdict(report: Report) -> list[str]:
-    """One sentence for each thing to know: gain over the baselines, collapse, what was skipped."""
+    """Sentences on the gain over the baselines, on collapse, and on what was skipped."""
     lines = []
     if report.knn:
-        # Each kind of features at its own best k: a k chosen for the trained alone would flatter it.
-        best = {name: max(values.values()) for name, values in report.knn.items()}
+        # Each kind of features at its own best k: the best k of the trained features alone would favour them.
+        best = _best_accuracy(report.knn)
         error = math.sqrt(best["trained"] * (1 - best["trained"]) / report.data["validation_images"])
-        gains = ", ".join(
-            f"{100 * (best['trained'] - best[name]):+.1f} points against {name}" for name in ("untrained", "pixels")
-        )
-        lines.append(f"k-NN: {100 * best['trained']:.1f}% +- {100 * error:.1f} (standard error) at the best k; {gains}")
-    if report.knn_layout:
-        best = {name: max(values.values()) for name, values in (report.knn | report.knn_layout).items()}
         lines.append(
-            f"with layout: {100 * best['trained']:.1f}%; {100 * (best['trained'] - best['untrained']):+.1f} points "
-            f"against untrained, {100 * (best['trained'] - best['pixels']):+.1f} against pixels"
+            f"k-NN: {100 * best['trained']:.1f}% +- {100 * error:.1f} (standard error) at the best k; "
+            f"{_gain(best, 'untrained')} points against untrained, {_gain(best, 'pixels')} points against pixels"
+        )
+    if report.knn_layout:
+        best = _best_accuracy(report.knn | report.knn_layout)
+        lines.append(
+            f"with layout: {100 * best['trained']:.1f}%; {_gain(best, 'untrained')} points against untrained, "
+            f"{_gain(best, 'pixels')} against pixels"
         )
     if "trained" in report.collapse:
         numbers = report.collapse["trained"]
-        state = "COLLAPSED: features are all but the same" if report.collapsed else "no sign of collapse"
+        state = "COLLAPSED: all features are nearly the same" if report.collapsed else "no sign of collapse"
         lines.append(
             f"{state}: effective rank {numbers['effective_rank']:.1f} of {numbers['num_dimensions']}, "
             f"mean cosine {numbers['mean_cosine']:.2f}"
@@ -86,19 +90,29 @@ def format_verdict(report: Report) -> list[str]:
 
 
 def format_markdown(report: Report, figures: Sequence[str]) -> str:
-    """The report as Markdown; `figures` are file names beside it, the composite first."""
+    """The report as Markdown; `figures` are the names of PNG files in the same folder, the composite first."""
+    lines = _format_header(report)
+    for section in (_format_accuracy(report), _format_segmentation(report), _format_collapse(report)):
+        if section:
+            lines += ["", *section]
+    if figures:
+        lines += ["", "## Figures", "", f"![loss, accuracy, masks, neighbours, principal components]({figures[0]})"]
+    return "\n".join(lines) + "\n"
+
+
+def _format_header(report: Report) -> list[str]:
     run, data = report.run, report.data
     size = "x".join(map(str, run["image_size"]))
+    epoch = f" after epoch {run['epoch']}" if run["epoch"] is not None else ""
+    classes = f" of {data['classes']} classes" if data["classes"] else ""
     lines = [
         f"# Report of {run['folder']}",
         "",
         f"{run['model']}, patches of {run['patch_size']} in images of {size} pixels, {run['parameters'] / 1e6:.1f} M "
-        f"parameters; teacher of `{run['checkpoint']}`"
-        + (f" after epoch {run['epoch']}" if run["epoch"] is not None else "")
-        + f"; seed {run['seed']}, torch {run['torch']}.",
+        f"parameters; teacher of `{run['checkpoint']}`{epoch}; seed {run['seed']}, torch {run['torch']}.",
         "",
         f"Data: {data['description']}: {data['train_images']} training images and {data['validation_images']} "
-        "validation images" + (f" of {data['classes']} classes." if data["classes"] else "."),
+        f"validation images{classes}.",
         "",
         *(f"- {line}" for line in format_verdict(report)),
     ]
@@ -106,66 +120,71 @@ def format_markdown(report: Report, figures: Sequence[str]) -> str:
         lines.append(
             f"- loss {report.loss['first']:.4f} -> {report.loss['last']:.4f} over {report.loss['steps']} logged steps"
         )
-    if report.knn:
-        ks = list(report.knn["trained"])
-        lines += [
-            "",
-            "## Accuracy (%)",
-            "",
-            "Frozen, average-pooled features; `untrained` is the same network with the run's seed,",
-        ]
-        lines += [
-            "`pixels` the image itself, averaged to at most 32x32. Votes are weighted with temperature 0.07 (in",
-            "brackets: plain votes). `with layout`: averages over 4x4 fields of the image, concatenated; pixels have",
-            "theirs too, which pooled features give up.",
-            "",
-        ]
-        lines += _table(
-            ["features", *(f"k-NN, k = {k}" for k in ks), "linear probe"],
-            [
-                [
-                    name,
-                    *(f"{100 * report.knn[name][k]:.1f} ({100 * report.knn_plain[name][k]:.1f})" for k in ks),
-                    f"{100 * report.linear[name]:.1f}" if name in report.linear else "-",
-                ]
-                for name in report.knn
-            ]
-            + [
-                [f"{name}, with layout", *(f"{100 * values[k]:.1f}" for k in ks), "-"]
-                for name, values in report.knn_layout.items()
-            ],
-        )
-        lines += ["", f"Always answering the most frequent class gives {100 * data['most_frequent_class']:.1f}."]
-    if report.segmentation:
-        lines += ["", "## Segmentation by a linear probe of patches (%)", ""]
-        lines += _table(
-            ["features", "mean IoU over classes", "IoU of object against ground"],
-            [
-                [name, f"{100 * s['mean_iou']:.1f}", f"{100 * s['object_iou']:.1f}"]
-                for name, s in report.segmentation.items()
-            ],
-        )
-    if report.collapse:
-        lines += ["", "## Collapse", ""]
-        lines += _table(
-            ["features", "effective rank", "centred", "std per dimension, mean", "smallest", "mean cosine"],
-            [
-                [
-                    name,
-                    f"{c['effective_rank']:.1f} of {c['num_dimensions']}",
-                    f"{c['effective_rank_centered']:.1f}",
-                    f"{c['feature_std']:.4f}",
-                    f"{c['feature_std_min']:.4f}",
-                    f"{c['mean_cosine']:.3f}",
-                ]
-                for name, c in report.collapse.items()
-            ],
-        )
-    if figures:
-        lines += ["", "## Figures", "", f"![loss, accuracy, masks, neighbours, principal components]({figures[0]})"]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _format_accuracy(report: Report) -> list[str]:
+    if not report.knn and not report.linear:
+        return []
+    ks = list(next(iter(report.knn.values()), {}))
+    rows = []
+    for name in report.knn or report.linear:
+        cells = [f"{100 * report.knn[name][k]:.1f} ({100 * report.knn_plain[name][k]:.1f})" for k in ks]
+        rows.append([name, *cells, f"{100 * report.linear[name]:.1f}" if name in report.linear else "-"])
+    for name, values in report.knn_layout.items():
+        rows.append([f"{name}, with layout", *(f"{100 * values[k]:.1f}" for k in ks), "-"])
+    return [
+        "## Accuracy (%)",
+        "",
+        "Frozen, average-pooled features. `untrained` is the same network before the first step; `pixels` is the image",
+        "itself, averaged to at most 32x32. Votes are weighted with temperature 0.07 (in brackets: unweighted).",
+        "`with layout` concatenates averages over a 4x4 grid of the image: pixels keep the layout, pooled features do",
+        "not.",
+        "",
+        *_format_rows(["features", *(f"k-NN, k = {k}" for k in ks), "linear probe"], rows),
+        "",
+        f"The most frequent class alone gives {100 * report.data['most_frequent_class']:.1f}.",
+    ]
+
+
+def _format_segmentation(report: Report) -> list[str]:
+    if not report.segmentation:
+        return []
+    rows = [
+        [name, f"{100 * scores['mean_iou']:.1f}", f"{100 * scores['object_iou']:.1f}"]
+        for name, scores in report.segmentation.items()
+    ]
+    header = ["features", "mean IoU over classes", "IoU of object against background"]
+    return ["## Segmentation by a linear probe of patches (%)", "", *_format_rows(header, rows)]
+
+
+def _format_collapse(report: Report) -> list[str]:
+    if not report.collapse:
+        return []
+    rows = [
+        [
+            name,
+            f"{numbers['effective_rank']:.1f} of {numbers['num_dimensions']}",
+            f"{numbers['effective_rank_centered']:.1f}",
+            f"{numbers['feature_std']:.4f}",
+            f"{numbers['feature_std_min']:.4f}",
+            f"{numbers['mean_cosine']:.3f}",
+        ]
+        for name, numbers in report.collapse.items()
+    ]
+    header = ["features", "effective rank", "centred", "std per dimension, mean", "smallest", "mean cosine"]
+    return ["## Collapse", "", *_format_rows(header, rows)]
+
+
+def _best_accuracy(accuracy: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    return {name: max(values.values()) for name, values in accuracy.items()}
+
+
+def _gain(best: Mapping[str, float], baseline: str) -> str:
+    return f"{100 * (best['trained'] - best[baseline]):+.1f}"
+
+
+def _format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]

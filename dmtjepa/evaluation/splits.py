@@ -10,8 +10,9 @@ import numpy as np
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError
-from dmtjepa.data.shapes import find_shapes
-from dmtjepa.data.sources import FolderSource, ImageSource
+from dmtjepa.data.sources.base import ImageSource
+from dmtjepa.data.sources.folder import FolderSource
+from dmtjepa.data.sources.shapes import find_shapes
 
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
 HELD_OUT = 5
@@ -71,7 +72,8 @@ def find_splits(
         raise DataError(f"--max-images must be at least 1, not {max_images}")
     if (train is None) != (validation is None):
         raise DataError("give both --train and --val, or neither")
-    if train is not None:
+    sources: FolderSource | tuple[FolderSource, FolderSource]
+    if train is not None and validation is not None:
         sources = FolderSource(train), FolderSource(validation)
     elif data is None and settings.dataset == "shapes":
         folder = find_shapes()
@@ -88,7 +90,8 @@ def find_splits(
     else:
         description = f"{sources[0].folder} and {sources[1].folder}"
         pair = sources
-    first, second = pair
+    first: ImageSource = pair[0]
+    second: ImageSource = pair[1]
     unlabelled = None
     if first.labels is None or second.labels is None:
         unlabelled = "its images do not lie in one folder per class"

@@ -1,23 +1,33 @@
-"""Weights in and out: the released `.pth.tar` layout, timm, Hugging Face."""
+"""Weights in and out: the official `.pth.tar` layout, timm, Hugging Face."""
 
-from dmtjepa.interop.checkpoint import (
+from dmtjepa.interop.huggingface import export_huggingface
+from dmtjepa.interop.official import export_checkpoint, export_official, write_official
+from dmtjepa.interop.timm import export_timm
+from dmtjepa.interop.weights import (
+    EncoderShape,
     WeightsError,
     build_encoder,
     describe_encoder,
+    get_part,
     load_model,
     load_weights,
+    open_run,
     read_checkpoint,
 )
-from dmtjepa.interop.export import export_huggingface, export_released, export_timm
 
 __all__ = [
+    "EncoderShape",
     "WeightsError",
     "build_encoder",
     "describe_encoder",
+    "export_checkpoint",
     "export_huggingface",
-    "export_released",
+    "export_official",
     "export_timm",
+    "get_part",
     "load_model",
     "load_weights",
+    "open_run",
     "read_checkpoint",
+    "write_official",
 ]

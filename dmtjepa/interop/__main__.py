@@ -1,4 +1,4 @@
-"""`python -m dmtjepa.interop`: export a run's or a published checkpoint's encoder, or show what a file holds."""
+"""`python -m dmtjepa.interop`: show, export or verify a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dmtjepa.config import ConfigError
-from dmtjepa.interop.checkpoint import (
+from dmtjepa.checkpoint_format import CheckpointError, find_checkpoint, find_fault, is_checkpoint, read_meta, step_of
+from dmtjepa.config import parse_config
+from dmtjepa.errors import UserError
+from dmtjepa.interop.huggingface import export_huggingface
+from dmtjepa.interop.official import export_checkpoint, export_official
+from dmtjepa.interop.timm import export_timm
+from dmtjepa.interop.weights import (
     WeightsError,
     build_encoder,
     describe_encoder,
@@ -19,55 +24,94 @@ from dmtjepa.interop.checkpoint import (
     open_run,
     read_checkpoint,
 )
-from dmtjepa.interop.export import export_huggingface, export_released, export_timm
+
+SOURCE = "a run folder (its latest export), a checkpoints/step-N folder, or a .pth.tar file"
+ALIASES = {"released": "official"}  # the name in earlier versions
+LOADING = {
+    "timm": 'timm.create_model("local-dir:{out}", pretrained=True)',
+    "hf": 'transformers.IJepaModel.from_pretrained("{out}")',
+    "official": 'torch.load("{out}", weights_only=True)["target_encoder"]',
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    options = _parse(arguments)
+    try:
+        return {"show": _show, "export": _export, "verify": _verify}[options.command](options)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dmtjepa.interop", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="write weights for timm, Hugging Face, or readers of released files")
-    export.add_argument("source", type=Path, help="a run folder, or a .pth.tar file (published ones too)")
-    export.add_argument("--format", choices=("timm", "hf", "released"), required=True)
-    export.add_argument("--out", type=Path, required=True, help="folder to write; for `released` the file to write")
+    show = commands.add_parser("show", help="print what a checkpoint holds")
+    show.add_argument("source", type=Path, help=SOURCE)
+    export = commands.add_parser("export", help="write weights for timm, Hugging Face, or the official code")
+    export.add_argument("source", type=Path, help=SOURCE)
+    export.add_argument("--format", choices=(*LOADING, *ALIASES), required=True)
+    export.add_argument("--out", type=Path, required=True, help="folder to write; for `official` the file to write")
     export.add_argument(
         "--part",
         choices=("target_encoder", "encoder"),
         default="target_encoder",
         help="the teacher (default) or student",
     )
-    show = commands.add_parser("show", help="say what a checkpoint holds")
-    show.add_argument("source", type=Path, help="a run folder, or a .pth.tar file")
+    verify = commands.add_parser("verify", help="compare a checkpoint with its manifest")
+    verify.add_argument("source", type=Path, help="a run folder (its newest checkpoint) or a checkpoints/step-N folder")
     options = parser.parse_args(arguments)
-    try:
-        path, image_size = options.source, None
-        if path.is_dir():
-            config, path = open_run(path)
-            image_size = config.data.image_size
-        checkpoint = read_checkpoint(path)
-        if options.command == "show":
-            print(f"{path}\n{summarize(checkpoint)}")
-            return 0
-        if options.out.exists() and (options.format == "released" or any(options.out.iterdir())):
-            raise WeightsError(f"{options.out} already exists; choose another --out")
-        if options.format == "released":
-            export_released(checkpoint, options.out)
-        else:
-            weights = get_part(checkpoint, options.part, path)
-            encoder = build_encoder(weights, path, image_size=image_size)
-            {"timm": export_timm, "hf": export_huggingface}[options.format](encoder, options.out)
-    except (WeightsError, ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {options.out}\nload it with:\n  {_LOADING[options.format].format(out=options.out)}")
+    if options.command == "export":
+        options.format = ALIASES.get(options.format, options.format)
+    return options
+
+
+def _show(options: argparse.Namespace) -> int:
+    path, _ = _find_source(options.source)
+    print(f"{path}\n{summarize(read_checkpoint(path))}")
     return 0
 
 
-_LOADING = {
-    "timm": 'timm.create_model("local-dir:{out}", pretrained=True)',
-    "hf": 'transformers.IJepaModel.from_pretrained("{out}")',
-    "released": 'torch.load("{out}", weights_only=True)["target_encoder"]',
-}
+def _export(options: argparse.Namespace) -> int:
+    path, image_size = _find_source(options.source)
+    out = options.out
+    if out.exists() and (options.format == "official" or any(out.iterdir())):
+        raise WeightsError(f"{out} already exists; choose another --out")
+    if options.format == "official" and path.is_dir():
+        export_checkpoint(path, out)
+    elif options.format == "official":
+        export_official(read_checkpoint(path), out)
+    else:
+        weights = get_part(read_checkpoint(path), options.part, path)
+        encoder = build_encoder(weights, path, image_size=image_size)
+        {"timm": export_timm, "hf": export_huggingface}[options.format](encoder, out)
+    print(f"wrote {out}\nload it with:\n  {LOADING[options.format].format(out=out)}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if options.source.is_file():
+        raise CheckpointError(f"{options.source} has no manifest; give a run folder or a step-N folder")
+    checkpoint = find_checkpoint(options.source)
+    fault = find_fault(checkpoint)
+    if fault is not None:
+        raise CheckpointError(f"{checkpoint} is damaged: {fault}")
+    print(f"{checkpoint} is whole: step {step_of(checkpoint)}")
+    return 0
+
+
+def _find_source(source: Path) -> tuple[Path, tuple[int, int] | None]:
+    """The file or checkpoint folder to read, and the image size if settings tell it."""
+    if not source.is_dir():
+        return source, None
+    if not is_checkpoint(source):
+        config, path = open_run(source)
+        return path, config.data.image_size
+    fault = find_fault(source)
+    if fault is not None:
+        raise CheckpointError(f"{source} is damaged: {fault}")
+    return source, parse_config(read_meta(source)["config"], source=str(source)).data.image_size
 
 
 def summarize(checkpoint: dict[str, Any]) -> str:

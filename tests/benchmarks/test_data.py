@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_data_wait, bench_loader, gpu_check
+from benchmarks import gpu_check
+from benchmarks.data import data_wait
+from benchmarks.data import loader as loader_speed
 from dmtjepa.data import is_dali_installed
 from tests.data.conftest import image_folder  # noqa: F401
 
@@ -24,7 +26,7 @@ def run(monkeypatch, program, *options: object) -> None:
 def test_the_trainers_own_share_of_waiting(image_folder: Path, tmp_path: Path, tiny, monkeypatch, capsys, loader: str):  # noqa: F811
     options = ("--model", "vit_nano:2", "--loader", loader, "--workers", 1, "--device", "cpu")
     options += ("--steps", 20, "--warmup", 10, "--out", tmp_path, "--set", *tiny)
-    run(monkeypatch, bench_data_wait, image_folder, *options)
+    run(monkeypatch, data_wait, image_folder, *options)
     (path,) = tmp_path.glob("cpu-*-data-wait.json")
     (row,) = json.loads(path.read_text())["rows"]
     assert (row["loader"], row["steps"]) == (loader, 10)
@@ -36,7 +38,7 @@ def test_the_trainers_own_share_of_waiting(image_folder: Path, tmp_path: Path, t
 @needs_dali
 def test_rates_beside_what_training_needs(image_folder: Path, tmp_path: Path, monkeypatch, capsys):  # noqa: F811
     options = ("--workers", 1, "--batch-size", 4, "--images", 40, "--batches", 20, "--rounds", 1)
-    run(monkeypatch, bench_loader, image_folder, *options, "--json", tmp_path / "loader.json")
+    run(monkeypatch, loader_speed, image_folder, *options, "--json", tmp_path / "loader.json")
     document = json.loads((tmp_path / "loader.json").read_text())
     assert [row["loader"] for row in document["rows"]] == [
         "torchvision, folder", "torchvision, tar", "dali, folder", "dali, tar",
@@ -64,7 +66,7 @@ def test_goals_of_the_data():
 
 
 def test_a_gpu_check_with_images_measures_both(tmp_path: Path):
-    programs = {"benchmarks.bench_loader", "benchmarks.bench_data_wait"}
+    programs = {"benchmarks.data.loader", "benchmarks.data.data_wait"}
     with_images = gpu_check.steps(tmp_path, tmp_path / "images", None)
     assert programs <= {word for step in with_images for word in step.command}
     assert not programs & {word for step in gpu_check.steps(tmp_path, None, None) for word in step.command}

@@ -11,16 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_host, bench_memory, bench_operators, bench_scaling, gpu_check, harness, profile_step, steps
-from benchmarks.harness import Shape
-from benchmarks.providers import parse_workload
+from benchmarks import gpu_check, machine
+from benchmarks.operators import cases
+from benchmarks.operators import speed as operators_speed
+from benchmarks.operators.cases import Shape
+from benchmarks.step import host, memory, profile, runs, scaling
+from benchmarks.step.providers import parse_workload
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_memory_beside_its_estimate(run_program, tiny):
     document, printed = run_program(
-        bench_memory, "memory", "--models", "vit_nano", "--batches", "2", "4", "--set", *tiny,
+        memory, "memory", "--models", "vit_nano", "--batches", "2", "4", "--set", *tiny,
         "--providers", "project", "reference",
     )  # fmt: skip
     rows = document["rows"]
@@ -36,14 +39,14 @@ def test_memory_beside_its_estimate(run_program, tiny):
     assert "estimate" in printed
 
 
-def test_the_time_of_the_host_needs_a_gpu_or_its_stand_in(monkeypatch, capsys):
+def test_the_time_of_the_host_needs_a_gpu_or_fake_cuda(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, code in (["--help"], 0), ([], 2):
-        monkeypatch.setattr(sys, "argv", ["bench_host", *arguments])
+        monkeypatch.setattr(sys, "argv", ["host", *arguments])
         with pytest.raises(SystemExit) as ended:
-            bench_host.main()
+            host.main()
         assert ended.value.code == code
-        assert "python -m tests.stand_in python -m benchmarks.bench_host" in "".join(capsys.readouterr())
+        assert "python -m tools.fake_cuda python -m benchmarks.step.host" in "".join(capsys.readouterr())
 
 
 def test_peak_memory_counts_what_a_call_holds():
@@ -54,24 +57,17 @@ def test_peak_memory_counts_what_a_call_holds():
         third = torch.empty(500, dtype=torch.uint8)
         return second, third
 
-    assert harness.peak_memory(call, "cpu") == 3000
+    assert machine.peak_memory(call, "cpu") == 3000
 
 
 def test_operators_in_one_table(run_program, monkeypatch):
     tiny = Shape("base", dim=32, num_heads=2, patch_size=16, batch_size=2)
-    monkeypatch.setitem(harness.SHAPES, "base", tiny)
-    monkeypatch.setattr(harness, "milliseconds", lambda function, device: 2.0)
-    harness.copy_bandwidth.cache_clear()
+    monkeypatch.setitem(cases.SHAPES, "base", tiny)
+    monkeypatch.setattr(operators_speed, "milliseconds", lambda function, device: 2.0)
+    machine.copy_bandwidth.cache_clear()
 
-    class Program:
-        __name__ = "bench_operators"
-
-        @staticmethod
-        def main():
-            harness.main("", "operators", *(benchmark.cases for benchmark in bench_operators.BENCHMARKS))
-
-    document, printed = run_program(Program, "operators", "--shapes", "base", "--batch", "2")
-    harness.copy_bandwidth.cache_clear()
+    document, printed = run_program(operators_speed, "operators", "--shapes", "base", "--batch", "2")
+    machine.copy_bandwidth.cache_clear()
     operators = {row["operator"].split()[0] for row in document["rows"]}
     assert operators == {
         "gather_tokens", "embed_patches", "select_neighbors", "aggregate_neighbors", "pool_neighbors",
@@ -85,7 +81,7 @@ def test_operators_in_one_table(run_program, monkeypatch):
 
 def test_profile_names_operators(run_program, tmp_path, tiny):
     document, printed = run_program(
-        profile_step, "profile", "--model", "vit_nano:2", "--set", *tiny, "--steps", "1", "--threads", "1"
+        profile, "profile", "--model", "vit_nano:2", "--set", *tiny, "--steps", "1", "--threads", "1"
     )
     rows = {row["operator"]: row for row in document["rows"]}
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
@@ -93,7 +89,7 @@ def test_profile_names_operators(run_program, tmp_path, tiny):
     assert rows["aten::mm"]["roofline"] > 0
     assert "aten::mm" in printed
     executed = sum(row["gflop"] or 0.0 for row in rows.values())  # each product once, whoever called it
-    assert executed == pytest.approx(parse_workload("vit_nano:2", tiny).flops(steps.CHECKED_STEPS) / 1e9, rel=0.1)
+    assert executed == pytest.approx(parse_workload("vit_nano:2", tiny).flops(runs.CHECKED_STEPS) / 1e9, rel=0.1)
     assert list(tmp_path.glob("*-trace.json.gz"))
 
 
@@ -103,40 +99,40 @@ def test_flops_and_bytes_of_a_product(result):
         [[8], [3, 4], [4, 8], [], [], *result],
         ["float", "float", "float", "", "", *["float" for _ in result]],
     )
-    assert profile_step.flops("aten::addmm", shapes) == 2 * 3 * 4 * 8
-    assert profile_step.num_bytes("aten::addmm", shapes, types) == 4 * (8 + 3 * 4 + 4 * 8 + 3 * 8)
+    assert profile.flops("aten::addmm", shapes) == 2 * 3 * 4 * 8
+    assert profile.num_bytes("aten::addmm", shapes, types) == 4 * (8 + 3 * 4 + 4 * 8 + 3 * 8)
     shapes, types = [[5, 3, 4], [5, 4, 8], *([5, *shape] for shape in result)], ["c10::BFloat16"] * (2 + len(result))
-    assert profile_step.flops("aten::bmm", shapes) == 5 * 2 * 3 * 4 * 8
-    assert profile_step.num_bytes("aten::bmm", shapes, types) == 5 * 2 * (3 * 4 + 4 * 8 + 3 * 8)
+    assert profile.flops("aten::bmm", shapes) == 5 * 2 * 3 * 4 * 8
+    assert profile.num_bytes("aten::bmm", shapes, types) == 5 * 2 * (3 * 4 + 4 * 8 + 3 * 8)
     shapes, types = [[2, 3, 4], [8, 4], [8], [], [], []], ["float", "float", "float", "", "", ""]
-    assert profile_step.flops("mkldnn::_linear_pointwise", shapes) == 2 * 2 * 3 * 4 * 8
-    assert profile_step.num_bytes("mkldnn::_linear_pointwise", shapes, types) == 4 * (6 * 4 + 8 * 4 + 8 + 6 * 8)
+    assert profile.flops("mkldnn::_linear_pointwise", shapes) == 2 * 2 * 3 * 4 * 8
+    assert profile.num_bytes("mkldnn::_linear_pointwise", shapes, types) == 4 * (6 * 4 + 8 * 4 + 8 + 6 * 8)
 
 
 def test_flops_of_attention():
     packed, rows, lse = [11, 2, 8], [3, 7, 2, 8], [3, 2, 7]
     forward = [rows, rows, rows, [], [], [], [], [], [], []]
-    assert profile_step.flops("aten::_flash_attention_forward", forward) == 4 * 3 * 2 * 7 * 7 * 8
+    assert profile.flops("aten::_flash_attention_forward", forward) == 4 * 3 * 2 * 7 * 7 * 8
     backward = [rows, rows, rows, rows, rows, lse, [], [], [], [], [], [], [], []]
-    assert profile_step.flops("aten::_flash_attention_backward", backward) == 10 * 3 * 2 * 7 * 7 * 8
-    assert profile_step.flops("aten::_flash_attention_forward", [packed] * 3) is None
+    assert profile.flops("aten::_flash_attention_backward", backward) == 10 * 3 * 2 * 7 * 7 * 8
+    assert profile.flops("aten::_flash_attention_forward", [packed] * 3) is None
     for wrapper in ("xformers_flash::flash_bwd", "aten::_scaled_dot_product_flash_attention"):
-        assert profile_step.flops(wrapper, backward) is None
+        assert profile.flops(wrapper, backward) is None
 
 
 def test_bytes_of_a_copy():
-    assert profile_step.flops("aten::copy_", [[5], [5], []]) is None
-    assert profile_step.num_bytes("aten::copy_", [[5], [5], []], ["float", "c10::BFloat16", ""]) == 20 + 10 + 20
+    assert profile.flops("aten::copy_", [[5], [5], []]) is None
+    assert profile.num_bytes("aten::copy_", [[5], [5], []], ["float", "c10::BFloat16", ""]) == 20 + 10 + 20
 
 
 def test_two_processes(tmp_path, tiny):
-    command = [sys.executable, "-m", "benchmarks.bench_scaling", "--processes", "2", "--model", "vit_nano:2"]
+    command = [sys.executable, "-m", "benchmarks.step.scaling", "--processes", "2", "--model", "vit_nano:2"]
     done = subprocess.run(
         [*command, "--scaling", "strong", "--set", *tiny, "--steps", "2", "--out", tmp_path],
         cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (row,) = bench_scaling.collect(tmp_path)
+    (row,) = scaling.collect(tmp_path)
     assert (row["processes"], row["batch"], row["global_batch"]) == (2, 2, 4)
     assert row["images_per_s"] == pytest.approx(4e3 / row["ms"])
     assert 0 < row["waiting"] < 1
@@ -149,13 +145,13 @@ def test_efficiency_against_the_smallest_world(tmp_path):
         row |= {"processes": processes, "images_per_s": images_per_s}
         document = {"hardware": "NVIDIA H100 80GB HBM3", "rows": [row]}
         (tmp_path / f"h100-scaling-{processes}.json").write_text(json.dumps(document))
-    one, eight = bench_scaling.collect(tmp_path)
+    one, eight = scaling.collect(tmp_path)
     assert (one["efficiency"], eight["efficiency"]) == (1, pytest.approx(0.7))
     assert one["predicted"] > eight["predicted"] > 0.7  # the model's: 8 GPUs of one node lose little
 
 
 def test_union_of_spans():
-    assert bench_scaling.covered([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == 4
+    assert scaling.covered([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == 4
 
 
 def test_goals_of_the_step(tmp_path):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_step, steps
-from benchmarks.harness import product_rate
-from benchmarks.providers import Workload, open_published, parse_provider, parse_workload
+from benchmarks.machine import product_rate
+from benchmarks.step import runs, speed
+from benchmarks.step.providers import Workload, open_published, parse_provider, parse_workload
 from dmtjepa.models import AggregationHead
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.estimate import measure_masks, step_flops
@@ -19,12 +19,12 @@ from dmtjepa.training.optimizer import ShardedAdamW
 
 def measured(workload: Workload, world, *providers: str) -> list[dict]:
     parsed = [parse_provider(provider, "cpu") for provider in providers]
-    return steps.measure_steps(workload, parsed, world, warmup=0, steps=3, seconds=60)
+    return runs.measure_steps(workload, parsed, world, warmup=0, steps=3, seconds=60)
 
 
 def test_program_measures_every_provider(run_program, tiny):
     document, printed = run_program(
-        bench_step, "step", "--models", "vit_nano:2", "--set", *tiny, "--steps", "3", "--threads", "1",
+        speed, "step", "--models", "vit_nano:2", "--set", *tiny, "--steps", "3", "--threads", "1",
         "--providers", "reference", "project", "project:recompute",
     )  # fmt: skip
     names = ["reference float32", "project float32 eager", "project float32 eager recompute"]
@@ -65,29 +65,29 @@ def _with_a_scaled_gradient(patch):
     [_without_teacher_update, _without_update, _with_features_of_another_image, _with_a_scaled_gradient],
 )
 def test_wrong_provider_is_refused(workload, world, monkeypatch, break_it):
-    steps.reference_values(workload, world.device)
+    runs.reference_values(workload, world.device)
     break_it(monkeypatch)
     (row,) = measured(workload, world, "project")
     assert row["correct"] is False
     assert "ms" not in row
-    assert steps.failed([row])
-    assert "WRONG" in steps.problems([row])[0]
+    assert runs.failed([row])
+    assert "WRONG" in runs.problems([row])[0]
 
 
 def test_lack_of_memory_is_a_result(workload, world, monkeypatch):
     def build(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.\nmore")
 
-    monkeypatch.setattr(steps, "build_step", build)
+    monkeypatch.setattr(runs, "build_step", build)
     (row,) = measured(workload, world, "project")
     assert row["error"] == "out of memory: CUDA out of memory. Tried to allocate 7 GiB."
-    assert not steps.failed([row])
+    assert not runs.failed([row])
 
 
 def test_median_percentile_and_mfu(workload):
     provider = parse_provider("project:bfloat16", "cpu")
     seconds = [{"step": s, "head": s / 4} for s in (0.1, 0.2, 0.3, 0.4, 1.0)]
-    row = steps.summarize(workload, provider, "cpu", [7] * 5, seconds)
+    row = runs.summarize(workload, provider, "cpu", [7] * 5, seconds)
     assert row["ms"] == pytest.approx(300)
     assert row["ms_p95"] == pytest.approx(880)  # 0.4 + 0.8 * (1.0 - 0.4): the point 0.95 * 4 of the sorted times
     assert row["images_per_s"] == pytest.approx(2 / 0.3)

@@ -8,6 +8,7 @@ from dmtjepa.evaluation.figures import FigureData, LossCurve
 GRID = (4, 6)
 
 
+@pytest.mark.slow
 def test_writes_a_composite_and_one_file_for_each_picture(everything, tmp_path):
     paths = figures.save_figures(everything, tmp_path / "report", "a run")
     assert [path.name for path in paths] == [
@@ -56,16 +57,3 @@ def test_losses_are_read_from_the_released_csv(tmp_path):
     path.write_text("step,value\n1,2\n")
     with pytest.raises(ValueError, match="no column epoch, itr, loss"):
         figures.read_losses(path)
-
-
-@pytest.mark.parametrize("grid_size", [(6, 6), (14, 14), (9, 14), (16, 16)])
-def test_windows_of_queries_lie_on_the_grid_and_apart(grid_size):
-    queries = figures.pick_queries(grid_size)
-    rows, columns = queries // grid_size[1], queries % grid_size[1]
-    assert rows.min() >= 1
-    assert columns.min() >= 1
-    assert rows.max() <= grid_size[0] - 2
-    assert columns.max() <= grid_size[1] - 2
-    for i in range(len(queries)):
-        for j in range(i):
-            assert max(abs(rows[i] - rows[j]), abs(columns[i] - columns[j])) >= 2

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dmtjepa.evaluation.__main__ import main
+from dmtjepa.evaluation.context import load_teacher
 from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
-from dmtjepa.evaluation.report import load_teacher
-from dmtjepa.interop.checkpoint import open_run
+from dmtjepa.interop import open_run
 from dmtjepa.objective import build_model
-from tests.evaluation.conftest import write_images, write_run
+from tests.evaluation.helpers import write_images, write_run
 
 LATEST = "tiny-latest.pth.tar"
 
@@ -31,6 +31,7 @@ def finished(run_template, tmp_path_factory):
     return run, "\n".join(printed)
 
 
+@pytest.mark.slow
 def test_everything_is_measured(finished):
     run, _ = finished
     report = json.loads((run / "report" / "report.json").read_text())
@@ -46,7 +47,7 @@ def test_everything_is_measured(finished):
     assert report["knn"]["untrained"]["5"] > 0.6
     assert set(report["linear"]) == {"trained", "untrained"}
     assert set(report["collapse"]) == {"trained", "untrained"}
-    assert report["collapse"]["trained"]["num_dimensions"] == 192
+    assert report["collapse"]["trained"]["num_dimensions"] == 128
     # The checkpoint was drawn with another seed than the run's: both networks were really measured.
     assert report["collapse"]["trained"]["effective_rank"] != report["collapse"]["untrained"]["effective_rank"]
     assert set(report["segmentation"]) == {"trained", "untrained"}
@@ -57,6 +58,7 @@ def test_everything_is_measured(finished):
     assert report["skipped"] == []
 
 
+@pytest.mark.slow
 def test_files_are_written_and_named(finished):
     run, printed = finished
     names = {
@@ -73,10 +75,11 @@ def test_files_are_written_and_named(finished):
     for name in names:
         assert name in printed
     text = (run / "report" / "report.md").read_text()
-    for part in ("k-NN, k = 10", "linear probe", "Segmentation", "effective rank", "(report.png)", "vit_tiny"):
+    for part in ("k-NN, k = 10", "linear probe", "Segmentation", "effective rank", "(report.png)", "vit_nano"):
         assert part in text
 
 
+@pytest.mark.slow
 def test_prints_a_table_a_verdict_and_what_to_run_next(finished):
     run, printed = finished
     for part in ("features", "trained", "untrained", "pixels", "k-NN k=20", "linear", "mIoU"):
@@ -165,8 +168,9 @@ def test_features_with_layout_are_compared_too():
     )
 
 
+@pytest.mark.slow
 def test_layout_too_large_to_hold_is_skipped(run, monkeypatch, capsys):
-    monkeypatch.setattr("dmtjepa.evaluation.report.LAYOUT_BYTES", 1000)
+    monkeypatch.setattr("dmtjepa.evaluation.measurements.LAYOUT_BYTES", 1000)
     assert main([str(run), "--device", "cpu"]) == 0
     assert "k-NN with layout: its features would take" in capsys.readouterr().out
     assert json.loads((run / "report" / "report.json").read_text())["knn_layout"] == {}

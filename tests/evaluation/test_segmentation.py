@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dmtjepa.data.shapes import ShapesParameters, find_shapes
+from dmtjepa.data.sources.shapes import ShapesParameters, find_shapes
 from dmtjepa.evaluation.segmentation import find_mask, label_patches, read_mask, score_segmentation
 
 

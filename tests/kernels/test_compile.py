@@ -20,7 +20,8 @@ ROW_KERNELS = {
 @pytest.mark.parametrize(("shape", "architectures"), [("huge", ["80", "90", "100"]), ("base", ["90"])])
 def test_compiles_without_spills(shape, architectures, tmp_path):
     # A process of its own, since the interpreter may be on in this one.
-    command = [sys.executable, "-m", "benchmarks.bench_compile", "--shapes", shape, "--architectures", *architectures]
+    command = [sys.executable, "-m", "benchmarks.operators.compiled_code"]
+    command += ["--shapes", shape, "--architectures", *architectures]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--out", tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from dmtjepa.config import MaskSettings, parse_config
-from dmtjepa.evaluation.report import load_teacher
+from dmtjepa.evaluation.context import load_teacher
 from dmtjepa.masks import sample_masks
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer, fp8
 from dmtjepa.models.layers import Linear

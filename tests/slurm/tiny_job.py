@@ -8,7 +8,7 @@ from pathlib import Path
 import tiny_architecture  # noqa: F401
 
 from dmtjepa.training import slurm
-from dmtjepa.training.loop import Trainer
+from dmtjepa.training.step import TrainStep
 
 
 @dataclass
@@ -16,14 +16,14 @@ class TinyJob(slurm.Job):
     """Pickled by name: the nodes import this module, and with it the tiny network."""
 
     def __call__(self) -> None:
-        original = Trainer.train_step
+        original = TrainStep.__call__
         pace = Path(self.config.logging.folder).with_name("pace")  # seconds that a step takes longer
 
-        def train_step(trainer, batches):
+        def slow_step(*arguments):
             time.sleep(float(pace.read_text()))
-            return original(trainer, batches)
+            return original(*arguments)
 
-        Trainer.train_step = train_step
+        TrainStep.__call__ = slow_step
         super().__call__()
 
 

@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 
 from dmtjepa.training.distributed import (
-    Agreement,
     DeviceError,
     DistributedError,
     check_device,
     first_failure,
-    joined,
+    process_group,
 )
 from dmtjepa.training.launch import launch
+from dmtjepa.training.phase import Phase
 from dmtjepa.training.signals import StopSignals
+from dmtjepa.training.vote import RankVote, Vote
 from dmtjepa.training.watchdog import EXIT_HUNG, Watchdog
 from tests.training.ranks import run_ranks
 
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def join(hang_timeout=60):
-    return joined(CPU, start_timeout=60, hang_timeout=hang_timeout)
+    return process_group(CPU, start_timeout=60, hang_timeout=hang_timeout)
 
 
 @pytest.mark.parametrize(("rank", "reason"), [(0, r"ranks \[1\] have not come"), (1, "")])
@@ -41,7 +42,7 @@ def test_process_alone_of_two_fails_in_time_and_says_who_it_is(monkeypatch, rank
     text = (
         rf"rank {rank} of 2 on {socket.gethostname()} could not join the run at 127.0.0.1:{port} within 2 s.*{reason}"
     )
-    with pytest.raises(DistributedError, match=text), joined(CPU, start_timeout=2, hang_timeout=60):
+    with pytest.raises(DistributedError, match=text), process_group(CPU, start_timeout=2, hang_timeout=60):
         pass
     assert time.monotonic() - begun < 30
 
@@ -56,17 +57,21 @@ def test_device_that_is_not_there():
             check_device("cuda:0")
 
 
-def agree():
+def cast_votes():
     with join() as world:
-        agreement = Agreement(dist.new_group(backend="gloo"))
-        wishes = [0, 0, 2 if world.rank == 1 else 0, 0, 1 if world.rank == 0 else 0]
-        seen = [agreement.exchange(wish) for wish in wishes]
-        assert seen == [0, 0, 0, 2, 0], seen
-        assert agreement.finish() == 1
+        vote = RankVote(dist.new_group(backend="gloo"))
+        votes = [Vote.CONTINUE] * 5
+        if world.rank == 1:
+            votes[2] = Vote.FAIL
+        if world.rank == 0:
+            votes[4] = Vote.STOP
+        results = [vote.cast(value) for value in votes]
+        assert results == [Vote.CONTINUE, Vote.CONTINUE, Vote.CONTINUE, Vote.FAIL, Vote.CONTINUE], results
+        assert vote.finish() == Vote.STOP
 
 
-def test_all_ranks_learn_of_a_wish_at_the_same_exchange(tmp_path):
-    assert [code for code, _ in run_ranks(agree, 2, tmp_path)] == [0, 0]
+def test_all_ranks_learn_of_a_vote_in_the_same_round(tmp_path):
+    assert [code for code, _ in run_ranks(cast_votes, 2, tmp_path)] == [0, 0]
 
 
 def fail_on(failing, how):
@@ -102,12 +107,12 @@ def test_rank_that_vanishes_is_reported_as_lost(tmp_path):
 
 def hang():
     with join() as world, Watchdog(world, timeout=4) as watchdog:
-        watchdog.at("backward", 7)
+        watchdog.on_phase(Phase.BACKWARD, 7)
         dist.all_reduce(torch.ones(1))
         if world.rank == 1:
-            watchdog.at("data", 8)
+            watchdog.on_phase(Phase.DATA, 8)
             time.sleep(600)
-        watchdog.at("targets", 8)
+        watchdog.on_phase(Phase.TARGETS, 8)
         dist.all_reduce(torch.ones(1))
 
 

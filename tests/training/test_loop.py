@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 import yaml
 
-from dmtjepa.training import checkpoint, parallelize
+from dmtjepa import checkpoint_format
+from dmtjepa.run_folder import RunFolderError, locked
 from dmtjepa.training import launch as launcher
+from dmtjepa.training import parallelize
+from dmtjepa.training.finite import NonFiniteLoss
 from dmtjepa.training.launch import launch
-from dmtjepa.training.loop import NonFiniteLoss, Trainer
-from dmtjepa.training.run_folder import RunFolderError, claimed
+from dmtjepa.training.metrics import Metrics
+from dmtjepa.training.step import TrainStep
 
 NUM_STEPS = 24
 
@@ -103,24 +107,18 @@ def test_same_training_however_the_global_batch_is_divided(plain, settings, loss
 def stop_after(config, steps, devices, monkeypatch):
     """Run until a checkpoint of `steps` steps is on disk, as a run that ends there."""
     folder = Path(config.logging.folder)
-    original = Trainer.run
+    record = Metrics.record
 
-    def run(self, signals):
-        record = self.metrics.record
-
-        def record_and_stop(row):
-            record(row)
-            if row.step + 2 == steps:  # what is wished at one step is done at the next
-                signals.received.append(int(signal.SIGUSR1))
-
-        self.metrics.record = record_and_stop
-        return original(self, signals)
+    def record_and_stop(metrics, batch, loss, norm):
+        record(metrics, batch, loss, norm)
+        if batch.step + 2 == steps:  # the ranks stop one step after a vote
+            signal.raise_signal(signal.SIGUSR1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "run", run)
+        patch.setattr(Metrics, "record", record_and_stop)
         patch.setattr(launcher, "hand_over", lambda outcome: None)
         assert launch(config, devices) == 0
-    assert checkpoint.newest_whole(folder / "checkpoints").name == f"step-{steps:08d}"
+    assert checkpoint_format.newest_whole(folder / "checkpoints").name == f"step-{steps:08d}"
 
 
 @pytest.mark.parametrize("steps", [2, 8, 13])
@@ -138,7 +136,7 @@ def test_resumes_on_other_numbers_of_processes(plain, settings, losses, weights)
         config = settings(**{"data.batch_size": 16 // processes, "runtime.keep_last": 5})
         assert launch(config, ["cpu"] * processes) == 0
         for step in discarded:
-            checkpoint.discard(Path(config.logging.folder, "checkpoints", f"step-{step:08d}"))
+            checkpoint_format.discard(Path(config.logging.folder, "checkpoints", f"step-{step:08d}"))
     assert_same_run(plain, config, losses, weights, tolerance=1e-5)
     starts = json.loads(Path(config.logging.folder, "environment.json").read_text())["starts"]
     assert [(row["processes"], row["step"]) for row in starts] == [(4, 0), (2, 8), (1, 16)]
@@ -161,28 +159,28 @@ def test_signal_saves_and_ends(settings, losses, start, number, processes):
     os.kill(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == (-number if processes == 1 else 128 + number)
-    found = checkpoint.newest_whole(Path(config.logging.folder, "checkpoints"))
-    assert f"stopped by a signal and saved at step {checkpoint.step_of(found)}" in output
-    assert len(losses(config)) == checkpoint.step_of(found)
+    found = checkpoint_format.newest_whole(Path(config.logging.folder, "checkpoints"))
+    assert f"stopped by a signal and saved at step {checkpoint_format.step_of(found)}" in output
+    assert len(losses(config)) == checkpoint_format.step_of(found)
 
 
 class Poison:
     """Makes the loss of one step infinite or not a number, on one rank."""
 
     def __init__(self, monkeypatch, step, value):
-        original = Trainer.train_step
+        original = TrainStep.__call__
 
-        def train_step(trainer, batches):
-            if trainer.step == step and trainer.world.rank == 0:
-                loss = trainer.model.loss
-                trainer.model.loss = lambda *arguments: loss(*arguments) * value
-                try:
-                    return original(trainer, batches)
-                finally:
-                    del trainer.model.loss
-            return original(trainer, batches)
+        def poisoned_step(train_step, micro_batches, current):
+            if current != step or dist.get_rank() != 0:
+                return original(train_step, micro_batches, current)
+            loss = train_step.model.loss
+            train_step.model.loss = lambda *arguments: loss(*arguments) * value
+            try:
+                return original(train_step, micro_batches, current)
+            finally:
+                del train_step.model.loss
 
-        monkeypatch.setattr(Trainer, "train_step", train_step)
+        monkeypatch.setattr(TrainStep, "__call__", poisoned_step)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -195,9 +193,9 @@ def test_not_finite_loss_stops_with_step_samples_and_state(settings, monkeypatch
     (row,) = json.loads((folder / "not_finite" / "steps.json").read_text())
     assert row["step"] == 13
     assert row["samples"] == [80, 95]
-    saved = checkpoint.newest_whole(folder / "not_finite")
-    assert all(tensor.isfinite().all() for tensor in checkpoint.load_full(saved).values())
-    assert checkpoint.newest_whole(folder / "checkpoints").name == "step-00000008"
+    saved = checkpoint_format.newest_whole(folder / "not_finite")
+    assert all(tensor.isfinite().all() for tensor in checkpoint_format.load_full(saved).values())
+    assert checkpoint_format.newest_whole(folder / "checkpoints").name == "step-00000008"
 
 
 def test_not_finite_loss_can_be_skipped(plain, settings, losses, monkeypatch):
@@ -208,7 +206,7 @@ def test_not_finite_loss_can_be_skipped(plain, settings, losses, monkeypatch):
     assert values[:13] == losses(plain)[:13]
     assert math.isnan(values[13])
     assert all(map(math.isfinite, values[14:]))
-    meta = checkpoint.read_meta(checkpoint.newest_whole(Path(config.logging.folder, "checkpoints")))
+    meta = checkpoint_format.read_meta(checkpoint_format.newest_whole(Path(config.logging.folder, "checkpoints")))
     assert meta["num_skipped"] == 1
     assert meta["optimizer_steps"] == NUM_STEPS - 1
 
@@ -254,7 +252,7 @@ def test_folder_of_another_program_is_refused(settings, tmp_path):
 
 def test_folder_in_use_is_refused(settings):
     config = settings()
-    with claimed(Path(config.logging.folder)), pytest.raises(RunFolderError, match=r"being written by another run"):
+    with locked(Path(config.logging.folder)), pytest.raises(RunFolderError, match=r"being written by another run"):
         launch(config, ["cpu"])
 
 
@@ -270,8 +268,8 @@ def test_full_disk_leaves_the_last_checkpoint_and_says_so(settings, start):
     config = settings(**{"optimization.epochs": 2})
     checkpoints = Path(config.logging.folder, "checkpoints")
     assert launch(config, ["cpu"]) == 0
-    checkpoint.discard(checkpoints / "step-00000016")
-    before = checkpoint.newest_whole(checkpoints)
+    checkpoint_format.discard(checkpoints / "step-00000016")
+    before = checkpoint_format.newest_whole(checkpoints)
     assert before.name == "step-00000008"
 
     def limit():
@@ -282,7 +280,7 @@ def test_full_disk_leaves_the_last_checkpoint_and_says_so(settings, start):
     assert process.returncode == 1
     assert "could not be written" in output
     assert "File too large" in output
-    assert checkpoint.newest_whole(checkpoints) == before
+    assert checkpoint_format.newest_whole(checkpoints) == before
     assert not list(checkpoints.glob(".writing-*"))
 
 

@@ -1,0 +1,98 @@
+"""Benchmark cases of operators.
+
+The module of an operator defines `cases(shape, device, dtype)`. A case is one operator call with its arguments, its
+implementations, a reference, and the bytes that it must move: every input element that is needed is read once, every
+output element is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dmtjepa.config import MaskSettings
+from dmtjepa.masks import MaskBatch, sample_masks
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of the published configurations, at its batch per device."""
+
+    name: str
+    dim: int
+    num_heads: int
+    patch_size: int
+    batch_size: int
+    image_size: int = 224
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    @cache  # noqa: B019  five shapes live as long as the program
+    def masks(self) -> MaskBatch:
+        """The masks of one step of the released sampler."""
+        return sample_masks(MaskSettings(), self.grid_size, self.batch_size, seed=0, step=0, rank=0)
+
+    @property
+    def name_and_batch(self) -> str:
+        return f"{self.name} B={self.batch_size}"
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("base", dim=768, num_heads=12, patch_size=16, batch_size=256),
+        Shape("large", dim=1024, num_heads=16, patch_size=16, batch_size=256),
+        Shape("huge", dim=1280, num_heads=16, patch_size=14, batch_size=128),
+        Shape("giant", dim=1408, num_heads=16, patch_size=16, batch_size=128),
+    )
+}
+
+
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """||output - reference|| / ||reference||; NaN where the output has a NaN."""
+    output, reference = output.double(), reference.double()
+    return float((output - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+@dataclass
+class Case:
+    """One call of an operator, `launch(*arguments)`, and what it is compared with, called alike.
+
+    Every result is compared with that of `reference` by `error(output, reference)`, which must stay below `limit`.
+    """
+
+    name: str
+    arguments: tuple
+    launch: Callable
+    cpu: Callable
+    plain: Callable
+    reference: Callable
+    unique_bytes: int
+    limit: float
+    error: Callable[[object, object], float] = relative_error
+
+    def provider(self, name: str) -> Callable:
+        """One implementation: `triton`, `cpu`, `eager` or `compile`."""
+        if name == "compile":  # dynamic=False: the best code torch.compile has for exactly this shape
+            return torch.compile(self.plain, fullgraph=True, dynamic=False)
+        return {"triton": self.launch, "cpu": self.cpu, "eager": self.plain}[name]
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """A relative error well above the dtype's rounding and well below a mistake."""
+    return 4 * torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1e-5
+
+
+def num_bytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -1,0 +1,122 @@
+"""PREDICTION, not measurement: step time and efficiency of a run on 8 to 1,024 GPUs, from formulas.
+
+    python -m benchmarks.step.communication
+
+Per step and GPU, with P and Q parameters of student and teacher, FSDP moves over its group of S GPUs
+
+    all-gather       bfloat16   2 Q in the teacher's forward pass, 2 P in the student's forward and 2 P in its backward
+    reduce-scatter   float32    4 P in the backward pass
+
+and HSDP (S GPUs of a node, n nodes) also all-reduces each shard, float32, over the nodes: 2 * 4 P / S. With V bytes
+over a ring of W members, a collective of bandwidth b and latency a per hop takes
+
+    t = V (W - 1) / W / b + (W - 1) a            all-gather, reduce-scatter; u units of parameters make u collectives
+    t = 2 V (W - 1) / W / b + 2 log2(W) a        all-reduce (tree)
+
+Communication runs beside the computation of the same phase, and what exceeds it is waited for:
+
+    step = T + imbalance + sum over phases of max(0, t_phase - T_phase) + first all-gather + last reduction
+
+T is the predicted time of one GPU's computation, divided among phases by FLOPs. The imbalance is that of masks cut per
+rank: the slowest rank has the longest contexts (mask.context_cut: global removes it).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A node of 8 GPUs. Bandwidths are what NCCL reaches in one direction, assumed from public reports, in bytes/s."""
+
+    name: str
+    within: float  # NVLink, per GPU
+    between: float  # InfiniBand, per GPU (8 adapters a node)
+    hop_within: float = 2e-6  # seconds
+    hop_between: float = 8e-6
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published run: batch per GPU, predicted seconds of computation, share of it per phase, parameters, units."""
+
+    name: str
+    batch: int
+    seconds: dict[str, float]
+    teacher_share: float
+    forward_share: float
+    student: float
+    teacher: float
+    units: int  # of student and teacher, what `dmtjepa.training.parallelize.gathered_together` makes of them
+    context_share: float  # of the computation, which grows with the context
+
+
+A100 = Machine("A100, NVLink 3, 8 x HDR", within=230e9, between=20e9)
+H100 = Machine("H100, NVLink 4, 8 x NDR", within=360e9, between=42e9)
+MODELS = (
+    Model("ViT-B/16", 256, {"A100": 0.129, "H100": 0.056}, 0.43, 0.19, 0.115e9, 0.100e9, 13, 0.33),
+    Model("ViT-L/16", 256, {"A100": 0.360, "H100": 0.153}, 0.48, 0.17, 0.351e9, 0.328e9, 23, 0.36),
+    Model("ViT-H/14", 128, {"A100": 0.436, "H100": 0.182}, 0.51, 0.16, 0.692e9, 0.670e9, 39, 0.40),
+)
+GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+# Mean of the longest context over W ranks above the mean context (68.3 patches at 16x16; 77.9 over 16 ranks measured).
+SPREAD = 0.14 / math.sqrt(2 * math.log(16))
+
+
+def predict(model: Model, machine: Machine, gpus: int, hybrid: bool) -> float:
+    """Seconds of a step."""
+    compute = model.seconds[machine.name[:4]]
+    nodes = gpus // 8
+    group = 8 if hybrid else gpus
+    crosses = group > 8
+    bandwidth = min(machine.within, 8 * machine.between) if crosses else machine.within
+    hop = machine.hop_between / 8 + machine.hop_within * 7 / 8 if crosses else machine.hop_within
+
+    def gather(volume: float, units: float) -> float:
+        return volume * (group - 1) / group / bandwidth + units * (group - 1) * hop
+
+    def reduce_copies(volume: float, units: float) -> float:
+        if not hybrid or nodes == 1:
+            return 0.0
+        shard = volume / 8
+        return 2 * shard * (nodes - 1) / nodes / machine.between + units * 2 * math.log2(nodes) * machine.hop_between
+
+    units = model.units / 2  # of the student; the teacher has about as many
+    phases = (
+        (model.teacher_share, gather(2 * model.teacher, units)),
+        (model.forward_share, gather(2 * model.student, units)),
+        (
+            1 - model.teacher_share - model.forward_share,
+            gather(2 * model.student, units)
+            + gather(4 * model.student, units)
+            + reduce_copies(4 * model.student, units),
+        ),
+    )
+    exposed = sum(max(0.0, time - share * compute) for share, time in phases)
+    ends = gather(2 * model.teacher / units, 1) + gather(4 * model.student / units, 1)
+    ends += reduce_copies(4 * model.student / units, 1)
+    imbalance = compute * model.context_share * SPREAD * math.sqrt(2 * math.log(gpus))
+    return compute + imbalance + exposed + ends
+
+
+def main() -> None:
+    print("PREDICTED step time (ms) and efficiency against one GPU's computation\n")
+    for machine in (A100, H100):
+        print(f"{machine.name}\n")
+        header = "| run | layout | " + " | ".join(map(str, GPUS)) + " |"
+        print(header)
+        print("|---" * (2 + len(GPUS)) + "|")
+        for model in MODELS:
+            for hybrid in (False, True):
+                row = [model.name, "HSDP, 8 shards" if hybrid else "FSDP"]
+                for gpus in GPUS:
+                    seconds = predict(model, machine, gpus, hybrid)
+                    row.append(f"{1000 * seconds:.0f} ({model.seconds[machine.name[:4]] / seconds:.0%})")
+                print("| " + " | ".join(row) + " |")
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The target head, features to targets: this project against the method op for op (`dmtjepa.reference.step`).
+
+Measured is `AggregationHead.aggregate_neighbors` on one step's covered patches, beside the reference's
+`aggregate_neighbors` on all patches followed by reading the target blocks, as published. Time is the median of
+interleaved calls; memory is what a call's tensors hold at their peak, on top of its inputs.
+
+    python -m benchmarks.step.target_head [--shapes base:8 huge:16] [--published CHECKOUT] [--out FOLDER]
+
+`--published` adds the published head from a checkout of that code, its missing `Mlp` supplied from its own encoder.
+Its queries come from other images when B > 1, so it is timed with its own targets and not checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.machine import default_device, peak_memory
+from benchmarks.official import open_checkout, published_head
+from benchmarks.operators.cases import SHAPES, Shape
+from benchmarks.tables import number, save, text_table
+from dmtjepa.config import MaskSettings
+from dmtjepa.masks import sample_masks
+from dmtjepa.models import AggregationHead
+from dmtjepa.reference import step as reference
+
+# Of the targets' relative errors, row by row: the median, and the share of rows above 0.1. In bfloat16 a few patches
+# choose another neighbour where two are all but equally similar.
+LIMITS = {torch.float32: (1e-5, 0.0), torch.bfloat16: (2e-2, 2e-2)}
+TARGETS_CPU = ["base:8", "huge:16"]
+
+
+def read_blocks(h: Tensor, target_index: Tensor) -> Tensor:
+    """[B, N, D] at [B, M, T] -> [B, M, T, D], as the published step does."""
+    rows = h.gather(1, target_index.flatten(1)[..., None].expand(-1, -1, h.shape[-1]))
+    return rows.unflatten(1, target_index.shape[1:])
+
+
+def measure(
+    shape: Shape, batch_size: int, device: str, dtype: torch.dtype, repeats: int, published: bool
+) -> list[dict]:
+    """One row per provider."""
+    torch.manual_seed(0)
+    masks = sample_masks(MaskSettings(), shape.grid_size, batch_size, seed=0, step=0, rank=0)
+    masks = masks.to(device) if device == "cuda" else masks
+    head = AggregationHead(shape.dim, shape.num_heads).to(device, dtype).requires_grad_(False)
+    h = F.layer_norm(torch.randn(batch_size, shape.num_patches, shape.dim, device=device), (shape.dim,)).to(dtype)
+    parameters = reference.parameters_of(head)
+
+    def fast() -> Tensor:
+        return head.aggregate_neighbors(h, shape.grid_size, masks.target_unique, masks.neighborhood)
+
+    def slow() -> Tensor:
+        with torch.device(device):  # where the reference makes its tables
+            everywhere = reference.aggregate_neighbors(parameters, h, shape.grid_size, shape.num_heads)
+        return read_blocks(everywhere, masks.target_index)
+
+    providers = {"this project": fast, "reference": slow}
+    if published:
+        theirs = published_head().LocalAggHead(shape.dim, shape.num_heads, k_num=4, k_size=3)
+        theirs = theirs.to(device, dtype).requires_grad_(False)
+        theirs.load_state_dict(head.state_dict())
+        providers["published"] = lambda: read_blocks(theirs(h, loc=True), masks.target_index)
+
+    found, expected = (targets.flatten(0, 2).double() for targets in (fast()[masks.target_slot], slow()))
+    errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    error, outliers = errors.median().item(), 1 - (errors <= 0.1).double().mean().item()  # a NaN is an outlier
+    if not (error <= LIMITS[dtype][0] and outliers <= LIMITS[dtype][1]):
+        raise SystemExit(
+            f"{shape.name} B={batch_size}: the targets are wrong (median error {error:.1e}, {outliers:.1%} of rows "
+            "above 0.1); nothing was timed"
+        )
+    del found, expected, errors
+    for provider in providers.values():
+        provider()  # whatever happens only once
+    memory = {name: peak_memory(provider, device) for name, provider in providers.items()}
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    for _ in range(repeats):
+        for name, provider in providers.items():
+            start = time.perf_counter()
+            provider()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    rows = []
+    for name in providers:
+        ms = statistics.median(times[name])
+        rows.append(
+            {
+                "shape": shape.name, "batch": batch_size, "provider": name, "dtype": str(dtype),
+                "error": error, "outliers": outliers,
+                "ms": ms, "peak_mib": memory[name] / 2**20,
+                "time_of_reference": ms / statistics.median(times["reference"]),
+                "memory_of_reference": memory[name] / memory["reference"],
+            }
+        )  # fmt: skip
+    return rows
+
+
+COLUMNS = {
+    "shape": lambda row: f"{row['shape']}:{row['batch']}",
+    "provider": lambda row: row["provider"],
+    "ms": number("ms", "{:.2f}"),
+    "speed": lambda row: f"{1 / row['time_of_reference']:.2f}x",
+    "peak MiB": number("peak_mib"),
+    "memory": number("memory_of_reference", "{:.2f}x"),
+}
+
+
+def main() -> None:
+    device = default_device()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [f"{s.name}:{s.batch_size}" for s in SHAPES.values()] if device == "cuda" else TARGETS_CPU
+    parser.add_argument("--shapes", nargs="+", default=default, help="model:batch, e.g. base:8")
+    parser.add_argument("--repeats", type=int, default=30 if device == "cuda" else 9)
+    parser.add_argument("--published", type=Path, help="a checkout of the published code")
+    parser.add_argument("--out", type=Path, help="folder for a JSON file of the results")
+    options = parser.parse_args()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if options.published:
+        open_checkout(options.published.resolve())
+    rows = []
+    for text in options.shapes:
+        name, batch = text.split(":")
+        with torch.inference_mode():
+            rows += measure(SHAPES[name], int(batch), device, dtype, options.repeats, options.published is not None)
+        save(options.out, "targets", device, rows)
+    print(text_table(COLUMNS, rows, num_names=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""From settings or a path to a source of images, and to a loader of batches."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from dmtjepa.config import DataSettings
+from dmtjepa.data.loaders.base import Loader
+from dmtjepa.data.loaders.center_crop import EvaluationLoader
+from dmtjepa.data.loaders.torchvision import TorchvisionLoader
+from dmtjepa.data.sources.base import LIST_EXTENSIONS, DataError, ImageSource
+from dmtjepa.data.sources.file_list import ListSource
+from dmtjepa.data.sources.folder import FolderSource, find_images
+from dmtjepa.data.sources.shapes import find_shapes
+from dmtjepa.data.sources.shards import ShardSource, is_shards
+
+logger = logging.getLogger(__name__)
+
+
+def open_images(path: str | os.PathLike[str]) -> ImageSource:
+    """The images at a path: a folder, a file list (.txt, .tsv, .lst), or tar shards (one, a folder, a pattern).
+
+    "shapes:train" and "shapes:val" name the drawn set (drawn now, if it is not in the cache).
+    """
+    path = os.fspath(path)
+    if path in ("shapes:train", "shapes:val"):
+        return FolderSource(find_shapes() / path.split(":")[1])
+    try:
+        path = os.fspath(find_images(Path(path)))
+        shards = is_shards(path)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or path}: {error.strerror}") from error
+    if shards:
+        return ShardSource(path)
+    if path.endswith(LIST_EXTENSIONS):
+        return ListSource(path)
+    return FolderSource(path)
+
+
+def open_source(settings: DataSettings) -> ImageSource:
+    """The images that the settings name."""
+    if settings.dataset == "shapes":
+        return open_images("shapes:train")
+    if not settings.root_path and not settings.image_folder:
+        raise DataError("no images are named: set data.root_path and data.image_folder, or data.dataset: shapes")
+    return open_images(settings.path)
+
+
+def is_dali_installed() -> bool:
+    """Whether NVIDIA DALI can be imported, told without importing it."""
+    return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
+
+
+def build_loader(
+    settings: DataSettings,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Loader:
+    """The training loader of a rank. Batches are uint8 [batch_size,3,H,W], pinned when the device is CUDA.
+
+    Raises DataError when there are no images, or fewer than a global batch, or DALI is asked for and does not work.
+    """
+    source = open_source(settings)
+    global_batch = settings.batch_size * world_size
+    if len(source) < global_batch:
+        raise DataError(
+            f"the batch is larger than the data set: {settings.batch_size} images x {world_size} processes = "
+            f"{global_batch}, but there are {len(source)} images; lower data.batch_size"
+        )
+    device = torch.device(device)
+    if settings.loader == "dali" or (settings.loader == "auto" and is_dali_installed()):
+        try:
+            from dmtjepa.data.loaders.dali import DaliLoader  # takes a second, and is an extra
+
+            return DaliLoader(source, settings, seed=seed, rank=rank, world_size=world_size, device=device)
+        except DataError as error:
+            if settings.loader == "dali":
+                raise
+            logger.warning("DALI is installed but does not work here, so torchvision loads the images: %s", error)
+    pin_memory = settings.pin_mem and device.type == "cuda"
+    return TorchvisionLoader(source, settings, seed=seed, rank=rank, world_size=world_size, pin_memory=pin_memory)
+
+
+def build_eval_loader(
+    source: str | os.PathLike[str] | ImageSource,
+    image_size: int | tuple[int, int],
+    batch_size: int,
+    *,
+    num_workers: int = 0,
+) -> EvaluationLoader:
+    """All images once, in order, for measuring features.
+
+    source: a path as in `open_images`, or an opened source.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        source = open_images(source)
+    size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    return EvaluationLoader(source, size, batch_size, num_workers=num_workers)

@@ -1,0 +1,153 @@
+"""Pack images into tar shards: `python -m dmtjepa.data.make_shards SOURCE OUT --shard-size 5000`.
+
+Shards follow webdataset's layout, each with an index for DALI and for this project's reader (shards.py). A shard is
+written beside its place and renamed when whole, and those that are there are left alone: an interrupted run goes on
+when it is started again. Images are copied as they are, without decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dmtjepa.data import DataError, ImageSource, open_images
+from dmtjepa.data.decode import tell_reason
+from dmtjepa.data.sources.base import IMAGE_EXTENSIONS
+from dmtjepa.data.sources.tar_index import read_members, write_index
+
+
+def make_shards(source: ImageSource, out: Path, shard_size: int, num_threads: int = 8) -> list[tuple[str, str]]:
+    """Write the shards of a source that are not there yet; the images that could not be read, as (name, reason).
+
+    Raises DataError where the folder holds shards of other images or another size, or a shard cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(source, out, shard_size)
+    if source.labels is not None:
+        lines = "".join(name.replace("\n", " ") + "\n" for name in source.class_names)
+        (out / "classes.txt").write_bytes(os.fsencode(lines))
+    starts = range(0, len(source), shard_size)
+    unreadable: list[tuple[str, str]] = []
+    with ThreadPoolExecutor(num_threads) as pool, tqdm(total=len(source), unit=" images", disable=None) as bar:
+        lock = threading.Lock()
+
+        def advance(num_images: int) -> None:
+            with lock:
+                bar.update(num_images)
+
+        def write(start: int) -> None:
+            stop = min(start + shard_size, len(source))
+            path = out / f"shard-{start // shard_size:06d}.tar"
+            if path.exists() and path.with_suffix(".idx").exists():
+                advance(stop - start)
+            else:
+                unreadable.extend(_write_shard(source, path, range(start, stop), advance))
+
+        try:
+            list(pool.map(write, starts))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return unreadable
+
+
+def _claim(source: ImageSource, out: Path, shard_size: int) -> None:
+    """Leave a note of what is written here, or compare with the one that is there."""
+    names = hashlib.sha256()
+    for image in range(len(source)):
+        names.update(os.fsencode(source.name(image)) + b"\n")
+    note = {"num_images": len(source), "shard_size": shard_size, "names": names.hexdigest()}
+    path, part = out / "pack.json", out / ".pack.json.part"
+    if path.exists() and json.loads(path.read_text()) != note:
+        raise DataError(f"{out} holds shards of other images or of another size; write to another folder")
+    part.write_text(json.dumps(note, indent=2) + "\n")
+    part.replace(path)
+
+
+def _write_shard(
+    source: ImageSource, path: Path, images: range, advance: Callable[[int], None]
+) -> list[tuple[str, str]]:
+    part = path.with_name(f".{path.name}.part")
+    unreadable = []
+    try:
+        with tarfile.open(part, "w") as archive:
+            for image in images:
+                advance(1)
+                try:
+                    data = source.read(image)
+                except OSError as error:
+                    unreadable.append((source.name(image), tell_reason(error)))
+                    continue
+                name = _name_member(source, image)
+                _add(archive, name, data)
+                if source.labels is not None:
+                    _add(archive, name.rpartition(".")[0] + ".cls", b"%d" % source.labels[image])
+        os.replace(part, path)
+        write_index(path.with_suffix(".idx"), read_members(str(path)))
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise DataError(
+            f"cannot write {path}: {error.strerror}. Shards that are whole stay: make room, and start again to go on"
+        ) from error
+    return unreadable
+
+
+def _name_member(source: ImageSource, image: int) -> str:
+    """<class>/<number>-<file name without dots>.<extension>: tells where it came from, and unpacks as a folder."""
+    stem, extension = os.path.splitext(os.path.basename(source.name(image)))
+    extension = extension.lower() if extension.lower() in IMAGE_EXTENSIONS else ".jpg"
+    folder = f"{source.class_names[source.labels[image]]}/" if source.labels is not None else ""
+    stem = re.sub(r"[^\w-]", "_", stem)
+    return f"{folder}{image:09d}-{stem}{extension}"
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dmtjepa.data.make_shards", description="Pack images into tar shards."
+    )
+    parser.add_argument("source", help="folder of images, or a file list (.txt, .tsv, .lst)")
+    parser.add_argument("out", type=Path, help="folder of the shards")
+    parser.add_argument("--shard-size", type=int, default=5000, help="images in a shard (%(default)s)")
+    parser.add_argument("--threads", type=int, default=8, help="shards written at a time (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.shard_size < 1 or options.threads < 1:
+        parser.error("--shard-size and --threads must be at least 1")
+    if options.out.resolve() == Path(options.source).resolve():
+        parser.error("write to another folder: one that holds both images and shards cannot be read")
+    try:
+        source = open_images(options.source)
+        unreadable = make_shards(source, options.out, options.shard_size, options.threads)
+        num_packed = len(open_images(options.out))
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name, reason in unreadable:
+        print(f"left out {name}: {reason}", file=sys.stderr)
+    num_shards = len(list(options.out.glob("shard-*.tar")))
+    num_missing = len(source) - num_packed  # with those that an earlier, interrupted call left out
+    missing = f" ({num_missing} could not be read and are left out)" if num_missing else ""
+    print(f"{num_packed} images in {num_shards} shards in {options.out}{missing}")
+    print(f"train on them with: data.root_path={options.out.absolute()}")
+    return 1 if num_missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

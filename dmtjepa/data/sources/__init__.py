@@ -1,0 +1,1 @@
+"""Where images come from: folders, file lists, tar shards, and the drawn set."""

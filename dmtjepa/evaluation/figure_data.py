@@ -1,0 +1,106 @@
+"""Collecting what the figures of a report show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmtjepa.config import Config
+from dmtjepa.data import build_eval_loader
+from dmtjepa.evaluation.context import EvaluationContext
+from dmtjepa.evaluation.features import extract_patches
+from dmtjepa.evaluation.figures import FigureData, LossCurve
+from dmtjepa.evaluation.splits import subsample
+from dmtjepa.kernels import select_neighbors
+from dmtjepa.masks import sample_masks
+
+NUM_SHOWN = 5
+"""Images in a row of a figure."""
+NUM_CENTERED = 200
+"""Images whose mean patch feature at each position is subtracted before the principal components are computed."""
+
+
+def collect_figure_data(
+    context: EvaluationContext,
+    *,
+    loss: LossCurve | None,
+    accuracy: Mapping[str, Mapping[int, float]],
+    chance: float | None,
+) -> FigureData:
+    """Images of the validation split with their masks, neighbours and patch features; the rest is passed through.
+
+    Args:
+        loss: the loss curve of the run, None if it has none.
+        accuracy: name of the features -> {k: k-NN accuracy}, empty if it was not measured.
+        chance: share of the most frequent class.
+    """
+    config = context.config
+    source = subsample(context.splits.validation, NUM_SHOWN)
+    images = torch.cat([batch for batch, _, _ in build_eval_loader(source, config.data.image_size, NUM_SHOWN)])
+    patches = {
+        name: extract_patches(encoder, images, device=context.device) for name, encoder in context.encoders.items()
+    }
+    masks = sample_masks(config.mask, config.grid_size, len(images), config.runtime.seed, step=0, rank=0)
+    query_index = neighbor_index = None
+    if config.patch.local_agg_head:
+        query_index = pick_queries(config.grid_size)
+        neighbor_index = select_query_neighbors(patches["trained"], query_index, config)
+    centered = {name: patches[name] - mean_patches(context, encoder) for name, encoder in context.encoders.items()}
+    return FigureData(
+        grid_size=config.grid_size,
+        images=images,
+        context_index=masks.contexts(config.grid_size[0] * config.grid_size[1]),
+        target_index=masks.target_index,
+        query_index=query_index,
+        neighbor_index=neighbor_index,
+        window=config.patch.patch_k_size,
+        patches=centered["trained"],
+        untrained_patches=centered["untrained"],
+        loss=loss,
+        accuracy=accuracy or None,
+        chance=chance,
+    )
+
+
+def pick_queries(grid_size: tuple[int, int]) -> Tensor:
+    """Patches [Q] whose neighbours are shown: the middle of each quadrant; in large grids also the centre."""
+    rows, columns = grid_size
+    positions = [(r * rows // 4, c * columns // 4) for r in (1, 3) for c in (1, 3)]
+    if min(grid_size) >= 12:
+        positions.append((rows // 2, columns // 2))
+    return torch.tensor([row * columns + column for row, column in positions])
+
+
+def select_query_neighbors(patches: Tensor, query_index: Tensor, config: Config) -> Tensor:
+    """Neighbours of the query patches, selected as in training.
+
+    Args:
+        patches: float [B,N,D]. query_index: int64 [Q].
+
+    Returns:
+        int64 [B,Q,K], most similar first; -1 where a window has fewer than K patches.
+    """
+    batch, num_patches, width = patches.shape
+    h = F.layer_norm(patches, (width,))
+    flat = (torch.arange(batch)[:, None] * num_patches + query_index).flatten()
+    selected, _ = select_neighbors(
+        h,
+        flat,
+        config.grid_size,
+        num_neighbors=config.patch.patch_k_num,
+        window=config.patch.patch_k_size,
+        border=config.patch.border,
+    )
+    return torch.where(selected >= 0, selected % num_patches, -1).view(batch, len(query_index), -1)
+
+
+def mean_patches(context: EvaluationContext, encoder: nn.Module) -> Tensor:
+    """Mean feature at each position of the grid, float32 [N,D]: the part that depends on the position alone."""
+    total, count = torch.zeros(()), 0
+    for images, _, _ in context.build_loader(subsample(context.splits.validation, NUM_CENTERED)):
+        total = total + extract_patches(encoder, images, device=context.device).sum(0)
+        count += len(images)
+    return total / count

@@ -1,0 +1,64 @@
+"""Replacing files: a reader, or the next start after a crash, finds the old file or the new one, never a part."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+WRITING = ".writing-"
+"""First part of the name under which a file is written until it is complete."""
+
+
+@contextlib.contextmanager
+def open_atomically(path: str | os.PathLike[str], mode: str = "wb", newline: str | None = None) -> Iterator[IO[Any]]:
+    """Open a file that replaces `path` when the block ends, and is removed when the block raises.
+
+    The file is written beside `path`, flushed to disk and renamed. Its permissions follow the umask. Several processes
+    may replace the same file at the same time: the last one wins.
+
+    Args:
+        mode: `wb` or `w` (UTF-8).
+        newline: as for `open`.
+    """
+    path = Path(path)
+    # Without mode 0600, which the tempfile module gives to its files.
+    writing = path.with_name(f"{WRITING}{path.name}-{secrets.token_hex(4)}")
+    try:
+        with writing.open(mode, encoding=None if "b" in mode else "utf-8", newline=newline) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(writing, path)
+    except BaseException:
+        writing.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_atomically(path: str | os.PathLike[str], contents: str | bytes) -> None:
+    """Replace the contents of a file; see `open_atomically`."""
+    with open_atomically(path, "wb" if isinstance(contents, bytes) else "w") as file:
+        file.write(contents)
+
+
+def write_json(path: str | os.PathLike[str], values: Any) -> None:
+    """Replace a file by `values` as JSON; see `open_atomically`."""
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renamed and new files within `folder` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot do this
+            raise
+    finally:
+        os.close(descriptor)

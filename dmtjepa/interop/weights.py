@@ -1,0 +1,252 @@
+"""Reading weights from this project's and the official I-JEPA's and DMT-JEPA's `.pth.tar` files into models."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmtjepa.checkpoint_format import is_checkpoint, load_full, read_meta
+from dmtjepa.config import Config, load_config
+from dmtjepa.errors import UserError
+from dmtjepa.models import ARCHITECTURES, VisionTransformer
+from dmtjepa.objective import DMTJEPA
+
+MAX_LISTED = 8
+MODULES = {
+    "encoder": "encoder",
+    "predictor": "predictor",
+    "target_encoder": "teacher_encoder",
+    "head": "head",
+    "target_head": "teacher_head",
+}
+"""Official name of each part of a checkpoint -> attribute of `DMTJEPA`."""
+
+
+class WeightsError(UserError, ValueError):
+    """Weights that cannot be read, or do not fit the model; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """What an encoder's weights say about it. num_patches is N of the position embedding."""
+
+    model_name: str | None
+    embed_dim: int
+    depth: int
+    hidden_dim: int
+    patch_size: int
+    num_patches: int
+
+    def __str__(self) -> str:
+        side = round(self.num_patches**0.5)
+        name = self.model_name or f"an encoder of width {self.embed_dim} and depth {self.depth}"
+        size = (
+            f"{side * self.patch_size}x{side * self.patch_size} pixels" if side**2 == self.num_patches else "not square"
+        )
+        return f"{name} with patches of {self.patch_size} pixels and {self.num_patches} positions ({size})"
+
+
+def open_run(folder: Path) -> tuple[Config, Path]:
+    """The settings of a run folder, and the path of its latest checkpoint, which need not exist.
+
+    Raises:
+        WeightsError: it is not a run folder. ConfigError: its settings cannot be read.
+    """
+    if not (folder / "config.yaml").is_file():
+        what = "holds no config.yaml" if folder.is_dir() else "does not exist"
+        raise WeightsError(f"{folder} {what}; give a run folder, the one that logging.folder names")
+    config = load_config(folder / "config.yaml")
+    return config, folder / f"{config.logging.write_tag}-latest.pth.tar"
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a `.pth.tar` file or a checkpoint folder `step-{n}` on the CPU.
+
+    Returns:
+        State dictionaries by official name (see `MODULES`), without the prefix `module.`, and what else the file holds.
+        Tensors of a file stay on disk until they are used.
+
+    Raises:
+        WeightsError: there is no such file, or it cannot be read as tensors alone. No code in a file is run.
+        CheckpointError: the checkpoint folder cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir() and is_checkpoint(path):
+        state, meta = load_full(path), read_meta(path)
+        weights = {part: select_module(state, module) for part, module in MODULES.items()}
+        return {part: values for part, values in weights.items() if values} | meta
+    if not path.is_file():
+        others = sorted(other.name for other in path.parent.glob("*.pth.tar"))
+        hint = f"its folder holds {', '.join(others[-MAX_LISTED:])}" if others else "its folder holds no .pth.tar file"
+        raise WeightsError(f"there is no checkpoint {path}; {hint}. A run writes its first one after its first epoch")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from error
+    if not isinstance(checkpoint, dict):
+        raise WeightsError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dictionary")
+    return {name: _strip(value) if _is_weights(value) else value for name, value in checkpoint.items()}
+
+
+def get_part(checkpoint: Mapping[str, Any], part: str, source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dictionary of one part, e.g. `target_encoder`.
+
+    Raises:
+        WeightsError: the part is not there; the message lists those that are.
+    """
+    weights = checkpoint.get(part)
+    if not _is_weights(weights):
+        parts = ", ".join(name for name, value in checkpoint.items() if _is_weights(value)) or "none"
+        hint = "; official DMT-JEPA checkpoints do not hold the aggregation head" if part.endswith("head") else ""
+        raise WeightsError(f"{source} has no weights of {part}; it has those of: {parts}{hint}")
+    return weights
+
+
+def select_module(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """The state dictionary of one module of the model, from the tensors of a checkpoint folder."""
+    prefix = f"model.{module}."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Copy weights into a module, by name and strictly; nothing is changed unless all fit.
+
+    Raises:
+        WeightsError: names are missing or unexpected, or shapes differ; the message lists them and, for an encoder,
+            says which model the weights are of.
+    """
+    weights = _strip(weights)
+    _check_fit(module, weights, source)
+    module.load_state_dict(weights)
+
+
+def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+    own = module.state_dict()
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    shapes = [
+        f"{name} is {list(weights[name].shape)}, the model's is {list(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if not (missing or unexpected or shapes):
+        return
+    kind = type(module).__name__
+    faults = [f"the weights in {source} do not fit the {kind}"]
+    if "patch_embed.proj.weight" in own and _is_encoder(weights):
+        faults.append(f"  the file holds {describe_encoder(weights)}")
+        faults.append(f"  the model is {describe_encoder(own)}")
+        faults.append("  set meta.model_name, mask.patch_size and data.crop_size to the file's, or choose another file")
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+        if names:
+            more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+            faults.append(f"  {title}: {', '.join(names[:MAX_LISTED])}{more}")
+    raise WeightsError("\n".join(faults))
+
+
+def load_model(model: DMTJEPA, path: str | os.PathLike[str]) -> list[str]:
+    """Start a model from a checkpoint: student and teacher, by name and strictly; nothing is changed unless all fit.
+
+    Official files hold no aggregation heads. Where the model has heads and the file has none, they keep the weights
+    they were drawn with.
+
+    Returns:
+        The parts that the file does not hold; tell the user.
+
+    Raises:
+        WeightsError: the file cannot be read, has no encoder, predictor or target_encoder, or one of the two heads
+            only, or does not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    parts: dict[str, nn.Module] = {
+        "encoder": model.encoder,
+        "predictor": model.predictor,
+        "target_encoder": model.teacher_encoder,
+    }
+    absent: list[str] = []
+    if model.head is not None:
+        heads = {"head": model.head, "target_head": model.teacher_head}
+        if any(name in checkpoint for name in heads):
+            parts |= heads
+        else:
+            absent = list(heads)
+    weights = {name: get_part(checkpoint, name, path) for name in parts}
+    for name, module in parts.items():
+        _check_fit(module, weights[name], f"{name} of {path}")
+    for name, module in parts.items():
+        module.load_state_dict(weights[name])
+    return absent
+
+
+def describe_encoder(weights: Mapping[str, Tensor]) -> EncoderShape:
+    """Size of the encoder that weights belong to, from their shapes.
+
+    Raises:
+        WeightsError: they are not an encoder's.
+    """
+    if not _is_encoder(weights):
+        raise WeightsError(f"these are not an encoder's weights: {', '.join(list(weights)[:MAX_LISTED])}")
+    embed_dim, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    hidden_dim = weights["blocks.0.mlp.fc1.weight"].shape[0]
+    names = [
+        name
+        for name, size in ARCHITECTURES.items()
+        if (size["embed_dim"], size["depth"], int(size["embed_dim"] * size["mlp_ratio"]))
+        == (embed_dim, depth, hidden_dim)
+    ]
+    return EncoderShape(
+        names[0] if names else None, embed_dim, depth, hidden_dim, patch_size, weights["pos_embed"].shape[1]
+    )
+
+
+def build_encoder(
+    weights: Mapping[str, Tensor],
+    source: str | os.PathLike[str],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    attention: str = "auto",
+    device_type: str = "cpu",
+) -> VisionTransformer:
+    """The encoder that the weights belong to, with them loaded.
+
+    Args:
+        image_size: what it was trained on; None takes the square that the position embedding is made for.
+
+    Raises:
+        WeightsError: the weights are of no architecture known here, or the grid is not square and no size is given.
+    """
+    weights = _strip(weights)
+    shape = describe_encoder(weights)
+    if shape.model_name is None:
+        raise WeightsError(f"{source} holds {shape}; known are {', '.join(ARCHITECTURES)}")
+    if image_size is None:
+        side = round(shape.num_patches**0.5)
+        if side**2 != shape.num_patches:
+            raise WeightsError(f"{source} holds {shape}: give the image size it was trained on")
+        image_size = side * shape.patch_size
+    encoder = VisionTransformer(
+        image_size, shape.patch_size, **ARCHITECTURES[shape.model_name], attention=attention, device_type=device_type
+    )
+    load_weights(encoder, weights, source)
+    return encoder
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) > 0 and all(isinstance(item, Tensor) for item in value.values())
+
+
+def _is_encoder(weights: Mapping[str, Tensor]) -> bool:
+    return {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} <= weights.keys()
+
+
+def _strip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): value for name, value in weights.items()}

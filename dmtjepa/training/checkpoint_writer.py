@@ -1,0 +1,143 @@
+"""Writing checkpoints: by all ranks, in the background, renamed to their final name when everything is on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from dmtjepa.checkpoint_format import (
+    FORMAT,
+    MANIFEST,
+    META,
+    TENSORS,
+    CheckpointError,
+    describe_file,
+    discard,
+    name_of,
+    prune,
+    root_cause,
+)
+from dmtjepa.files import WRITING, sync_folder, write_json
+
+
+class CheckpointWriter:
+    """Writes checkpoints into `folder` one at a time, in a thread on every rank.
+
+    Args:
+        folder: where `step-{n}` folders go; shared by all ranks.
+        group: a gloo process group of all ranks that nothing else uses.
+        keep_last: newest checkpoints that are kept; those whose meta says `keep` are never removed.
+        device: where the state is.
+    """
+
+    def __init__(self, folder: Path, group: dist.ProcessGroup, keep_last: int, device: torch.device) -> None:
+        self._folder, self._group, self._keep_last = folder, group, keep_last
+        self._rank = dist.get_rank(group)
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")  # in pinned memory
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+
+    def save(
+        self, state: Mapping[str, Tensor], meta: Mapping[str, Any], then: Callable[[Path], None] | None = None
+    ) -> None:
+        """Copy `state` to host memory and write it in the background, as the checkpoint of `meta["step"]`.
+
+        Waits first for the previous one. `then(folder)` runs on rank 0 after publication (for exports).
+
+        Raises:
+            CheckpointError: the previous checkpoint could not be written.
+        """
+        self.wait()
+        staged = self._stager.stage(dict(state))
+        self._pending = self._thread.submit(self._write, staged, dict(meta), then)
+
+    def failed(self) -> bool:
+        """Whether the last checkpoint is known to have failed; never waits."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is published. Raises CheckpointError where it could not be."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self._thread.shutdown()
+
+    def _write(self, state: dict[str, Tensor], meta: dict[str, Any], then: Callable[[Path], None] | None) -> None:
+        final = self._folder / name_of(meta["step"])
+        writing = self._folder / f"{WRITING}{final.name}"
+        try:
+            self._on_rank_0(lambda: _prepare(writing))
+            # Copies ahead are for tensors on a GPU. These are on the host, and to look for more would make this thread
+            # wait for the stream that trains, and open a context on the first GPU on every rank.
+            writer = dcp.FileSystemWriter(writing, sync_files=True, per_thread_copy_ahead=0)
+            dcp.save(state, storage_writer=writer, process_group=self._group)
+            self._hash_and_publish(writing, final, meta)
+        except (dcp.CheckpointException, OSError, RuntimeError) as error:
+            if self._rank == 0:
+                shutil.rmtree(writing, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {meta['step']} could not be written to {self._folder} (is the disk full?); "
+                f"earlier checkpoints are untouched: {root_cause(error)}"
+            ) from error
+        if self._rank == 0:
+            prune(self._folder, self._keep_last)
+            if then is not None:
+                try:
+                    then(final)
+                except OSError as error:
+                    raise CheckpointError(f"{final} is whole, but what follows it failed: {error}") from error
+
+    def _hash_and_publish(self, writing: Path, final: Path, meta: dict[str, Any]) -> None:
+        """Hash the files in parallel, each rank those it wrote; rank 0 writes the manifest and renames."""
+        try:
+            mine: dict | str = {path.name: describe_file(path) for path in writing.glob(f"__{self._rank}_*")}
+        except OSError as error:
+            mine = f"rank {self._rank}: {error}"
+        described: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(described, mine, group=self._group)
+        faults = [part for part in described if isinstance(part, str)]
+        if faults:
+            raise OSError("; ".join(faults))
+
+        def publish() -> None:
+            files = {name: row for part in described for name, row in part.items()}
+            write_json(writing / META, meta)
+            files |= {name: describe_file(writing / name) for name in (TENSORS, META)}
+            write_json(writing / MANIFEST, {"format": FORMAT, "step": meta["step"], "files": files})
+            sync_folder(writing)
+            if final.exists():  # the same step once more, after a resume from an earlier one
+                discard(final)
+            os.rename(writing, final)
+            sync_folder(self._folder)
+
+        self._on_rank_0(publish)
+
+    def _on_rank_0(self, work: Callable[[], None]) -> None:
+        """Run `work` on rank 0 while the others wait; its failure is raised on all."""
+        outcome: list[str | None] = [None]
+        if self._rank == 0:
+            try:
+                work()
+            except OSError as error:
+                outcome = [str(error)]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[0] is not None:
+            raise OSError(outcome[0])
+
+
+def _prepare(writing: Path) -> None:
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)

@@ -1,0 +1,50 @@
+"""Training on GPUs that are not there: everything on the host is real, and so are its failures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmtjepa import checkpoint_format
+from tests.fake_cuda.conftest import HERE, TRAINING
+
+
+def test_no_step_between_two_logged_ones_waits_for_the_device(start_on):
+    """The tests of that name that a GPU has, in all their variants."""
+    options = ("-p", "no:cacheprovider", "-p", "no:logging", "-k", "waits_for_the_device")
+    ended = start_on(sys.executable, "-m", "pytest", TRAINING / "test_gpu.py", *options).end()
+    assert ended.code == 0, ended.output
+    assert "9 passed" in ended.output
+
+
+def test_main_trains_and_goes_on(main_py, settings):
+    config = settings(**{"mask.pack": True, "optimization.epochs": 2})
+    ended = main_py(config, "cuda:0", program=HERE / "compiled_main.py")
+    assert ended.code == 0, ended.output
+    assert "finished at step 16 of 16" in ended.output
+    checkpoint_format.discard(Path(config.logging.folder, "checkpoints", "step-00000016"))
+    ended = main_py(settings(**{"mask.pack": True, "optimization.epochs": 2, "runtime.compile": "off"}), "cuda:0")
+    assert ended.code == 0, ended.output
+    assert "resumed from" in ended.output
+    assert "finished at step 16 of 16" in ended.output
+
+
+@pytest.mark.parametrize(("devices", "changes"), [(2, {}), (4, {"runtime.shard_size": 2})], ids=["FSDP", "HSDP"])
+def test_each_rank_stays_on_its_device(main_py, settings, devices, changes):
+    config = settings(**{"runtime.compile": "off", "data.batch_size": 8, "optimization.epochs": 1} | changes)
+    ended = main_py(config, *(f"cuda:{index}" for index in range(devices)), devices=devices)
+    assert ended.code == 0, ended.output
+    processes, indices = zip(*ended.contexts, strict=True)
+    assert sorted(indices) == list(range(devices))
+    assert len(set(processes)) == devices
+
+
+def test_float8_needs_a_newer_gpu(main_py, settings):
+    config = settings(**{"runtime.teacher_precision": "fp8"})
+    ended = main_py(config, "cuda:0", capability=80)
+    assert ended.code == 1
+    assert "Traceback" not in ended.output
+    assert "fp8" in ended.output
+    assert "8.9" in ended.output

@@ -1,0 +1,200 @@
+import re
+
+import pytest
+import torch
+
+from dmtjepa.interop import (
+    WeightsError,
+    build_encoder,
+    describe_encoder,
+    get_part,
+    load_model,
+    load_weights,
+    read_checkpoint,
+)
+from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
+from dmtjepa.models.vit import ARCHITECTURES
+from dmtjepa.objective import DMTJEPA
+
+TINY = ARCHITECTURES["vit_tiny"]
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return VisionTransformer(32, 8, **TINY)
+
+
+def save_published(path, **parts):
+    """A file as the published ones: names prefixed with `module.`, numbers beside the parts."""
+    state = {name: {f"module.{key}": value for key, value in part.items()} for name, part in parts.items()}
+    torch.save(state | {"opt": {"state": {}, "param_groups": []}, "scaler": None, "epoch": 300, "lr": 1e-6}, path)
+
+
+def test_published_files_load_by_name(encoder, tmp_path):
+    predictor = Predictor((4, 4), 192, 48, depth=1, num_heads=3)
+    save_published(tmp_path / "a.pth.tar", encoder=encoder.state_dict(), predictor=predictor.state_dict())
+    checkpoint = read_checkpoint(tmp_path / "a.pth.tar")
+    assert checkpoint["epoch"] == 300
+    torch.manual_seed(1)
+    for part, other in (
+        ("encoder", VisionTransformer(32, 8, **TINY)),
+        ("predictor", Predictor((4, 4), 192, 48, depth=1, num_heads=3)),
+    ):
+        load_weights(other, get_part(checkpoint, part, "a.pth.tar"), "a.pth.tar")
+        own = {"encoder": encoder, "predictor": predictor}[part].state_dict()
+        assert all(torch.equal(value, own[name]) for name, value in other.state_dict().items())
+
+
+def test_parameter_names_are_the_published_ones(encoder):
+    """Written down here from the published checkpoints: names are what makes them load."""
+    block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    names = {"pos_embed"} | {f"{n}.{k}" for n in ("patch_embed.proj", "norm") for k in ("weight", "bias")}
+    names |= {f"blocks.{i}.{n}.{k}" for i in range(12) for n in block for k in ("weight", "bias")}
+    assert set(encoder.state_dict()) == names
+    predictor = {"mask_token", "predictor_pos_embed"}
+    predictor |= {
+        f"{n}.{k}" for n in ("predictor_embed", "predictor_norm", "predictor_proj") for k in ("weight", "bias")
+    }
+    predictor |= {f"predictor_blocks.0.{n}.{k}" for n in block for k in ("weight", "bias")}
+    assert set(Predictor((4, 4), 192, 48, depth=1, num_heads=3).state_dict()) == predictor
+    block = ("norm1", "attn.q", "attn.k", "attn.v", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    head = {f"cls_blocks.{i}.{n}.{k}" for i in range(2) for n in block for k in ("weight", "bias")}
+    assert set(AggregationHead(192, 3).state_dict()) == head | {"norm.weight", "norm.bias"}
+
+
+def test_sizes_are_read_from_shapes(encoder):
+    shape = describe_encoder(encoder.state_dict())
+    assert (shape.model_name, shape.depth, shape.patch_size, shape.num_patches) == ("vit_tiny", 12, 8, 16)
+    assert "vit_tiny" in str(shape)
+    assert "32x32" in str(shape)
+    giant = {
+        "patch_embed.proj.weight": torch.empty(1408, 3, 16, 16, device="meta"),
+        "pos_embed": torch.empty(1, 196, 1408, device="meta"),
+        "blocks.0.mlp.fc1.weight": torch.empty(6144, 1408, device="meta"),
+        "blocks.39.mlp.fc1.weight": torch.empty(6144, 1408, device="meta"),
+    }
+    assert describe_encoder(giant).model_name == "vit_giant"
+
+
+def test_an_encoder_is_built_from_its_weights_alone(encoder):
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    built = build_encoder({f"module.{k}": v for k, v in encoder.state_dict().items()}, "file")
+    torch.testing.assert_close(built(images), encoder(images), rtol=0, atol=0)
+
+
+def test_oblong_images_need_their_size(tmp_path):
+    encoder = VisionTransformer((32, 48), 8, **TINY)
+    with pytest.raises(WeightsError, match="give the image size"):
+        build_encoder(encoder.state_dict(), "file")
+    assert build_encoder(encoder.state_dict(), "file", image_size=(32, 48)).grid_size == (4, 6)
+
+
+def test_another_model_is_explained_and_nothing_is_changed(encoder):
+    other = VisionTransformer(32, 16, **ARCHITECTURES["vit_small"])
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(WeightsError) as caught:
+        load_weights(other, encoder.state_dict(), "tiny.pth.tar")
+    text = str(caught.value)
+    assert re.search(r"the file holds vit_tiny with patches of 8 pixels and 16 positions \(.*32x32", text)
+    assert re.search(r"the model is vit_small with patches of 16 pixels and 4 positions", text)
+    assert "meta.model_name, mask.patch_size and data.crop_size" in text
+    assert "patch_embed.proj.weight is [192, 3, 8, 8], the model's is [384, 3, 16, 16]" in text
+    assert re.search(r"and \d+ more", text)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_missing_and_unexpected_names_are_listed(encoder):
+    weights = dict(encoder.state_dict())
+    del weights["blocks.3.attn.qkv.weight"]
+    weights["cls_token"] = torch.zeros(1, 1, 192)
+    before = encoder.norm.weight.clone()
+    weights["norm.weight"] = torch.full((192,), 7.0)
+    with pytest.raises(WeightsError) as caught:
+        load_weights(encoder, weights, "file")
+    assert "missing: blocks.3.attn.qkv.weight\n" in str(caught.value)
+    assert "unexpected: cls_token" in str(caught.value)
+    assert torch.equal(encoder.norm.weight, before)
+
+
+def test_a_missing_part_names_those_that_are_there(encoder, tmp_path):
+    save_published(tmp_path / "a.pth.tar", encoder=encoder.state_dict(), target_encoder=encoder.state_dict())
+    checkpoint = read_checkpoint(tmp_path / "a.pth.tar")
+    with pytest.raises(
+        WeightsError, match="no weights of target_head; it has those of: encoder, target_encoder; official"
+    ):
+        get_part(checkpoint, "target_head", "a.pth.tar")
+
+
+def make_model(seed, head=True):
+    torch.manual_seed(seed)
+    encoder = VisionTransformer(32, 8, **TINY)
+    return DMTJEPA(encoder, Predictor((4, 4), 192, 48, depth=1, num_heads=3), AggregationHead(192, 3) if head else None)
+
+
+def parts_of(model):
+    parts = {"encoder": model.encoder, "predictor": model.predictor, "target_encoder": model.teacher_encoder}
+    if model.head is not None:
+        parts |= {"head": model.head, "target_head": model.teacher_head}
+    return {name: {key: value.clone() for key, value in part.state_dict().items()} for name, part in parts.items()}
+
+
+def changed_parts(model, before):
+    return {
+        name
+        for name, part in parts_of(model).items()
+        if any(not torch.equal(value, before[name][key]) for key, value in part.items())
+    }
+
+
+def test_a_model_starts_from_a_checkpoint(tmp_path):
+    source, model = make_model(0), make_model(1)
+    source.update_teacher(0.5)
+    save_published(tmp_path / "a.pth.tar", **parts_of(source))
+    assert load_model(model, tmp_path / "a.pth.tar") == []
+    assert changed_parts(model, parts_of(source)) == set()
+
+
+def test_heads_that_a_published_file_lacks_are_named_and_kept(tmp_path):
+    model = make_model(1)
+    before = parts_of(model)
+    save_published(tmp_path / "a.pth.tar", **parts_of(make_model(0, head=False)))
+    assert load_model(model, tmp_path / "a.pth.tar") == ["head", "target_head"]
+    assert changed_parts(model, before) == {"encoder", "predictor", "target_encoder"}
+
+
+@pytest.mark.parametrize("spoiled", ["target_encoder", "target_head"])
+def test_a_model_is_started_whole_or_not_at_all(tmp_path, spoiled):
+    model = make_model(1)
+    before = parts_of(model)
+    parts = parts_of(make_model(0))
+    del parts[spoiled]["norm.bias"]
+    save_published(tmp_path / "a.pth.tar", **parts)
+    with pytest.raises(WeightsError, match=rf"(?s){spoiled} of .*missing: norm\.bias"):
+        load_model(model, tmp_path / "a.pth.tar")
+    del parts[spoiled]
+    save_published(tmp_path / "b.pth.tar", **parts)
+    with pytest.raises(WeightsError, match=f"no weights of {spoiled}"):
+        load_model(model, tmp_path / "b.pth.tar")
+    assert changed_parts(model, before) == set()
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    torch.save({"encoder": Evil()}, tmp_path / "a.pth.tar")
+    with pytest.raises(WeightsError, match="cannot be read as a checkpoint of tensors"):
+        read_checkpoint(tmp_path / "a.pth.tar")
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path):
+    with pytest.raises(WeightsError, match="there is no checkpoint"):
+        read_checkpoint(tmp_path / "none.pth.tar")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth.tar")
+    with pytest.raises(WeightsError, match="holds a Tensor"):
+        read_checkpoint(tmp_path / "tensor.pth.tar")
+    (tmp_path / "empty.pth.tar").write_bytes(b"")
+    with pytest.raises(WeightsError, match="cannot be read"):
+        read_checkpoint(tmp_path / "empty.pth.tar")

@@ -1,0 +1,601 @@
+/* A fake CUDA runtime, cuBLAS and NCCL: PyTorch, loaded after it, sees NVIDIA GPUs where there are none.
+
+   Real: all code of the host (PyTorch's operators and allocator, autograd, FSDP, torch.compile, Triton and its
+   compiler), sizes and limits of memory, which thread needs a context on which device.
+   Not real: kernels, products of matrices and collectives, which do nothing and take no time; so work is done the
+   moment it is enqueued, and whatever is read from a device is zero. One number alone has a value: the sum of one float
+   over all processes, by which a run sees that they are all there.
+
+   Functions that are not here succeed and do nothing: `build.py` makes them. For tests there are
+
+       long fake_cuda_launches(void)          kernels, products, copies and collectives put on a stream
+       long fake_cuda_synchronizations(void)  calls in which the host would have waited, or might have, for a device */
+
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cuda_runtime_api.h>
+
+#include "fake_cuda.h"
+
+/* ---- Devices and contexts */
+
+static __thread int current_device;
+static atomic_bool has_context[MAX_DEVICES];
+static atomic_long launches, synchronizations;
+
+static int number_from_environment(const char *name, int otherwise) {
+    const char *text = getenv(name);
+    return text == NULL ? otherwise : atoi(text);
+}
+
+int fake_cuda_devices(void) { return number_from_environment("FAKE_CUDA_DEVICES", 1); }
+int fake_cuda_capability(void) { return number_from_environment("FAKE_CUDA_CAPABILITY", 90); }
+int fake_cuda_current_device(void) { return current_device; }
+long fake_cuda_launches(void) { return launches; }
+long fake_cuda_synchronizations(void) { return synchronizations; }
+bool fake_cuda_has_context(int device) { return has_context[device]; }
+void fake_cuda_count_launch(void) { launches++; }
+
+int fake_cuda_attribute(int attribute) {
+    switch (attribute) {
+        case cudaDevAttrComputeCapabilityMajor: return fake_cuda_capability() / 10;
+        case cudaDevAttrComputeCapabilityMinor: return fake_cuda_capability() % 10;
+        case cudaDevAttrMultiProcessorCount: return 132;
+        case cudaDevAttrWarpSize: return 32;
+        case cudaDevAttrMaxThreadsPerBlock: return 1024;
+        case cudaDevAttrMaxThreadsPerMultiProcessor: return 2048;
+        case cudaDevAttrMaxRegistersPerBlock: return 65536;
+        case cudaDevAttrMaxSharedMemoryPerBlock: return 48 << 10;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: return 227 << 10;
+        case cudaDevAttrL2CacheSize: return 50 << 20;
+        case cudaDevAttrClockRate: return 1980000;
+        case cudaDevAttrMemoryClockRate: return 2619000;
+        case cudaDevAttrGlobalMemoryBusWidth: return 5120;
+        default: return 1; /* what is asked for by yes or no is there */
+    }
+}
+
+void fake_cuda_need_context(const char *function) {
+    if (atomic_exchange(&has_context[current_device], true))
+        return;
+    const char *path = getenv("FAKE_CUDA_LOG");
+    if (path == NULL)
+        return;
+    char line[256];
+    int length = snprintf(line, sizeof line, "context %d %d %s\n", getpid(), current_device, function);
+    int file = open(path, O_WRONLY | O_APPEND | O_CREAT, 0644);
+    if (file < 0 || write(file, line, length) != length) /* at once: lines of several processes do not mix */
+        abort();
+    close(file);
+}
+
+cudaError_t cudaGetDeviceCount(int *count) {
+    *count = fake_cuda_devices();
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int *device) {
+    *device = current_device;
+    return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= fake_cuda_devices())
+        return cudaErrorInvalidDevice;
+    current_device = device;
+    fake_cuda_need_context(__func__);
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) {
+    *value = fake_cuda_attribute(attribute);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int device) {
+    memset(properties, 0, sizeof *properties);
+    /* So that nobody takes what a benchmark writes here for a GPU's. */
+    strcpy(properties->name, fake_cuda_capability() == 80 ? "fake A100" : "fake H100");
+    properties->major = fake_cuda_attribute(cudaDevAttrComputeCapabilityMajor);
+    properties->minor = fake_cuda_attribute(cudaDevAttrComputeCapabilityMinor);
+    properties->totalGlobalMem = DEVICE_MEMORY;
+    properties->multiProcessorCount = fake_cuda_attribute(cudaDevAttrMultiProcessorCount);
+    properties->warpSize = fake_cuda_attribute(cudaDevAttrWarpSize);
+    properties->maxThreadsPerBlock = fake_cuda_attribute(cudaDevAttrMaxThreadsPerBlock);
+    properties->maxThreadsPerMultiProcessor = fake_cuda_attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
+    properties->maxBlocksPerMultiProcessor = 32;
+    properties->regsPerBlock = properties->regsPerMultiprocessor = fake_cuda_attribute(cudaDevAttrMaxRegistersPerBlock);
+    properties->sharedMemPerBlock = fake_cuda_attribute(cudaDevAttrMaxSharedMemoryPerBlock);
+    properties->sharedMemPerBlockOptin = fake_cuda_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    properties->sharedMemPerMultiprocessor = 228 << 10;
+    properties->l2CacheSize = fake_cuda_attribute(cudaDevAttrL2CacheSize);
+    properties->textureAlignment = 512;
+    for (int axis = 0; axis < 3; axis++) {
+        properties->maxThreadsDim[axis] = axis < 2 ? 1024 : 64;
+        properties->maxGridSize[axis] = axis < 1 ? 2147483647 : 65535;
+    }
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetPCIBusId(char *text, int length, int device) {
+    snprintf(text, length, "0000:%02x:00.0", device);
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
+    *least = 0;
+    *greatest = -5;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) {
+    *can = 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = CUDART_VERSION;
+    return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int *version) {
+    *version = CUDART_VERSION;
+    return cudaSuccess;
+}
+
+const char *cudaGetErrorName(cudaError_t error) {
+    return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "an error of fake CUDA";
+}
+
+const char *cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
+
+/* The driver's functions, by name. */
+cudaError_t cudaGetDriverEntryPointByVersion(
+    const char *name, void **function, unsigned version, unsigned long long flags,
+    enum cudaDriverEntryPointQueryResult *result
+) {
+    *function = dlsym(RTLD_DEFAULT, name);
+    if (result != NULL)
+        *result = *function == NULL ? cudaDriverEntryPointSymbolNotFound : cudaDriverEntryPointSuccess;
+    return cudaSuccess;
+}
+
+/* ---- Memory: of the host, which is real, or of a device, which are addresses alone */
+
+typedef struct {
+    char *begin;
+    size_t bytes;
+    int device; /* ON_HOST: pinned memory */
+} Range;
+
+enum { ON_HOST = -1, MAX_RANGES = 1 << 14 };
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static Range ranges[MAX_RANGES]; /* those that were removed have no bytes */
+static int num_ranges;
+static long used[MAX_DEVICES];
+
+static void add_range(void *begin, size_t bytes, int device) {
+    pthread_mutex_lock(&lock);
+    int place = 0;
+    while (place < num_ranges && ranges[place].bytes > 0)
+        place++;
+    if (place == MAX_RANGES)
+        abort();
+    num_ranges += place == num_ranges;
+    ranges[place] = (Range){begin, bytes, device};
+    pthread_mutex_unlock(&lock);
+}
+
+/* The range that holds an address, and no bytes where there is none; it may be removed. */
+static Range find_range(const void *address, bool remove) {
+    Range found = {0};
+    pthread_mutex_lock(&lock);
+    for (int place = 0; place < num_ranges; place++) {
+        Range *range = &ranges[place];
+        if ((char *)address >= range->begin && (char *)address < range->begin + range->bytes) {
+            found = *range;
+            if (remove)
+                range->bytes = 0;
+            break;
+        }
+    }
+    pthread_mutex_unlock(&lock);
+    return found;
+}
+
+static bool on_device(const void *address) {
+    Range range = find_range(address, false);
+    return range.bytes > 0 && range.device != ON_HOST;
+}
+
+static bool is_pinned(const void *address) {
+    Range range = find_range(address, false);
+    return range.bytes > 0 && range.device == ON_HOST;
+}
+
+bool fake_cuda_use(long bytes, int device) {
+    pthread_mutex_lock(&lock);
+    bool enough = used[device] + bytes <= (long)DEVICE_MEMORY;
+    if (enough)
+        used[device] += bytes;
+    pthread_mutex_unlock(&lock);
+    return enough;
+}
+
+static void *map_pages(size_t bytes, int access, int device) {
+    void *address = mmap(NULL, bytes, access, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (address == MAP_FAILED)
+        return NULL;
+    add_range(address, bytes, device);
+    return address;
+}
+
+void *fake_cuda_reserve(size_t bytes, int device) { return map_pages(bytes, PROT_NONE, device); }
+
+void fake_cuda_release(void *address) {
+    Range range = find_range(address, true);
+    if (range.bytes > 0)
+        munmap(range.begin, range.bytes);
+}
+
+cudaError_t cudaMalloc(void **address, size_t bytes) {
+    fake_cuda_need_context(__func__);
+    if (!fake_cuda_use(bytes, current_device))
+        return cudaErrorMemoryAllocation;
+    *address = fake_cuda_reserve(bytes, current_device);
+    return *address == NULL ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+
+cudaError_t cudaFree(void *address) {
+    Range range = find_range(address, false);
+    if (range.bytes > 0)
+        fake_cuda_use(-(long)range.bytes, range.device);
+    fake_cuda_release(address);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
+    fake_cuda_need_context(__func__);
+    *total = DEVICE_MEMORY;
+    *free = DEVICE_MEMORY - used[current_device];
+    return cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void **address, size_t bytes, unsigned flags) {
+    fake_cuda_need_context(__func__);
+    *address = map_pages(bytes, PROT_READ | PROT_WRITE, ON_HOST);
+    return *address == NULL ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void *address) {
+    fake_cuda_release(address);
+    return cudaSuccess;
+}
+
+cudaError_t cudaHostRegister(void *address, size_t bytes, unsigned flags) {
+    fake_cuda_need_context(__func__);
+    add_range(address, bytes, ON_HOST);
+    return cudaSuccess;
+}
+
+cudaError_t cudaHostUnregister(void *address) {
+    find_range(address, true);
+    return cudaSuccess;
+}
+
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *address) {
+    memset(attributes, 0, sizeof *attributes); /* memory that CUDA does not know */
+    Range range = find_range(address, false);
+    if (range.bytes > 0) {
+        attributes->type = range.device == ON_HOST ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
+        attributes->device = range.device == ON_HOST ? 0 : range.device;
+        attributes->devicePointer = attributes->hostPointer = (void *)address;
+    }
+    return cudaSuccess;
+}
+
+/* ---- Copies */
+
+static const void *sum_address; /* where the last sum of one float over all processes lies, on a device */
+static float sum;
+
+static void copy(void *target, const void *source, size_t bytes) {
+    if (on_device(target))
+        return;
+    if (!on_device(source))
+        memmove(target, source, bytes);
+    else if (source == sum_address && bytes == sizeof sum)
+        memcpy(target, &sum, bytes);
+    else
+        memset(target, 0, bytes);
+}
+
+cudaError_t cudaMemcpy(void *target, const void *source, size_t bytes, enum cudaMemcpyKind kind) {
+    fake_cuda_need_context(__func__);
+    synchronizations++;
+    copy(target, source, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(
+    void *target, const void *source, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream
+) {
+    fake_cuda_need_context(__func__);
+    launches++;
+    /* From or to memory that is not pinned, a copy is not asynchronous. */
+    bool waits = !(on_device(target) || is_pinned(target)) || !(on_device(source) || is_pinned(source));
+    synchronizations += waits;
+    copy(target, source, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemset(void *target, int value, size_t bytes) {
+    fake_cuda_need_context(__func__);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void *target, int value, size_t bytes, cudaStream_t stream) {
+    fake_cuda_need_context(__func__);
+    launches++;
+    return cudaSuccess;
+}
+
+/* ---- Streams and events. Work is done the moment it is enqueued; events have the host's time. */
+
+struct CUstream_st {
+    int priority;
+};
+
+struct CUevent_st {
+    struct timespec time;
+};
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
+    fake_cuda_need_context(__func__);
+    *stream = calloc(1, sizeof **stream);
+    (*stream)->priority = priority;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    free(stream);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
+    *priority = stream == NULL ? 0 : stream->priority;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
+    *status = cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    fake_cuda_need_context(__func__);
+    synchronizations++;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize(void) {
+    fake_cuda_need_context(__func__);
+    synchronizations++;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
+    fake_cuda_need_context(__func__);
+    *event = calloc(1, sizeof **event);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    free(event);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+    clock_gettime(CLOCK_MONOTONIC, &event->time);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    return cudaEventRecordWithFlags(event, stream, 0);
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    synchronizations++;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEvent_t end) {
+    *milliseconds = 1e3 * (end->time.tv_sec - begin->time.tv_sec) + 1e-6 * (end->time.tv_nsec - begin->time.tv_nsec);
+    return cudaSuccess;
+}
+
+/* ---- Kernels */
+
+static cudaError_t launch(const char *function) {
+    fake_cuda_need_context(function);
+    launches++;
+    return cudaSuccess;
+}
+
+cudaError_t __cudaLaunchKernel(void) { return launch(__func__); }
+
+cudaError_t cudaLaunchKernel(
+    const void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared_bytes, cudaStream_t stream
+) {
+    return launch(__func__);
+}
+
+cudaError_t cudaLaunchCooperativeKernel(
+    const void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared_bytes, cudaStream_t stream
+) {
+    return launch(__func__);
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel, void **arguments) {
+    return launch(__func__);
+}
+
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *data) {
+    function(data);
+    return cudaSuccess;
+}
+
+void **__cudaRegisterFatBinary(void *binary) {
+    static void *handle;
+    return &handle;
+}
+
+char __cudaInitModule(void **handle) { return 1; }
+
+cudaError_t __cudaGetKernel(const void **kernel, const void *function) {
+    *kernel = function;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *kernel) {
+    memset(attributes, 0, sizeof *attributes);
+    attributes->maxThreadsPerBlock = 1024;
+    attributes->numRegs = 32;
+    attributes->binaryVersion = attributes->ptxVersion = fake_cuda_capability();
+    return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
+    int *blocks, const void *kernel, int threads, size_t shared_bytes, unsigned flags
+) {
+    *blocks = 2;
+    return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+    int *blocks, const void *kernel, int threads, size_t shared_bytes
+) {
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, kernel, threads, shared_bytes, 0);
+}
+
+cudaError_t cudaGetSymbolAddress(void **address, const void *symbol) {
+    *address = fake_cuda_reserve(1 << 16, current_device);
+    return cudaSuccess;
+}
+
+/* ---- cuBLAS: only what returns something, or counts */
+
+int cublasCreate_v2(void **handle) {
+    *handle = malloc(1);
+    return 0;
+}
+
+int cublasDestroy_v2(void *handle) {
+    free(handle);
+    return 0;
+}
+
+int cublasGetMathMode(void *handle, int *mode) {
+    *mode = 0;
+    return 0;
+}
+
+int cublasGetPointerMode_v2(void *handle, int *mode) {
+    *mode = 0;
+    return 0;
+}
+
+int cublasLtMatmulDescCreate(void **description) { return cublasCreate_v2(description); }
+int cublasLtMatmulDescDestroy(void *description) { return cublasDestroy_v2(description); }
+int cublasLtMatmulPreferenceCreate(void **preference) { return cublasCreate_v2(preference); }
+int cublasLtMatmulPreferenceDestroy(void *preference) { return cublasDestroy_v2(preference); }
+int cublasLtMatrixLayoutCreate(void **layout) { return cublasCreate_v2(layout); }
+int cublasLtMatrixLayoutDestroy(void *layout) { return cublasDestroy_v2(layout); }
+
+int cublasLtMatmulAlgoGetHeuristic(
+    void *handle, void *description, void *a, void *b, void *c, void *d, void *preference, int num_wanted,
+    void *algorithms, int *num_found
+) {
+    *num_found = 1;
+    return 0;
+}
+
+int cublasLtMatmul(void) { return launch(__func__); }
+int cublasGemmEx(void) { return launch(__func__); }
+int cublasGemmStridedBatchedEx(void) { return launch(__func__); }
+int cublasSgemm_v2(void) { return launch(__func__); }
+int cublasSgemmStridedBatched(void) { return launch(__func__); }
+
+/* ---- NCCL: as many ranks as were said to be there, each on its own */
+
+typedef struct {
+    char bytes[128];
+} UniqueId;
+
+typedef struct {
+    int num_ranks, rank;
+} Communicator;
+
+enum { NCCL_FLOAT = 7 };
+
+int ncclGetVersion(int *version) {
+    *version = 22900;
+    return 0;
+}
+
+const char *ncclGetErrorString(int error) { return "an error of fake NCCL"; }
+const char *ncclGetLastError(Communicator *communicator) { return ""; }
+
+int ncclCommInitRankConfig(Communicator **communicator, int num_ranks, UniqueId id, int rank, void *config) {
+    fake_cuda_need_context(__func__);
+    *communicator = malloc(sizeof **communicator);
+    **communicator = (Communicator){num_ranks, rank};
+    return 0;
+}
+
+/* How many ranks a part of a communicator has, only they all together would know. */
+int ncclCommSplit(Communicator *communicator, int part, int rank, Communicator **made, void *config) {
+    return ncclCommInitRankConfig(made, 0, (UniqueId){0}, rank, config);
+}
+
+int ncclCommDestroy(Communicator *communicator) {
+    free(communicator);
+    return 0;
+}
+
+int ncclCommAbort(Communicator *communicator) { return ncclCommDestroy(communicator); }
+
+int ncclCommGetAsyncError(Communicator *communicator, int *error) {
+    *error = 0;
+    return 0;
+}
+
+int ncclAllReduce(
+    const void *source, void *target, size_t count, int type, int operation, Communicator *communicator,
+    cudaStream_t stream
+) {
+    if (count == 1 && type == NCCL_FLOAT) {
+        sum_address = target;
+        sum = communicator->num_ranks;
+    }
+    return launch(__func__);
+}
+
+int ncclAllGather(void) { return launch(__func__); }
+int ncclReduceScatter(void) { return launch(__func__); }
+int ncclBroadcast(void) { return launch(__func__); }
