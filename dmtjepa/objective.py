@@ -72,6 +72,7 @@ class DMTJEPA(nn.Module):
             return self._gather_tokens(h.flatten(0, 1)[None], masks.target_unique[None])[0]
         patch = self.teacher_encoder.patch_size
         grid_size = (images.shape[-2] // patch, images.shape[-1] // patch)
+        self.teacher_head.check_window(masks.window, masks.border)  # here, because the next line may be compiled
         return self.teacher_head.aggregate_neighbors(h, grid_size, masks.target_unique, masks.neighborhood)
 
     def predict_targets(self, images: Tensor, masks: MaskBatch) -> Tensor:

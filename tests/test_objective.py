@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dmtjepa.config import MaskSettings, load_config, parse_config
-from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.reference import step as reference
@@ -65,9 +65,7 @@ def make_model(case: Case, dtype: torch.dtype, seed: int = 0) -> DMTJEPA:
 
 def make_masks(case: Case, step: int = 0) -> MaskBatch:
     settings = MaskSettings(patch_size=PATCH, min_keep=case.min_keep)
-    return sample_masks(
-        settings, case.grid, case.batch, seed=1, step=step, rank=0, window=case.window, border=case.border
-    )
+    return MaskSampler(settings, case.grid, case.batch, 1, case.window, case.border).sample(step)
 
 
 def make_images(case: Case, dtype: torch.dtype) -> torch.Tensor:
@@ -135,6 +133,15 @@ def test_neighborhood_changes_nothing():
         part = model.head.aggregate_neighbors(h, case.grid, masks.target_unique, masks.neighborhood)
         whole = model.head.aggregate_neighbors(h, case.grid, masks.target_unique)
     torch.testing.assert_close(part, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("changes", [{"window": 3}, {"border": "wrap"}], ids=str)
+def test_masks_for_another_window_are_refused(changes):
+    """They have other neighbourhoods, and the head would take neighbours outside of them for missing ones."""
+    case = Case(2, (9, 14), 4, 5, "clip")
+    model, masks = make_model(case, torch.float32), make_masks(case._replace(**changes))
+    with pytest.raises(ValueError, match=r"the masks were sampled for windows of .* build both from one configuration"):
+        model(make_images(case, torch.float32), masks)
 
 
 @pytest.mark.parametrize("border", ["wrap", "clip"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmtjepa.config import MaskSettings
-from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, MaskSampler
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Shape:
     @cache  # noqa: B019  five shapes live as long as the program
     def masks(self) -> MaskBatch:
         """The masks of one step of the released sampler."""
-        return sample_masks(MaskSettings(), self.grid_size, self.batch_size, seed=0, step=0, rank=0)
+        return MaskSampler(MaskSettings(), self.grid_size, self.batch_size).sample(step=0)
 
     @property
     def name_and_batch(self) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.official import PublishedStep, open_checkout
 from dmtjepa.config import Config, ConfigError, load_config
-from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.reference import step as reference
 from dmtjepa.training.distributed import World
@@ -68,8 +68,7 @@ class Workload:
 
     @cache  # noqa: B019
     def masks(self, step: int, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu") -> MaskBatch:
-        config = self.config()
-        return sample_masks(config.mask, config.grid_size, self.batch_size, 0, step, rank, world_size).to(device)
+        return MaskSampler.from_config(self.config(), seed=0).sample(step, rank, world_size).to(device)
 
     def images(self, device: torch.device, rank: int = 0) -> Tensor:
         """uint8 [B, 3, H, W], the same at every step."""

@@ -26,7 +26,7 @@ from benchmarks.official import open_checkout, published_head
 from benchmarks.operators.cases import SHAPES, Shape
 from benchmarks.tables import number, save, text_table
 from dmtjepa.config import MaskSettings
-from dmtjepa.masks import sample_masks
+from dmtjepa.masks import MaskSampler
 from dmtjepa.models import AggregationHead
 from dmtjepa.reference import step as reference
 
@@ -47,7 +47,7 @@ def measure(
 ) -> list[dict]:
     """One row per provider."""
     torch.manual_seed(0)
-    masks = sample_masks(MaskSettings(), shape.grid_size, batch_size, seed=0, step=0, rank=0)
+    masks = MaskSampler(MaskSettings(), shape.grid_size, batch_size).sample(step=0)
     masks = masks.to(device) if device == "cuda" else masks
     head = AggregationHead(shape.dim, shape.num_heads).to(device, dtype).requires_grad_(False)
     h = F.layer_norm(torch.randn(batch_size, shape.num_patches, shape.dim, device=device), (shape.dim,)).to(dtype)
