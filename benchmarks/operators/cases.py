@@ -1,6 +1,6 @@
 """Benchmark cases of operators.
 
-The module of an operator defines `cases(shape, device, dtype)`. A case is one operator call with its arguments, its
+The module of an operator defines `cases(workload, device, dtype)`. A case is one operator call with its arguments, its
 implementations, a reference, and the bytes that it must move: every input element that is needed is read once, every
 output element is written once.
 """
@@ -9,54 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
-
-from dmtjepa.config import MaskSettings
-from dmtjepa.masks import MaskBatch, MaskSampler
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model of the published configurations, at its batch per device."""
-
-    name: str
-    dim: int
-    num_heads: int
-    patch_size: int
-    batch_size: int
-    image_size: int = 224
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        side = self.image_size // self.patch_size
-        return side, side
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
-    @cache  # noqa: B019  five shapes live as long as the program
-    def masks(self) -> MaskBatch:
-        """The masks of one step of the released sampler."""
-        return MaskSampler(MaskSettings(), self.grid_size, self.batch_size).sample(step=0)
-
-    @property
-    def name_and_batch(self) -> str:
-        return f"{self.name} B={self.batch_size}"
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("base", dim=768, num_heads=12, patch_size=16, batch_size=256),
-        Shape("large", dim=1024, num_heads=16, patch_size=16, batch_size=256),
-        Shape("huge", dim=1280, num_heads=16, patch_size=14, batch_size=128),
-        Shape("giant", dim=1408, num_heads=16, patch_size=16, batch_size=128),
-    )
-}
 
 
 def relative_error(output: Tensor, reference: Tensor) -> float:

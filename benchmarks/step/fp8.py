@@ -77,7 +77,7 @@ def compare_targets(name: str, weights: str, model: DMTJEPA, images: Tensor, mas
     grid_size = tuple(side // encoder.patch_size for side in images.shape[-2:])
 
     def chosen(h: Tensor) -> Tensor:
-        return head._select_neighbors(h, masks.target_unique, grid_size, num_neighbors=head.num_neighbors)[0]
+        return head._select_neighbors(h, masks.target_unique, grid_size, num_neighbors=head.num_neighbors)
 
     def compute(encoder: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         h = encoder(images).float()

@@ -86,7 +86,7 @@ def select_query_neighbors(patches: Tensor, query_index: Tensor, config: Config)
     batch, num_patches, width = patches.shape
     h = F.layer_norm(patches, (width,))
     flat = (torch.arange(batch)[:, None] * num_patches + query_index).flatten()
-    selected, _ = select_neighbors(
+    selected = select_neighbors(
         h,
         flat,
         config.grid_size,

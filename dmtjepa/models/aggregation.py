@@ -169,7 +169,7 @@ class AggregationHead(nn.Module):
         batch, num_patches, _ = h.shape
         rows = h.flatten(0, 1)
         image = target_unique // num_patches
-        neighbor_index, _ = self._select_neighbors(
+        neighbor_index = self._select_neighbors(
             h, target_unique, grid_size, num_neighbors=self.num_neighbors, window=self.window, border=self.border
         )
         if neighborhood is not None:

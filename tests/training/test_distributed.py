@@ -21,13 +21,13 @@ from dmtjepa.training.phase import Phase
 from dmtjepa.training.signals import StopSignals
 from dmtjepa.training.vote import RankVote, Vote
 from dmtjepa.training.watchdog import EXIT_HUNG, Watchdog
-from tests.training.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
 
-def join(hang_timeout=60):
-    return process_group(CPU, start_timeout=60, hang_timeout=hang_timeout)
+def join():
+    return process_group(CPU, start_timeout=600, hang_timeout=3600)
 
 
 @pytest.mark.parametrize(("rank", "reason"), [(0, r"ranks \[1\] have not come"), (1, "")])
@@ -38,13 +38,13 @@ def test_process_alone_of_two_fails_in_time_and_says_who_it_is(monkeypatch, rank
     values = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
-    begun = time.monotonic()
+    started = time.monotonic()
     text = (
         rf"rank {rank} of 2 on {socket.gethostname()} could not join the run at 127.0.0.1:{port} within 2 s.*{reason}"
     )
-    with pytest.raises(DistributedError, match=text), process_group(CPU, start_timeout=2, hang_timeout=60):
+    with pytest.raises(DistributedError, match=text), process_group(CPU, start_timeout=2, hang_timeout=3600):
         pass
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - started < 300  # the defaults of torch.distributed are 10 and 30 minutes
 
 
 def test_device_that_is_not_there():
@@ -106,7 +106,7 @@ def test_rank_that_vanishes_is_reported_as_lost(tmp_path):
 
 
 def hang():
-    with join() as world, Watchdog(world, timeout=4) as watchdog:
+    with join() as world, Watchdog(world, timeout=10) as watchdog:
         watchdog.on_phase(Phase.BACKWARD, 7)
         dist.all_reduce(torch.ones(1))
         if world.rank == 1:
@@ -121,7 +121,7 @@ def test_hung_collective_ends_with_a_report_of_where_each_rank_stood(tmp_path):
     assert [code for code, _ in ends] == [EXIT_HUNG, EXIT_HUNG]
     host = socket.gethostname()
     for rank, (_, text) in enumerate(ends):
-        assert f"rank {rank} of 2 on {host}: no progress for 4 s" in text
+        assert f"rank {rank} of 2 on {host}: no progress for 10 s" in text
         assert f"rank 0 on {host}: step 8, targets" in text
         assert f"rank 1 on {host}: step 8, data" in text
         assert "in hang" in text  # its own stack

@@ -110,10 +110,10 @@ def test_torchrun_gives_the_run_of_main(plain, settings, losses, tmp_path):
     config = settings(**{"data.batch_size": 8})
     path = tmp_path / "settings.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(HERE / "tiny_main.py"), "--fname", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    command += [str(ROOT / "tests/helpers/tiny_main.py"), "--fname", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(losses(config), losses(plain), rtol=0, atol=1e-5)
 
