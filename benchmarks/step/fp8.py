@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks.machine import environment
 from benchmarks.operators.cases import relative_error
 from benchmarks.tables import number, save, text_table
-from benchmarks.workloads import add_workloads, chosen_workloads
+from benchmarks.workloads import Workload, add_workloads, chosen_workloads
 from dmtjepa.config import Config, load_config
 from dmtjepa.data import build_eval_loader, build_loader
 from dmtjepa.data.sources.shapes import ShapesParameters, draw_image
