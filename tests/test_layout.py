@@ -23,13 +23,14 @@ ALLOWED = {
     "run_folder": {"checkpoint_format", "config", "errors", "files"},
     "config": {"errors"},
     "packing": set(),
+    "tensors": set(),
     "masks": {"config", "errors", "packing"},
     "data": {"config", "errors"},
     "models": {"kernels", "packing"},
-    "objective": {"kernels", "config", "masks", "models"},
+    "objective": {"kernels", "config", "masks", "models", "tensors"},
     "reference": {"config", "masks"},
     "interop": RUNS | {"models", "objective"},
-    "training": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},
+    "training": RUNS | {"data", "masks", "models", "objective", "interop", "kernels", "tensors"},
     "evaluation": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},
 }
 

@@ -49,7 +49,7 @@ class Model:
     forward_share: float
     student: float
     teacher: float
-    units: int  # of student and teacher, what `dmtjepa.training.parallelize.gathered_together` makes of them
+    units: int  # of student and teacher, what `dmtjepa.training.parallelize.group_fsdp_units` makes of them
     context_share: float  # of the computation, which grows with the context
 
 
