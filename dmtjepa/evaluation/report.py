@@ -23,6 +23,7 @@ from dmtjepa.evaluation.figure_data import collect_figure_data
 from dmtjepa.evaluation.figures import FigureData, LossCurve, read_losses, save_figures
 from dmtjepa.evaluation.formatting import Report, format_markdown
 from dmtjepa.evaluation.splits import Splits
+from dmtjepa.files import write_atomically
 from dmtjepa.interop import read_checkpoint
 
 
@@ -40,13 +41,13 @@ def evaluate(
     """Measure the teacher of a run and write the report into `out`.
 
     Raises:
-        WeightsError: the checkpoint has no teacher, or the teacher does not fit the settings.
-        EvaluationError: a split has no readable image.
+        WeightsError: the checkpoint has no teacher, or the teacher does not fit the settings or is not finite.
+        EvaluationError: a split has no readable image, or features are not finite.
     """
     trained, untrained = load_teacher(config, checkpoint_path, device)
     encoders = {"trained": trained, "untrained": untrained}
     context = EvaluationContext(config, encoders, splits, device, num_workers, progress)
-    report = Report(run=describe_run(run, context, checkpoint_path), data=describe_data(splits))
+    report = Report(describe_run(run, context, checkpoint_path), describe_data(splits), notes=list(splits.notes))
 
     measure_features(report, context)
     with skipping(report):
@@ -101,7 +102,7 @@ def measure_features(report: Report, context: EvaluationContext) -> None:
     report.collapse = {name: asdict(numbers) for name, numbers in collapse.items()}
     report.collapsed = "trained" in collapse and collapse["trained"].collapsed
     if splits.unlabelled is not None:
-        report.skipped.append(f"k-NN and linear probe: {splits.description} has no labels ({splits.unlabelled})")
+        report.skipped.append(f"k-NN and linear probe: {splits.description}: {splits.unlabelled}")
         return
 
     train = measurements.extract_split(context, splits.train, "training", layout=layout)
@@ -120,7 +121,8 @@ def measure_features(report: Report, context: EvaluationContext) -> None:
             f"k-NN with layout: its features would take {num_bytes / 2**30:.0f} GiB; the limit is "
             f"{measurements.LAYOUT_BYTES / 2**30:.0f} GiB. Use --max-images"
         )
-    report.linear = measurements.measure_linear(train, validation, device=device)
+    with skipping(report):
+        report.linear = measurements.measure_linear(train, validation, device=device)
     labels = validation["trained"].labels
     assert labels is not None
     report.data["validation_images"] = len(labels)
@@ -141,10 +143,11 @@ def read_loss_curve(run: Path, config: Config) -> LossCurve:
 
 def write_report(report: Report, figures: FigureData, out: Path, title: str) -> None:
     """Write report.md, report.json and the figures into `out`, and list them in `report.files`."""
+    out.mkdir(parents=True, exist_ok=True)
     paths = save_figures(figures, out, title)
     report.files = [str(path) for path in [out / "report.md", out / "report.json", *paths]]
-    (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-    (out / "report.md").write_text(format_markdown(report, [path.name for path in paths]))
+    write_atomically(out / "report.json", json.dumps(asdict(report), indent=2) + "\n")
+    write_atomically(out / "report.md", format_markdown(report, [path.name for path in paths]))
 
 
 @contextlib.contextmanager
