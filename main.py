@@ -35,8 +35,9 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # Imported late: a mistyped command line is answered at once.
     from dmtjepa.config import ConfigError, load_config
+    from dmtjepa.errors import UserError
     from dmtjepa.training.distributed import check_device, parse_device
-    from dmtjepa.training.launch import USER_ERRORS, default_devices, hand_over, launch, run_process
+    from dmtjepa.training.launch import default_devices, hand_over, launch, run_process
 
     try:
         config = load_config(options.fname, options.overrides)
@@ -44,8 +45,9 @@ def main() -> int:
         if under_torchrun and options.devices:
             raise ConfigError("--devices is main.py's own way to start processes; under torchrun leave it out")
         devices = options.devices or default_devices()
+        check = parse_device if options.dry_run else check_device
         for name in devices:
-            parse_device(name) if options.dry_run else check_device(name)
+            check(name)
         if options.dry_run:
             from dmtjepa.training.estimate import describe
 
@@ -56,7 +58,7 @@ def main() -> int:
             hand_over(run_process(config, devices[0].partition(":")[0]))
             return 0
         return launch(config, devices)
-    except USER_ERRORS as error:
+    except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
 

@@ -41,14 +41,50 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--array-parallelism", type=int, default=256, help="jobs of an array that run at a time")
     add("--signal-delay", type=int, default=120, help="seconds before the time limit at which the job saves")
     add("--max-timeouts", type=int, default=1000, help="time limits after which the job is not requeued any more")
-    add("--dry-run", action="store_true", help="print the sbatch script and submit nothing")
-    options, options.overrides = parser.parse_known_args(arguments)
-    options.overrides += [name for name in options.fname if "=" in name]
+    add("--dry-run", action="store_true", help="print what SLURM would be asked for and submit nothing")
+    options, overrides = parser.parse_known_args(arguments)
+    options.overrides = overrides + [name for name in options.fname if "=" in name]
     options.fname = [name for name in options.fname if "=" not in name]
     wrong = [text for text in options.overrides if "=" not in text or text.startswith("-")]
     if wrong:
         parser.error(f"unknown arguments: {' '.join(wrong)}; {USAGE}")
+    gpus = options.tasks_per_node if options.gpus_per_node is None else options.gpus_per_node
+    options.gpus_per_node = gpus or None  # SLURM gets no number of GPUs rather than 0
     return options
+
+
+# Options that SLURM gets: the parameter of submitit, and the directive of sbatch that submitit writes for it.
+DIRECTIVES = {
+    "job_name": ("name", "job-name"),
+    "partition": ("slurm_partition", "partition"),
+    "nodes": ("nodes", "nodes"),
+    "tasks_per_node": ("tasks_per_node", "ntasks-per-node"),
+    "gpus_per_node": ("gpus_per_node", "gpus-per-node"),
+    "cpus_per_task": ("cpus_per_task", "cpus-per-task"),
+    "memory": ("slurm_mem", "mem"),
+    "time": ("timeout_min", "time"),
+    "signal_delay": ("slurm_signal_delay_s", "signal"),
+    "account": ("slurm_account", "account"),
+    "qos": ("slurm_qos", "qos"),
+    "constraint": ("slurm_constraint", "constraint"),
+    "exclude": ("slurm_exclude", "exclude"),
+    "dependency": ("slurm_dependency", "dependency"),
+}
+# The job requeues itself, and the log of each start follows that of the last.
+ALWAYS = {"requeue": True, "open-mode": "append"}
+
+
+def select_directives(options: argparse.Namespace) -> dict[str, object]:
+    """The options in DIRECTIVES that were given, by name."""
+    return {name: getattr(options, name) for name in DIRECTIVES if getattr(options, name) is not None}
+
+
+def describe_job(options: argparse.Namespace) -> str:
+    """The resources that a job asks SLURM for, as lines of an sbatch script."""
+    values = {DIRECTIVES[name][1]: value for name, value in select_directives(options).items()} | ALWAYS
+    values["signal"] = f"USR2@{values['signal']}"
+    lines = [f"#SBATCH --{name}" + ("" if value is True else f"={value}") for name, value in sorted(values.items())]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,54 +94,38 @@ def main(arguments: list[str] | None = None) -> int:
     import yaml
 
     from dmtjepa.config import ConfigError, load_config
+    from dmtjepa.errors import UserError
     from dmtjepa.training.slurm import Job
 
     names = options.fname
     if options.batch_launch:
         names = [name for path in names for name in yaml.safe_load(Path(path).read_text())]
-    gpus = options.tasks_per_node if options.gpus_per_node is None else options.gpus_per_node
     try:
         configs = [load_config(name, options.overrides) for name in names]
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
+        folders = {os.path.realpath(config.logging.folder) for config in configs}
+        if len(folders) < len(configs):
+            raise ConfigError("two of the settings files write into the same logging.folder")
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    folders = [os.path.realpath(config.logging.folder) for config in configs]
-    if len(set(folders)) < len(folders):
-        print("ConfigError: two of the settings files write into the same logging.folder", file=sys.stderr)
-        return 1
-
+    if options.dry_run:
+        print(describe_job(options))
+        return 0
     if shutil.which("srun") is None:
         print("SLURM (srun) is not on this machine: run this on a login node, or use main.py", file=sys.stderr)
         return 1
+
     executor = submitit.AutoExecutor(
         folder=Path(options.folder) / "job_%j", cluster="slurm", slurm_max_num_timeout=options.max_timeouts
     )
-    parameters = {
-        "name": options.job_name,
-        "nodes": options.nodes,
-        "tasks_per_node": options.tasks_per_node,
-        "cpus_per_task": options.cpus_per_task,
-        "timeout_min": options.time,
-        "slurm_signal_delay_s": options.signal_delay,
-        "stderr_to_stdout": True,
-        "slurm_array_parallelism": options.array_parallelism,
-        "slurm_additional_parameters": {"requeue": True, "open-mode": "append"},
-        "gpus_per_node": gpus or None,
-        "slurm_partition": options.partition,
-        "slurm_account": options.account,
-        "slurm_qos": options.qos,
-        "slurm_constraint": options.constraint,
-        "slurm_exclude": options.exclude,
-        "slurm_dependency": options.dependency,
-        "slurm_mem": options.memory,
-    }
-    executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
-    if options.dry_run:
-        inner = executor._executor
-        print(inner._make_submission_file_text(inner._submitit_command_str, "dry-run"))
-        return 0
+    executor.update_parameters(
+        stderr_to_stdout=True,
+        slurm_array_parallelism=options.array_parallelism,
+        slurm_additional_parameters=ALWAYS,
+        **{DIRECTIVES[name][0]: value for name, value in select_directives(options).items()},
+    )
     with executor.batch():
-        jobs = [executor.submit(Job(config, "cuda" if gpus else "cpu")) for config in configs]
+        jobs = [executor.submit(Job(config, "cuda" if options.gpus_per_node else "cpu")) for config in configs]
     for name, config, job in zip(names, configs, jobs, strict=True):
         print(f"{job.job_id}  {name}  run: {config.logging.folder}  logs: {job.paths.folder}")
     return 0

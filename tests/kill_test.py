@@ -24,16 +24,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "training")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np  # noqa: E402
-import tiny_architecture  # noqa: E402, F401
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
 
-from dmtjepa import checkpoint_format  # noqa: E402
-from dmtjepa.config import Config, parse_config  # noqa: E402
-from dmtjepa.training.launch import run_process  # noqa: E402
+import tests.helpers.tiny_architecture  # noqa: F401
+from dmtjepa import checkpoint_format
+from dmtjepa.config import Config, parse_config
+from dmtjepa.training.launch import run_process
 
 NUM_STEPS = 24
 SAVE_EVERY = 3
@@ -56,7 +56,7 @@ def settings(folder: Path, images: Path, processes: int) -> Config:
             "patch": {"local_agg_head": True},
             "meta": {"model_name": "vit_tiny", "pred_depth": 1, "pred_emb_dim": 16},
             "optimization": {"epochs": 3, "warmup": 1},
-            "runtime": {"log_every": 1, "save_every_steps": SAVE_EVERY, "start_timeout": 60, "hang_timeout": 60},
+            "runtime": {"log_every": 1, "save_every_steps": SAVE_EVERY, "start_timeout": 600, "hang_timeout": 3600},
         }
     )
 

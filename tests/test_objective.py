@@ -1,36 +1,16 @@
 """Forward, loss, every gradient and whole training steps against `dmtjepa.reference.step`."""
 
 import copy
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dmtjepa.config import MaskSettings, load_config, parse_config
-from dmtjepa.masks import MaskBatch, sample_masks
-from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
+from dmtjepa.config import load_config, parse_config
+from dmtjepa.models import VisionTransformer
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.reference import step as reference
-
-PATCH = 4
-
-
-class Case(NamedTuple):
-    batch: int
-    grid: tuple[int, int]
-    num_neighbors: int
-    window: int
-    border: str
-    head: bool = True
-    embed_dim: int = 32
-    num_heads: int = 4
-    min_keep: int = 2
-
-    def __str__(self):
-        size = f"B{self.batch}-{self.grid[0]}x{self.grid[1]}"
-        return f"{size}-k{self.num_neighbors}-w{self.window}-{self.border}" + ("" if self.head else "-ijepa")
-
+from tests.helpers.models import PATCH, Case, make_images, make_masks, make_model, relative_error, student_gradients
 
 CASES = [
     Case(1, (6, 6), 4, 3, "wrap"),
@@ -45,46 +25,6 @@ CASES = [
     Case(2, (16, 16), 2, 7, "wrap"),
     Case(2, (9, 14), 4, 3, "wrap", head=False),
 ]
-
-
-def make_model(case: Case, dtype: torch.dtype, seed: int = 0) -> DMTJEPA:
-    """A model in which nothing is at its initial value, so that no bias, norm or difference of weights can hide."""
-    torch.manual_seed(seed)
-    size = (case.grid[0] * PATCH, case.grid[1] * PATCH)
-    encoder = VisionTransformer(size, PATCH, case.embed_dim, depth=2, num_heads=case.num_heads)
-    predictor = Predictor(case.grid, case.embed_dim, predictor_dim=16, depth=2, num_heads=2)
-    head = None
-    if case.head:
-        head = AggregationHead(case.embed_dim, case.num_heads, case.num_neighbors, case.window, case.border)
-    model = DMTJEPA(encoder, predictor, head).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def make_masks(case: Case, step: int = 0) -> MaskBatch:
-    settings = MaskSettings(patch_size=PATCH, min_keep=case.min_keep)
-    return sample_masks(
-        settings, case.grid, case.batch, seed=1, step=step, rank=0, window=case.window, border=case.border
-    )
-
-
-def make_images(case: Case, dtype: torch.dtype) -> torch.Tensor:
-    """Normalised images; smooth, so that neighbouring patches resemble each other."""
-    noise = torch.randn(case.batch, 3, case.grid[0], case.grid[1], dtype=torch.float64)
-    images = F.interpolate(noise, scale_factor=PATCH, mode="bilinear") + 0.3 * torch.randn(
-        case.batch, 3, case.grid[0] * PATCH, case.grid[1] * PATCH, dtype=torch.float64
-    )
-    return images.to(dtype)
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
-
-
-def student_gradients(model: DMTJEPA) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 # Largest relative errors of outputs and of gradients.

@@ -23,7 +23,7 @@ from benchmarks.machine import default_device
 from benchmarks.step.providers import Workload, parse_workload
 from benchmarks.tables import number, save, text_table
 from dmtjepa.training.launch import launch
-from dmtjepa.training.loop import Trainer
+from dmtjepa.training.saving import Saver
 
 LOG_EVERY = 10
 COLUMNS = {
@@ -51,7 +51,7 @@ def measure(workload: Workload, folder: Path, options: argparse.Namespace) -> di
             "optimization.warmup=0",
             f"runtime.log_every={LOG_EVERY}",
         )
-        with mock.patch.object(Trainer, "_save"):
+        with mock.patch.object(Saver, "save"):
             launch(config, [options.device])
         board = EventAccumulator(str(run / "tensorboard")).Reload()
         waits, rates = (

@@ -27,7 +27,7 @@ import torch
 from benchmarks.step.providers import Provider, Workload, open_published, parse_provider, parse_workload
 from benchmarks.step.runs import Run, failed, failures_noted, problems, release
 from benchmarks.tables import number, save, text_table
-from dmtjepa.training.distributed import World, check_device, joined
+from dmtjepa.training.distributed import World, check_device, process_group
 
 
 def count_calls() -> dict[str, int]:
@@ -99,7 +99,7 @@ def main() -> None:
     providers = [parse_provider(text, "cuda") for text in options.providers]
     workloads = [parse_workload(text, options.set) for text in options.models]
     rows = []
-    with joined(check_device("cuda"), start_timeout=60, hang_timeout=600) as world:
+    with process_group(check_device("cuda"), start_timeout=60, hang_timeout=600) as world:
         for workload in workloads:
             for provider in providers:
                 rows.append(measure(workload, provider, world, options.warmup, options.steps))

@@ -22,7 +22,7 @@ from benchmarks.machine import GIB, default_device
 from benchmarks.step.providers import Provider, Workload, open_published, parse_provider
 from benchmarks.step.runs import Run, failed, failures_noted, problems, ratios, release
 from benchmarks.tables import number, save, text_table
-from dmtjepa.training.distributed import World, check_device, joined
+from dmtjepa.training.distributed import World, check_device, process_group
 from dmtjepa.training.estimate import memory_bytes
 
 MASKS = 32
@@ -112,7 +112,7 @@ def main() -> None:
     open_published(options.published, texts)
     providers = [parse_provider(text, device) for text in texts]
     rows = []
-    with joined(check_device(device), start_timeout=60, hang_timeout=600) as world:
+    with process_group(check_device(device), start_timeout=60, hang_timeout=600) as world:
         for model in options.models:
             workload = Workload(model, 1, tuple(options.set))
             for batch in options.batches:

@@ -31,7 +31,7 @@ from benchmarks.machine import copy_bandwidth, default_device, product_rate
 from benchmarks.step.providers import open_published, parse_provider, parse_workload
 from benchmarks.step.runs import CHECKED_STEPS, Run
 from benchmarks.tables import number, save, text_table
-from dmtjepa.training.distributed import check_device, joined
+from dmtjepa.training.distributed import check_device, process_group
 
 ITEM_SIZES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "short int": 2}
 STREAMING = (
@@ -187,7 +187,7 @@ def main() -> None:
     provider, workload = parse_provider(options.provider, device), parse_workload(options.model, options.set)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     ceilings = product_rate(device, provider.dtype), copy_bandwidth(device)
-    with joined(check_device(device), start_timeout=60, hang_timeout=600) as world:
+    with process_group(check_device(device), start_timeout=60, hang_timeout=600) as world:
         run = Run(workload, provider, world)
         for step in range(CHECKED_STEPS + options.steps):
             run(step)

@@ -23,8 +23,8 @@ from benchmarks.step.providers import PHASES, Provider, ReferenceStep, Workload,
 from dmtjepa.masks import MaskBatch
 from dmtjepa.reference import step as reference
 from dmtjepa.training.distributed import World
-from dmtjepa.training.metrics import Stopwatch
 from dmtjepa.training.optimizer import local_tensors
+from dmtjepa.training.stopwatch import Stopwatch
 
 # ---- The gate: losses and gradient norms of the first steps against the reference in float32.
 
@@ -43,8 +43,11 @@ class Run:
         self.timed_steps: list[int] = []
         self.timed_marks: list[list[tuple[str, object]]] = []
         self.memory_before = allocated(world.device)
-        self.step = build_step(workload, provider, world, lambda phase: self.marks.append((phase, self.clock.mark())))
+        self.step = build_step(workload, provider, world, self._record_phase)
         self.images = self.prepare(workload)
+
+    def _record_phase(self, phase: str) -> None:
+        self.marks.append((str(phase), self.clock.record_event()))
 
     def prepare(self, workload: Workload) -> Tensor:
         """The images as the provider takes them."""
@@ -63,10 +66,10 @@ class Run:
     def time(self, step: int) -> None:
         """Make a step and keep the moments of its phases."""
         masks = self.masks(step)
-        self.marks = [("begin", self.clock.mark())]
+        self.marks = [("begin", self.clock.record_event())]
         self.step(self.images, masks, step)
         self.timed_steps.append(step)
-        self.timed_marks.append([*self.marks, ("end", self.clock.mark())])
+        self.timed_marks.append([*self.marks, ("end", self.clock.record_event())])
 
     def masks(self, step: int, workload: Workload | None = None) -> MaskBatch:
         """The masks of a step on the device, where they stay."""

@@ -35,7 +35,7 @@ from benchmarks.step.communication import A100, H100, MODELS, predict
 from benchmarks.step.providers import Provider, Workload, parse_provider, parse_workload
 from benchmarks.step.runs import CHECKED_STEPS, Run, release
 from benchmarks.tables import number, save, text_table
-from dmtjepa.training.distributed import World, check_device, joined
+from dmtjepa.training.distributed import World, check_device, process_group
 
 MACHINES = {"A100": A100, "H100": H100, "H200": H100}
 # The share of a CPU's intervals that are computation, by their names; collectives are gloo's or NCCL's.
@@ -186,7 +186,7 @@ def main() -> None:
     workload = parse_workload(options.model, ["mask.context_cut=global", *options.set])
     local = int(os.environ.get("LOCAL_RANK", 0))
     rows = []
-    with joined(check_device(device, local), start_timeout=300, hang_timeout=600) as world:
+    with process_group(check_device(device, local), start_timeout=300, hang_timeout=600) as world:
         for scaling in options.scaling:
             batch = workload.batch_size
             if scaling == "strong":

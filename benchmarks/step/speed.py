@@ -32,7 +32,7 @@ from benchmarks.machine import GIB, default_device
 from benchmarks.step.providers import PHASES, open_published, parse_provider, parse_workload
 from benchmarks.step.runs import failed, measure_steps, problems, ratios
 from benchmarks.tables import number, save, text_table
-from dmtjepa.training.distributed import check_device, joined
+from dmtjepa.training.distributed import check_device, process_group
 
 DEFAULT_MODELS = {"cpu": ["vit_small:16"], "cuda": ["vit_huge:128", "vit_large:256", "vit_base:256"]}
 
@@ -105,7 +105,7 @@ def main() -> None:
     open_published(options.published, texts)
     providers = [parse_provider(text, device) for text in texts]
     rows = []
-    with joined(check_device(device), start_timeout=60, hang_timeout=600) as world:
+    with process_group(check_device(device), start_timeout=60, hang_timeout=600) as world:
         for text in options.models:
             workload = parse_workload(text, options.set)
             # On CUDA each provider has the memory for itself.

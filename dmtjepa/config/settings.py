@@ -266,6 +266,10 @@ class Config(Section):
             )
         return self
 
+    def global_batch(self, world_size: int) -> int:
+        """Images of an optimizer step: the batches of all devices, and of all micro-batches that are accumulated."""
+        return self.data.batch_size * world_size * self.runtime.accumulation
+
     @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches in a crop."""

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from dmtjepa.config import MaskSettings
+from dmtjepa.errors import UserError
 from dmtjepa.masks.geometry import block_size, interpolate, overlay_blocks, usable_grid
 
 # After so many context blocks that leave too few patches the released sampler gives up one target block.
@@ -21,7 +22,7 @@ REMEDY = "lower mask.min_keep, mask.pred_mask_scale or mask.num_pred_masks, or r
 SIZES, CORNERS, CUT = range(3)
 
 
-class MaskError(ValueError):
+class MaskError(UserError, ValueError):
     """Settings for which no valid mask exists, or none was found; the message says why and what to change."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from dmtjepa.checkpoint_format import (
@@ -28,36 +28,6 @@ from dmtjepa.checkpoint_format import (
     root_cause,
 )
 from dmtjepa.files import WRITING, sync_folder, write_json
-
-
-def model_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of a training state by name, sharded as they are: weights, buffers and AdamW's two averages.
-
-    Averages that do not exist yet (no step was made) are created as zeros, so that they can be loaded into.
-    """
-    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        row = optimizer.state[parameter]
-        if not row:
-            row["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            row["exp_avg"] = torch.zeros_like(parameter)
-            row["exp_avg_sq"] = torch.zeros_like(parameter)
-        state[f"exp_avg.{name}"] = row["exp_avg"]
-        state[f"exp_avg_sq.{name}"] = row["exp_avg_sq"]
-    return state
-
-
-def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
-    """Updates that AdamW has made: steps without the skipped ones."""
-    return int(next((row["step"] for row in optimizer.state.values()), 0))
-
-
-def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Continue AdamW's bias correction after `steps` updates."""
-    for row in optimizer.state.values():
-        row["step"].fill_(steps)
 
 
 class CheckpointWriter:

@@ -1,4 +1,4 @@
-"""Processes of a run: how they join, agree, are told to stop, and are reported when they stand still."""
+"""The process group of a run: devices, start, and the failure that came first."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from dmtjepa.errors import UserError
+
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 
-class DeviceError(ValueError):
+class DeviceError(UserError, ValueError):
     """A device that this machine does not have."""
 
 
-class DistributedError(RuntimeError):
-    """The processes of a run could not join, or stand still; the message names the rank and host."""
+class DistributedError(UserError, RuntimeError):
+    """The processes of a run could not form a group, or another rank failed; the message names rank and host."""
 
 
 class LostPeer(DistributedError):
@@ -39,7 +44,7 @@ class World:
     world_size: int
     device: torch.device
     store: dist.Store
-    timeout: timedelta  # of collectives; PyTorch's own 30 minutes hold for a group that is made without it
+    timeout: timedelta  # of collectives; a group that is created without it has PyTorch's own 30 minutes
 
     @property
     def name(self) -> str:
@@ -76,52 +81,33 @@ def check_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, *, start_timeout: float, hang_timeout: float) -> Iterator[World]:
-    """Join the process group and leave it again.
+def process_group(device: torch.device, *, start_timeout: float, hang_timeout: float) -> Iterator[World]:
+    """Initialise the default process group, and destroy it at the end.
 
-    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say who this is (as set by main.py, torchrun or main_distributed.py);
-    without RANK the process trains alone. Gloo serves CPUs, NCCL GPUs. Every pair of neighbours has exchanged a number
-    before this returns, so a network that does not work shows here and on every rank.
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe the group: main.py, torchrun or main_distributed.py set
+    them. A process without RANK trains alone. Gloo serves CPUs, NCCL serves GPUs. All ranks have exchanged a number
+    before this returns, so a broken network shows here, on every rank.
 
     Args:
         device: where this process computes.
-        start_timeout: seconds within which all processes must have come.
-        hang_timeout: seconds after which a collective may give up; the watchdog reports before that.
+        start_timeout: seconds within which all processes must start.
+        hang_timeout: seconds after which a collective may give up. The watchdog reports before that.
 
     Raises:
-        DistributedError: not all came in time.
+        DistributedError: not all processes started in time.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    start = timedelta(seconds=start_timeout)
     if device.type == "cuda":
         if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
             # The number of context patches differs from step to step: blocks of fixed size would leave gaps.
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(device)
     try:
-        if "RANK" in os.environ:
-            served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, or by main.py
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            master = rank == 0 and not served
-            store = dist.TCPStore(host, port, is_master=master, wait_for_workers=False, timeout=start)
-            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        else:
-            store = dist.HashStore()
+        store = _connect_store(rank, timedelta(seconds=start_timeout))
         world = World(rank, world_size, device, store, timedelta(seconds=1.5 * hang_timeout + 30))
         _wait_for_all(world, start_timeout)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("group", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=world.timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
-        total = torch.ones(1, device=device)
-        dist.all_reduce(total)
-        if int(total) != world_size:
-            raise DistributedError(f"the first sum over all ranks is {int(total)}")
+        _init_process_group(world)
     except (KeyError, RuntimeError, ValueError, OSError) as error:  # torch.distributed's are RuntimeErrors
         raise DistributedError(
             f"rank {rank} of {world_size} on {socket.gethostname()} could not join the run at {address} "
@@ -139,8 +125,54 @@ def joined(device: torch.device, *, start_timeout: float, hang_timeout: float) -
     dist.destroy_process_group()
 
 
+def _connect_store(rank: int, timeout: timedelta) -> dist.Store:
+    """The store of the run, which rank 0 serves unless torchrun or main.py does. A process alone has its own."""
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _init_process_group(world: World) -> None:
+    """Initialise the default group, and add up a number over all ranks to see that it works."""
+    on_cuda = world.device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=dist.PrefixStore("group", world.store),
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=world.timeout,
+        device_id=world.device if on_cuda else None,
+    )
+    total = torch.ones(1, device=world.device)
+    dist.all_reduce(total)
+    if int(total) != world.world_size:
+        raise DistributedError(f"the first sum over all ranks is {int(total)}")
+
+
+def new_gloo_group(world: World) -> dist.ProcessGroup:
+    """A group of all ranks for communication between their hosts. All ranks must call this in the same order."""
+    return dist.new_group(backend="gloo", timeout=world.timeout)
+
+
+def run_on_rank_0(world: World, work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and return its result on all ranks. All ranks raise its exception."""
+    outcome: list = [None, None]
+    if world.rank == 0:
+        try:
+            outcome[0] = work()
+        except (ValueError, OSError, RuntimeError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
 def _end_at_once() -> None:
-    """End this process, which has failed, without the teardown of its process group."""
+    """End this process, which has failed, without destroying its process group."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -148,7 +180,7 @@ def _end_at_once() -> None:
 
 
 def _wait_for_all(world: World, timeout: float) -> None:
-    """Wait until every rank has written its host into the store; name those that are missing."""
+    """Wait until every rank has written its host into the store. Raises DistributedError with the missing ranks."""
     world.store.set(f"host/{world.rank}", socket.gethostname())
     deadline = time.monotonic() + timeout
     missing = list(range(world.world_size))
@@ -162,10 +194,10 @@ def _wait_for_all(world: World, timeout: float) -> None:
 
 @contextlib.contextmanager
 def first_failure(world: World) -> Iterator[None]:
-    """Let every rank end with the failure that came first, not with the broken connections that follow from it.
+    """Make every rank report the failure that came first, not the broken connections that follow from it.
 
-    The first rank that fails keeps its exception. The others raise a DistributedError that quotes it, or LostPeer where
-    a rank vanished without a word.
+    The first rank that fails keeps its exception. The others raise a DistributedError that quotes it, or LostPeer if a
+    rank ended without a message.
     """
     try:
         yield
@@ -185,49 +217,20 @@ def first_failure(world: World) -> Iterator[None]:
 
 
 def _is_broken_connection(error: BaseException) -> bool:
-    """Whether a collective failed for want of its partners; gloo's failures have no type of their own."""
+    """Whether a collective failed because another rank is gone. Failures of gloo have no type of their own."""
     gone = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
     return gone or any(word in str(error) for word in ("gloo", "Connection closed", "Connection reset", "Broken pipe"))
 
 
 def _write_failure(world: World, text: str) -> str:
-    """Note the failure of this rank, unless there is one already; returns the one that was first."""
+    """Record the failure of this rank, unless there is one already. Returns the first one."""
     return world.store.compare_set("failure", "", text).decode()
 
 
 def _read_failure(world: World) -> str | None:
-    """The failure that another rank has noted, which it does before its connections close."""
+    """The failure that another rank has recorded, which it does before its connections close."""
     for _ in range(10):
         if world.store.check(["failure"]):
             return world.store.get("failure").decode()
         time.sleep(0.1)
     return None
-
-
-class Agreement:
-    """Lets all ranks act on the same step on what one of them wishes, without making any of them wait.
-
-    Wishes travel by gloo between the hosts while the next step is computed: what is wished at one exchange is
-    known to all at the next.
-    """
-
-    CONTINUE, STOP, FAIL = range(3)
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-        self._value = torch.zeros(1, dtype=torch.int64)
-        self._work: dist.Work | None = None
-
-    def exchange(self, wish: int) -> int:
-        """Send this rank's wish; returns the strongest wish of the previous exchange, the same on all ranks."""
-        agreed = self.finish()
-        self._value = torch.tensor([wish])
-        self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return agreed
-
-    def finish(self) -> int:
-        """The strongest wish of the last exchange."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return int(self._value)

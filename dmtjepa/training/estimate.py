@@ -7,11 +7,13 @@ forward passes. Everything is per image at the mean mask shapes of the configure
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from dmtjepa.config import Config
+from dmtjepa.errors import UserError
 from dmtjepa.masks import sample_masks
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
@@ -143,7 +145,7 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     }
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(UserError, RuntimeError):
     """A step did not fit into the memory of its device; the message says what would, by estimate."""
 
 
@@ -160,7 +162,7 @@ def largest_batch(config: Config, shapes: MaskShapes, world_size: int, capacity:
     return max(0, int(1 + (capacity - one) / (two - one)))
 
 
-def explain_lack(config: Config, world_size: int, device: torch.device, error: torch.OutOfMemoryError) -> str:
+def explain_oom(config: Config, world_size: int, device: torch.device, error: torch.OutOfMemoryError) -> str:
     """What ran out of memory, and which settings would not."""
     total = torch.cuda.get_device_properties(device).total_memory
     _, largest = measure_masks(config)
@@ -188,12 +190,12 @@ def describe(config: Config, world_size: int, device: str) -> str:
     mean, largest = measure_masks(config)
     flops, parameters = step_flops(config, mean), count_parameters(config)
     memory = memory_bytes(config, largest, world_size, on_cuda)
-    global_batch = config.data.batch_size * world_size * config.runtime.accumulation
+    global_batch = config.global_batch(world_size)
     schedules = build_schedules(config.optimization, 1, global_batch)
     width = max(map(len, [*flops, *parameters, *memory]))
 
-    def table(rows: dict[str, float], unit: str, scale: float) -> list[str]:
-        rows = rows | {"total": sum(rows.values())}
+    def table(rows: Mapping[str, float], unit: str, scale: float) -> list[str]:
+        rows = dict(rows) | {"total": sum(rows.values())}
         return [f"  {name:{width}} {value / scale:10.2f} {unit}" for name, value in rows.items()]
 
     meant_for = config.optimization.lr_batch_size

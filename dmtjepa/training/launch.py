@@ -18,31 +18,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dmtjepa.checkpoint_format import CheckpointError
-from dmtjepa.config import Config, ConfigError
-from dmtjepa.data import DataError
-from dmtjepa.interop import WeightsError
-from dmtjepa.masks import MaskError
-from dmtjepa.run_folder import RunFolderError
-from dmtjepa.training.distributed import DeviceError, check_device, first_failure, joined
-from dmtjepa.training.estimate import OutOfMemory, explain_lack
-from dmtjepa.training.loop import NonFiniteLoss, Outcome, train
+from dmtjepa.config import Config
+from dmtjepa.errors import UserError
+from dmtjepa.training.distributed import check_device, first_failure, process_group
+from dmtjepa.training.estimate import OutOfMemory, explain_oom
+from dmtjepa.training.loop import Outcome, train
+from dmtjepa.training.signals import STOP_SIGNALS
 
 # After the first failure the other processes have this long to fail by themselves, which tells more than being killed.
 GRACE_SECONDS = 2.0
-
-# Faults whose message is all that a user needs.
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    MaskError,
-    RunFolderError,
-    WeightsError,
-    DeviceError,
-    CheckpointError,
-    NonFiniteLoss,
-    OutOfMemory,
-)
 
 
 def default_devices() -> list[str]:
@@ -58,12 +42,12 @@ def run_process(config: Config, device_name: str) -> Outcome:
     """
     device = check_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     runtime = config.runtime
-    with joined(device, start_timeout=runtime.start_timeout, hang_timeout=runtime.hang_timeout) as world:
+    with process_group(device, start_timeout=runtime.start_timeout, hang_timeout=runtime.hang_timeout) as world:
         with first_failure(world):
             try:
                 outcome = train(config, world)
             except torch.OutOfMemoryError as error:
-                raise OutOfMemory(explain_lack(config, world.world_size, device, error)) from error
+                raise OutOfMemory(explain_oom(config, world.world_size, device, error)) from error
         if world.rank == 0:
             how = "finished" if outcome.complete else "stopped by a signal and saved"
             place = f"step {outcome.step} of {outcome.num_steps}"
@@ -101,8 +85,7 @@ def launch(config: Config, devices: Sequence[str]) -> int:
         for process in processes:
             process.start()
         previous = {
-            number: signal.signal(number, lambda received, _: _pass_on(processes, received))
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+            number: signal.signal(number, lambda received, _: _pass_on(processes, received)) for number in STOP_SIGNALS
         }
         try:
             return _watch(processes, Path(folder))
@@ -147,7 +130,7 @@ def _report(processes: Sequence[multiprocessing.Process], folder: Path) -> int:
     if code > 0:
         print(f"{ended[0].name} ended with exit code {code}; its messages are above", file=sys.stderr)
         return code
-    if all(process.exitcode in (code, 0) for process in processes) and -code in (15, 10, 12):
+    if all(process.exitcode in (code, 0) for process in processes) and -code in STOP_SIGNALS:
         return 128 - code  # all were asked to stop, saved, and did
     reason = " (often: no memory left)" if code == -signal.SIGKILL else ""
     print(f"{ended[0].name} was ended by {signal.Signals(-code).name}{reason}", file=sys.stderr)
@@ -169,7 +152,7 @@ def _run_child(config: Config, device_name: str, rank: int, world_size: int, por
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             raise
-        known = isinstance(error, USER_ERRORS)
+        known = isinstance(error, UserError)
         report = f"{type(error).__name__}: {error}" if known else traceback.format_exc()
         text = f"{time.monotonic()}\nrank {rank} of {world_size} failed:\n{report}"
         writing = Path(folder, f"{rank}.writing")

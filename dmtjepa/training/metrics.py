@@ -1,73 +1,61 @@
-"""What a run reports: losses, speed and waiting for data, without making the host wait for the device at each step."""
+"""What a run reports: losses, speed and waiting for data. The host does not wait for the device at each step."""
 
 from __future__ import annotations
 
 import csv
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from dmtjepa.training.batches import StepBatch
+from dmtjepa.training.schedules import Schedules
+from dmtjepa.training.stopwatch import Event, Stopwatch
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 logger = logging.getLogger(__name__)
 
-# Above this share of the time without data, over so many steps, the run says what can be done.
+# A run that waits for data for a larger share of its time, over so many steps, warns and says what can be done.
 MAX_WAIT, WAIT_STEPS = 0.05, 100
 COLUMNS = ("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)")
 
 
-class Stopwatch:
-    """Moments on the device's own clock, which are marked at once and compared when the device has passed them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-
-    def mark(self) -> torch.cuda.Event | float:
-        """This moment: when the device comes to what is enqueued next."""
-        if not self._on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-        """Seconds between two moments that have passed."""
-        return start.elapsed_time(end) / 1000 if self._on_cuda else end - start
-
-
 @dataclass(frozen=True)
 class StepRecord:
-    """A finished step. `loss` and `norm` are scalars on the device; moments are of a `Stopwatch`."""
+    """A step that was enqueued on the device."""
 
     step: int
     epoch: int
     step_in_epoch: int
-    loss: Tensor
-    norm: Tensor
+    loss: Tensor  # scalar on the device
+    norm: Tensor  # scalar on the device
     context_size: int  # C
     target_size: int  # T
     learning_rate: float
     weight_decay: float
     momentum: float
-    begun: torch.cuda.Event | float  # when the device had the step's data
-    ended: torch.cuda.Event | float
+    data_ready: Event  # when the device had the data of the step
+    ended: Event
 
 
 @dataclass(frozen=True)
 class StepValues:
-    """A finished step on the host. `loss` is the mean over all ranks, `norm` that of the whole gradient."""
+    """A finished step, with numbers on the host."""
 
     record: StepRecord
-    loss: float
-    norm: float
+    loss: float  # mean over all ranks
+    norm: float  # of the whole gradient
     seconds: float
-    waited: float  # seconds of them without data
+    waited: float  # seconds without data, part of `seconds`
 
     @property
     def finite(self) -> bool:
@@ -75,63 +63,95 @@ class StepValues:
 
 
 class Metrics:
-    """Collects steps on the device and writes them in blocks: bar, CSV of every rank, TensorBoard of rank 0.
+    """Collects steps on the device and writes them in blocks: a CSV file for every rank, and on rank 0 TensorBoard and
+    a progress bar (without a terminal: lines).
 
     Args:
-        folder, tag: the CSV is `{tag}_r{rank}.csv` in the folder, with the published columns; `tensorboard/` beside it.
-        num_steps: steps of the whole training.
-        first_step: step to go on from; rows of later steps, which a killed run had written, are removed.
-        steps_per_epoch: to find the place of `first_step` in the CSV.
+        folder: where `{tag}_r{rank}.csv`, with the official columns, and `tensorboard/` are written.
+        tag: first part of the file names (`logging.write_tag`).
+        rank, device: of this process.
+        schedules: of the run.
+        first_step: the step to continue from. Rows of later steps, which a killed run had written, are removed.
         global_batch: images per step.
     """
 
     def __init__(
-        self, folder: Path, tag: str, rank: int, device: torch.device, *,
-        num_steps: int, first_step: int, steps_per_epoch: int, global_batch: int,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        tag: str,
+        rank: int,
+        device: torch.device,
+        *,
+        schedules: Schedules,
+        first_step: int,
+        global_batch: int,
+    ) -> None:
         self.stopwatch = Stopwatch(device)
-        self._device, self._num_steps, self._global_batch = device, num_steps, global_batch
+        self._rank, self._schedules, self._global_batch = rank, schedules, global_batch
         self._records: list[StepRecord] = []
-        self._previous = self.stopwatch.mark()
-        self._rate: float | None = None
-        self._waits: list[tuple[float, float]] | None = []  # (seconds, seconds without data) of steps; None: said
+        self._previous = self.stopwatch.record_event()
+        self._rate: float | None = None  # images per second, a moving average
+        self._waits: list[tuple[float, float]] | None = []  # (seconds, seconds without data) of steps; None: has warned
         path = folder / f"{tag}_r{rank}.csv"
-        rows = _rows_before(path, first_step, steps_per_epoch)
+        rows = _rows_before(path, first_step, schedules.steps_per_epoch)
         self._file = path.open("w", newline="")
         self._csv = csv.writer(self._file, lineterminator="\n")
         self._csv.writerows([COLUMNS, *rows])
         self._file.flush()
-        self._board = None
+        self._board: SummaryWriter | None = None
         self._bar: tqdm | None = None
-        self._rank = rank
         if rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=first_step)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
             if sys.stderr.isatty():
-                self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+                self._bar = tqdm(
+                    total=schedules.num_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1
+                )
 
-    def record(self, record: StepRecord) -> None:
-        """Note a step; reads nothing from the device."""
-        self._records.append(record)
+    def record(self, batch: StepBatch, loss: Tensor, norm: Tensor) -> None:
+        """Note a step that was enqueued. Reads nothing from the device.
+
+        Args:
+            batch: what the step trained on.
+            loss, norm: scalars on the device.
+        """
+        masks = batch.micro_batches[0][1]
+        self._records.append(
+            StepRecord(
+                step=batch.step,
+                epoch=batch.epoch,
+                step_in_epoch=batch.step_in_epoch,
+                loss=loss,
+                norm=norm,
+                context_size=round(masks.context_size),
+                target_size=masks.target_index.shape[2],
+                learning_rate=self._schedules.learning_rate(batch.step),
+                weight_decay=self._schedules.decay(batch.step),
+                momentum=self._schedules.momentum(batch.step),
+                data_ready=batch.data_ready,
+                ended=self.stopwatch.record_event(),
+            )
+        )
         if self._bar is not None:
             self._bar.update()
 
     def restart_clock(self) -> None:
-        """Count what went before as no step's time (saving, starting)."""
-        self._previous = self.stopwatch.mark()
+        """Do not count the time until now (saving, starting) as part of a step."""
+        self._previous = self.stopwatch.record_event()
 
     def flush(self) -> list[StepValues]:
-        """Fetch and write the steps noted since the last call: one transfer, one collective of all ranks."""
+        """Fetch and write the steps recorded since the last call, with one transfer and one collective of all ranks."""
         if not self._records:
             return []
         values = torch.stack([torch.stack((r.loss.float(), r.norm.float())) for r in self._records])
         dist.all_reduce(values)
-        values = (values / dist.get_world_size()).tolist()
+        means = (values / dist.get_world_size()).tolist()
         steps = []
-        for record, (loss, norm) in zip(self._records, values, strict=True):
+        for record, (loss, norm) in zip(self._records, means, strict=True):
             seconds = self.stopwatch.seconds(self._previous, record.ended)
-            steps.append(StepValues(record, loss, norm, seconds, self.stopwatch.seconds(self._previous, record.begun)))
+            waited = self.stopwatch.seconds(self._previous, record.data_ready)
+            steps.append(StepValues(record, loss, norm, seconds, waited))
             self._previous = record.ended
         self._records = []
         self._write(steps)
@@ -147,37 +167,41 @@ class Metrics:
     def _write(self, steps: Sequence[StepValues]) -> None:
         for value in steps:
             record = value.record
-            row = (record.epoch + 1, record.step_in_epoch, f"{value.loss:.9g}")  # 9 digits tell any two float32 apart
-            row += (f"{record.context_size:.5f}", f"{record.target_size:.5f}", round(1000 * value.seconds))
-            self._csv.writerow(row)
+            loss = f"{value.loss:.9g}"  # 9 digits tell any two float32 apart
+            sizes = (f"{record.context_size:.5f}", f"{record.target_size:.5f}")
+            self._csv.writerow((record.epoch + 1, record.step_in_epoch, loss, *sizes, round(1000 * value.seconds)))
         self._file.flush()
         self._warn_of_waiting(steps)
-        if self._rank != 0:
+        if self._board is None:
             return
         total, waited = sum(v.seconds for v in steps), sum(v.waited for v in steps)
         rate = len(steps) * self._global_batch / total if total > 0 else 0.0
+        wait_share = waited / total if total > 0 else 0.0
+        self._write_board(self._board, steps, rate, wait_share)
+        self._print_progress(steps, rate, f"{wait_share:.0%}" if total > 0 else "-")
+
+    def _print_progress(self, steps: Sequence[StepValues], rate: float, wait_share: str) -> None:
         self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
-        last = steps[-1]
-        self._board_rows(steps, rate, waited / total if total > 0 else 0.0)
+        last = steps[-1].record
         text = {
             "loss": f"{sum(v.loss for v in steps) / len(steps):.4f}",
             "images/s": f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}",
-            "data wait": f"{waited / total:.0%}" if total > 0 else "-",
+            "data wait": wait_share,
         }
         if self._bar is not None:
-            self._bar.set_description(f"epoch {last.record.epoch + 1}", refresh=False)
+            self._bar.set_description(f"epoch {last.epoch + 1}", refresh=False)
             self._bar.set_postfix(text)
             return
-        remaining = (self._num_steps - last.record.step - 1) * self._global_batch
+        num_steps = self._schedules.num_steps
+        remaining = (num_steps - last.step - 1) * self._global_batch
         text["ETA"] = tqdm.format_interval(remaining / self._rate) if self._rate else "-"
         line = "  ".join(f"{key} {value}" for key, value in text.items())
-        place = f"epoch {last.record.epoch + 1}  step {last.record.step + 1}/{self._num_steps}"
-        print(f"{place}  {line}", file=sys.stderr, flush=True)
+        print(f"epoch {last.epoch + 1}  step {last.step + 1}/{num_steps}  {line}", file=sys.stderr, flush=True)
 
     def _warn_of_waiting(self, steps: Sequence[StepValues]) -> None:
-        """Once on each rank that waits for data; the first steps fill the loader's queues, and do not count.
+        """Warn once, on each rank that waits for data. The first steps fill the queues of the loader and do not count.
 
-        A single slow rank holds up all others, whose waiting for it is no waiting for data.
+        The others wait for a single slow rank, but they do not wait for data.
         """
         if self._waits is None:
             return
@@ -196,20 +220,20 @@ class Metrics:
         )
         self._waits = None
 
-    def _board_rows(self, steps: Sequence[StepValues], rate: float, waited: float) -> None:
+    @staticmethod
+    def _write_board(board: SummaryWriter, steps: Sequence[StepValues], rate: float, wait_share: float) -> None:
         for value in steps:
-            record = value.record
-            self._board.add_scalar("loss", value.loss, record.step)
-            self._board.add_scalar("gradient norm", value.norm, record.step)
+            board.add_scalar("loss", value.loss, value.record.step)
+            board.add_scalar("gradient norm", value.norm, value.record.step)
         record = steps[-1].record
         for name in ("learning_rate", "weight_decay", "momentum"):
-            self._board.add_scalar(name.replace("_", " "), getattr(record, name), record.step)
-        self._board.add_scalar("images per second", rate, record.step)
-        self._board.add_scalar("data wait share", waited, record.step)
+            board.add_scalar(name.replace("_", " "), getattr(record, name), record.step)
+        board.add_scalar("images per second", rate, record.step)
+        board.add_scalar("data wait share", wait_share, record.step)
 
 
 def _rows_before(path: Path, first_step: int, steps_per_epoch: int) -> list[list[str]]:
-    """The rows of an earlier start that stay true when training goes on from `first_step`."""
+    """The rows of an earlier start that remain valid when training continues from `first_step`."""
     if first_step == 0 or not path.is_file():
         return []
     kept = []

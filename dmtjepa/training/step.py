@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dmtjepa.config import OptimizationSettings
-from dmtjepa.masks import MaskBatch
 from dmtjepa.objective import DMTJEPA
+from dmtjepa.training.batches import MicroBatch
 from dmtjepa.training.optimizer import build_optimizer, clip_gradients, gradient_norm, set_schedules
+from dmtjepa.training.phase import Phase
 from dmtjepa.training.schedules import Schedules
 
-Batch = tuple[Tensor, MaskBatch]
-"""Images uint8 [B,3,H,W] and their masks, on the device."""
+
+def _ignore_phase(phase: Phase) -> None:
+    pass
 
 
 class TrainStep:
-    """Updates student and teacher from a batch, without the host ever waiting for the device.
+    """Updates student and teacher. The host never waits for the device.
 
     Args:
-        model: already spread over `mesh` (`parallelize`).
+        model: sharded over `mesh` (`parallelize`).
         settings, schedules: of the optimizer.
+        mesh: one dimension `shard`, or `copy` and `shard`.
         device: where batches and losses are.
-        at: called with the name of each phase as it begins: targets, predictions, loss, backward, update, teacher.
+        on_phase: called at the start of each phase, from `Phase.TARGETS` to `Phase.TEACHER`.
     """
 
     def __init__(
@@ -35,32 +38,40 @@ class TrainStep:
         schedules: Schedules,
         mesh: DeviceMesh,
         device: torch.device,
-        at: Callable[[str], None] = lambda phase: None,
+        on_phase: Callable[[Phase], None] = _ignore_phase,
     ) -> None:
-        self.model, self.settings, self.schedules, self.device, self.at = model, settings, schedules, device, at
+        self.model, self.settings, self.schedules = model, settings, schedules
+        self.device, self.on_phase = device, on_phase
         modules = (model.encoder, model.predictor, model.head)
         self.optimizer = build_optimizer(module for module in modules if module is not None)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.num_copies = mesh.size() // mesh["shard"].size()
 
-    def __call__(self, batches: list[Batch], step: int) -> tuple[Tensor, Tensor]:
-        """Step number `step` from the batches of an accumulation; returns loss and gradient norm, scalars.
+    def __call__(self, micro_batches: Sequence[MicroBatch], step: int) -> tuple[Tensor, Tensor]:
+        """Make one update from the micro-batches of a step.
 
-        Where either is not finite on any rank, the student stays as it is.
+        The student keeps its weights if loss or gradient is not finite on any rank.
+
+        Args:
+            micro_batches: images uint8 [B,3,H,W] and masks, on the device. Their gradients are averaged.
+            step: number of the step, from 0.
+
+        Returns:
+            The loss of this rank and the norm of the whole gradient: float32 scalars on the device.
         """
         loss = torch.zeros((), device=self.device)
-        for images, masks in batches:
-            self.at("targets")
+        for images, masks in micro_batches:
+            self.on_phase(Phase.TARGETS)
             targets = self.model.compute_targets(images, masks)
-            self.at("predictions")
+            self.on_phase(Phase.PREDICTIONS)
             predictions = self.model.predict_targets(images, masks)
-            self.at("loss")
-            part = self.model.loss(predictions, targets, masks) / len(batches)
-            self.at("backward")
-            part.backward()
-            loss += part.detach()
+            self.on_phase(Phase.LOSS)
+            micro_loss = self.model.loss(predictions, targets, masks) / len(micro_batches)
+            self.on_phase(Phase.BACKWARD)
+            micro_loss.backward()
+            loss += micro_loss.detach()
 
-        self.at("update")
+        self.on_phase(Phase.UPDATE)
         norm = gradient_norm(self.parameters, loss, self.num_copies)
         if self.settings.clip_grad is not None:
             clip_gradients(self.parameters, norm, self.settings.clip_grad)
@@ -68,6 +79,6 @@ class TrainStep:
         self.optimizer.found_inf = (~norm.isfinite()).float()  # AdamW's kernel skips on the device
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.at("teacher")
+        self.on_phase(Phase.TEACHER)
         self.model.update_teacher(self.schedules.momentum(step))
         return loss, norm

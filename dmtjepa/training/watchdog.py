@@ -12,23 +12,24 @@ import threading
 import time
 
 from dmtjepa.training.distributed import World
+from dmtjepa.training.phase import Phase
 
 EXIT_HUNG = 70
 
 
 class Watchdog:
-    """Reports where each rank stands, and ends the process, when it makes no progress for `timeout` seconds.
+    """Reports where each rank stands, and ends the process, after `timeout` seconds without progress.
 
-    A thread on each rank writes the rank's place into the store every few seconds. A collective that hangs, hangs on
-    all ranks; the report shows which of them is elsewhere, or has not been heard from.
+    A thread on each rank writes the phase and step of that rank into the store every few seconds. A collective that
+    hangs, hangs on all ranks: the report shows which of them is in another phase, or has not been heard from.
     """
 
     def __init__(self, world: World, timeout: float) -> None:
         self._world, self._timeout = world, timeout
         self._interval = min(5.0, timeout / 8)
-        # TCPStore waits block their connection: the thread has its own.
+        # Waiting in a TCPStore blocks its connection: the thread has its own.
         self._store = world.store.clone() if world.world_size > 1 else world.store
-        self._place = ("starting", 0, time.time())
+        self._place = (Phase.STARTING, 0, time.time())
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -40,14 +41,20 @@ class Watchdog:
         self._stopped.set()
         self._thread.join()
 
-    def at(self, phase: str, step: int) -> None:
-        """Note that this rank has come to `phase` of `step`."""
-        self._place = (phase, step, time.time())
+    def on_phase(self, phase: Phase, step: int | None = None) -> None:
+        """Record that this rank starts `phase` of `step`. None is the same step as before."""
+        self._place = (phase, self._place[1] if step is None else step, time.time())
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
             phase, step, since = self._place
-            row = {"phase": phase, "step": step, "since": since, "host": socket.gethostname(), "heard": time.time()}
+            row = {
+                "phase": phase.value,
+                "step": step,
+                "since": since,
+                "host": socket.gethostname(),
+                "heard": time.time(),
+            }
             with contextlib.suppress(RuntimeError):  # rank 0, which serves the store, is gone: the report says so
                 self._store.set(f"place/{self._world.rank}", json.dumps(row))
             if time.time() - since > self._timeout:

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # plain pytest does not look for `benchmarks` in this folder
 from benchmarks.step.providers import Workload
-from dmtjepa.training.distributed import World, joined
+from dmtjepa.training.distributed import World, process_group
 
 TINY = ("data.crop_size=96", "mask.min_keep=2", "meta.pred_depth=1", "meta.pred_emb_dim=16")
 
@@ -37,7 +37,7 @@ def tiny() -> tuple[str, ...]:
 
 @pytest.fixture
 def world() -> World:
-    with joined(torch.device("cpu"), start_timeout=60, hang_timeout=60) as world:
+    with process_group(torch.device("cpu"), start_timeout=600, hang_timeout=3600) as world:
         yield world
 
 

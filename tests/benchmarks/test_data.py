@@ -12,7 +12,7 @@ from benchmarks import gpu_check
 from benchmarks.data import data_wait
 from benchmarks.data import loader as loader_speed
 from dmtjepa.data import is_dali_installed
-from tests.data.conftest import image_folder  # noqa: F401
+from tests.helpers.images import image_folder  # noqa: F401
 
 needs_dali = pytest.mark.skipif(not is_dali_installed(), reason="NVIDIA DALI is not installed")
 

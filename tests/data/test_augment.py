@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 from dmtjepa.config import DataSettings
 from dmtjepa.data.augment import augment, blur, distort_colors
 from dmtjepa.data.sampling import BLUR_DRAW, COLOR_DRAW, NUM_DRAWS, draw_uniforms
-from tests.data.conftest import smooth_image
+from tests.helpers.images import smooth_image
 
 
 def pictures(count: int) -> torch.Tensor:

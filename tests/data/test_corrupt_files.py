@@ -15,8 +15,8 @@ from dmtjepa.data.check import check
 from dmtjepa.data.decode import CorruptImage, decode_image
 from dmtjepa.data.jpeg_header import read_plain_size
 from dmtjepa.data.sources.folder import FolderSource
-from tests.data.conftest import needs_dali, smooth_image
-from tests.data.kinds import encode, list_kinds
+from tests.helpers.image_kinds import list_kinds
+from tests.helpers.images import encode, flip_bytes, needs_dali, smooth_image
 
 LOADERS = ["torchvision", pytest.param("dali", marks=needs_dali)]
 
@@ -100,13 +100,6 @@ def test_files_deleted_during_the_run_are_skipped(tmp_path: Path, loader_name: s
     assert {Path(name).name for name, _ in loader.corrupt} <= {f"{number:02d}.jpg" for number in range(10)}
     assert len(loader.corrupt) == 10
     assert {reason for _, reason in loader.corrupt} == {"No such file or directory"}
-
-
-def flip_bytes(data: bytes, rng: np.random.Generator) -> bytes:
-    flipped = np.frombuffer(data, np.uint8).copy()
-    where = rng.integers(2, len(flipped), rng.integers(1, 6))
-    flipped[where] ^= rng.integers(1, 256, len(where)).astype(np.uint8)
-    return flipped.tobytes()
 
 
 def fuzzed(count: int, seed: int) -> list[bytes]:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dmtjepa.data.decode import CorruptImage, decode_image
-from tests.data.conftest import smooth_image
+from tests.helpers.images import smooth_image
 
 
 def encode(image: Image.Image, form: str = "PNG", **options: object) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dmtjepa.evaluation.figures import FigureData, LossCurve
-from tests.evaluation.helpers import write_images, write_masks, write_run
+from tests.helpers.run_folders import write_images, write_masks, write_run
 
 
 @pytest.fixture(scope="package", autouse=True)

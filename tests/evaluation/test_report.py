@@ -10,7 +10,7 @@ from dmtjepa.evaluation.context import load_teacher
 from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
 from dmtjepa.interop import open_run
 from dmtjepa.objective import build_model
-from tests.evaluation.helpers import write_images, write_run
+from tests.helpers.run_folders import write_images, write_run
 
 LATEST = "tiny-latest.pth.tar"
 

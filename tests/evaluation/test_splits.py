@@ -6,7 +6,7 @@ import pytest
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError
 from dmtjepa.evaluation.splits import find_splits, subsample
-from tests.evaluation.helpers import write_images
+from tests.helpers.run_folders import write_images
 
 
 def test_takes_the_splits_of_the_runs_data(data):

@@ -6,8 +6,9 @@ What Inductor and Triton make of the blocks is seen by published_step.py.
 import functools
 import sys
 
-import tiny_architecture  # noqa: F401
 import torch
+
+import tests.helpers.tiny_architecture  # noqa: F401
 
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
 import main  # noqa: E402

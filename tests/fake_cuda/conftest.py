@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 from dmtjepa.config import Config
-from tests.training.conftest import image_folder, settings, settings_in  # noqa: F401
+from tests.helpers.runs import image_folder, settings, settings_in
 from tools.fake_cuda.build import ROOT, Unavailable, build
 
 HERE = Path(__file__).parent
-TRAINING = ROOT / "tests" / "training"
+HELPERS = ROOT / "tests" / "helpers"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Started:
 
     def end(self) -> Ended:
         """Wait for it."""
-        code = self.process.wait(300)
+        code = self.process.wait(1800)  # only ends a hang
         rows = [line.split() for line in self._log.read_text().splitlines()]
         return Ended(code, self._output.read_text(), [(int(process), int(device)) for _, process, device, _ in rows])
 
@@ -71,7 +71,7 @@ def start_on(tmp_path_factory) -> Callable[..., Started]:
             "FAKE_CUDA_CAPABILITY": str(capability),
             "OMP_NUM_THREADS": "1",
         }
-        variables["PYTHONPATH"] = f"{ROOT}:{TRAINING}"
+        variables["PYTHONPATH"] = str(ROOT)
         started.append(Started(command, variables_of_fake_cuda | variables, tmp_path_factory.mktemp("fake-cuda")))
         return started[-1]
 
@@ -84,7 +84,7 @@ def start_on(tmp_path_factory) -> Callable[..., Started]:
 def main_py(start_on, tmp_path) -> Callable[..., Ended]:
     """main_py(config, "cuda:0", devices=1) -> how main.py ended; the tiny network is known to it."""
 
-    def run(config: Config, *names: str, program: Path = TRAINING / "tiny_main.py", **given) -> Ended:
+    def run(config: Config, *names: str, program: Path = HELPERS / "tiny_main.py", **given) -> Ended:
         path = tmp_path / "settings.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         return start_on(sys.executable, program, "--fname", path, "--devices", *names, **given).end()

@@ -10,7 +10,7 @@ import torch
 from benchmarks.step.host import count_calls
 from benchmarks.step.providers import Workload, parse_provider
 from benchmarks.step.runs import Run
-from dmtjepa.training.distributed import check_device, joined
+from dmtjepa.training.distributed import check_device, process_group
 from dmtjepa.training.estimate import memory_bytes
 
 STEPS = 12  # of different masks
@@ -18,7 +18,7 @@ STEPS = 12  # of different masks
 if __name__ == "__main__":
     torch._inductor.config.triton.autotune_pointwise = False
     workload, provider = Workload("vit_base", 256), parse_provider("project:pointwise", "cuda")
-    with joined(check_device("cuda"), start_timeout=60, hang_timeout=300) as world:
+    with process_group(check_device("cuda"), start_timeout=600, hang_timeout=3600) as world:
         run = Run(workload, provider, world)
         for step in range(STEPS):
             run(step)

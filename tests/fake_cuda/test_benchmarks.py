@@ -2,11 +2,11 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.fake_cuda.conftest import HERE
-
+HERE = Path(__file__).parent
 TINY = ("--set", "data.crop_size=96", "mask.min_keep=2", "meta.pred_depth=1", "meta.pred_emb_dim=16")
 PROGRAMS = {
     "step.host": ("--models", "vit_nano:2", *TINY, "--providers", "project:eager", "--warmup", "2", "--steps", "3"),

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from dmtjepa import checkpoint_format
-from tests.fake_cuda.conftest import HERE, TRAINING
+
+HERE = Path(__file__).parent
 
 
 def test_no_step_between_two_logged_ones_waits_for_the_device(start_on):
     """The tests of that name that a GPU has, in all their variants."""
     options = ("-p", "no:cacheprovider", "-p", "no:logging", "-k", "waits_for_the_device")
-    ended = start_on(sys.executable, "-m", "pytest", TRAINING / "test_gpu.py", *options).end()
+    ended = start_on(sys.executable, "-m", "pytest", HERE.parent / "training" / "test_gpu.py", *options).end()
     assert ended.code == 0, ended.output
     assert "9 passed" in ended.output
 

@@ -1,6 +1,6 @@
-"""The short runs of tests/training, here too."""
+"""Fixtures for short runs."""
 
-from tests.training.conftest import (  # noqa: F401
+from tests.helpers.runs import (
     _fork_server,
     _one_thread,
     _quiet,

@@ -13,9 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dmtjepa.config import MaskSettings
 from dmtjepa.data.loaders.torchvision import TorchvisionLoader
 from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.training.batches import BatchStream
 from dmtjepa.training.launch import launch
-from dmtjepa.training.loop import BatchStream, Trainer
 from dmtjepa.training.metrics import WAIT_STEPS, Metrics, StepRecord, StepValues
+from dmtjepa.training.saving import Saver
+from dmtjepa.training.schedules import Schedules
+from dmtjepa.training.step import TrainStep
 
 
 def steps(count: int, waited: float) -> list[StepValues]:
@@ -28,9 +31,8 @@ def steps(count: int, waited: float) -> list[StepValues]:
 
 def warnings_of(folder: Path, caplog, blocks: list[list[StepValues]], rank: int = 0) -> list[str]:
     folder.mkdir()
-    metrics = Metrics(
-        folder, "jepa", rank, torch.device("cpu"), num_steps=1000, first_step=0, steps_per_epoch=100, global_batch=8
-    )
+    schedules = Schedules(100, 10, 0, 0.0, 1.0, 0.0, 0.0, 0.0, (1.0, 1.0))
+    metrics = Metrics(folder, "jepa", rank, torch.device("cpu"), schedules=schedules, first_step=0, global_batch=8)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         for block in blocks:
@@ -55,7 +57,7 @@ def test_slow_first_steps_and_short_waits_are_not(tmp_path: Path, caplog):
 def test_the_next_batch_is_fetched_before_the_host_waits_for_the_device(settings, monkeypatch):
     """Of a step that is logged, too: its losses are read after the next batch is on its way."""
     events: list[str] = []
-    next_batches, train_step, flush, save = TorchvisionLoader.epoch, Trainer.train_step, Metrics.flush, Trainer._save
+    next_batches, train_step, flush, save = TorchvisionLoader.epoch, TrainStep.__call__, Metrics.flush, Saver.save
 
     def watched_epoch(loader, *arguments):
         for images in next_batches(loader, *arguments):
@@ -66,9 +68,9 @@ def test_the_next_batch_is_fetched_before_the_host_waits_for_the_device(settings
         return lambda *arguments: events.append(name) or function(*arguments)
 
     monkeypatch.setattr(TorchvisionLoader, "epoch", watched_epoch)
-    monkeypatch.setattr(Trainer, "train_step", watch("train", train_step))
+    monkeypatch.setattr(TrainStep, "__call__", watch("train", train_step))
     monkeypatch.setattr(Metrics, "flush", watch("flush", flush))
-    monkeypatch.setattr(Trainer, "_save", watch("save", save))
+    monkeypatch.setattr(Saver, "save", watch("save", save))
     config = settings(**{"runtime.log_every": 1, "runtime.save_every_steps": 3, "optimization.epochs": 1})
     assert launch(config, ["cpu"]) == 0
     plain, saving = ["fetch", "flush"], ["flush", "save", "fetch"]  # what was due is saved before more data are wanted
@@ -81,7 +83,7 @@ def test_the_reported_share_is_that_of_waiting_for_the_loader(settings, monkeypa
 
     def share(**advances: float) -> float:
         clock = [0.0]
-        monkeypatch.setattr("dmtjepa.training.metrics.time.perf_counter", lambda: clock[0])
+        monkeypatch.setattr("dmtjepa.training.stopwatch.time.perf_counter", lambda: clock[0])
 
         def advanced(name, function):
             def call(*arguments):
@@ -92,7 +94,7 @@ def test_the_reported_share_is_that_of_waiting_for_the_loader(settings, monkeypa
 
         with monkeypatch.context() as patch:
             patch.setattr(TorchvisionLoader, "_receive", advanced("loader", TorchvisionLoader._receive))
-            patch.setattr(Trainer, "train_step", advanced("step", Trainer.train_step))
+            patch.setattr(TrainStep, "__call__", advanced("step", TrainStep.__call__))
             patch.setattr(Metrics, "_write", advanced("log", Metrics._write))
             config = settings("-".join(advances), **{"runtime.log_every": 2, "optimization.epochs": 1})
             assert launch(config, ["cpu"]) == 0
@@ -121,16 +123,17 @@ def test_every_tensor_that_was_copied_aside_is_kept_for_the_main_stream(monkeypa
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append((id(tensor), stream)))
 
-    def sample(epoch: int, step: int, part: int) -> MaskBatch:
+    def sample(step: int, micro_batch: int) -> MaskBatch:
         return sample_masks(MaskSettings(min_keep=2, pack=packed), (6, 6), 2, 0, step, 0)
 
     class Loader:
         def epoch(self, epoch, start_step):
             yield torch.zeros(2, 3, 96, 96, dtype=torch.uint8)
 
-    stream = BatchStream(Loader(), sample, lambda: None, torch.device("cpu"), 1)
+    stream = BatchStream(Loader(), sample, lambda: 0.0, torch.device("cpu"), steps_per_epoch=1, accumulation=1)
     stream._copies = FakeStream()
-    ((_, [(images, masks)], _),) = stream.epoch(0, 0, 1)
+    (batch,) = stream.steps(0, 1)
+    ((images, masks),) = batch.micro_batches
     tensors = [images]
     masks._map(tensors.append)
     assert len(tensors) == (14 if packed else 6)

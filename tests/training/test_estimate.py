@@ -16,7 +16,7 @@ from dmtjepa.training.estimate import (
     MaskShapes,
     count_parameters,
     describe,
-    explain_lack,
+    explain_oom,
     measure_masks,
     memory_bytes,
     step_flops,
@@ -90,7 +90,7 @@ def test_lack_of_memory_names_what_would_fit(monkeypatch):
     config = load_config(CONFIGS / "in1k_vith14_ep300.yaml", ["data.batch_size=512"])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.25 GiB.\nmore")
-    text = explain_lack(config, 1, torch.device("cuda:0"), error)
+    text = explain_oom(config, 1, torch.device("cuda:0"), error)
     assert "cuda:0 with 80.0 GiB has no memory for data.batch_size 512" in text
     assert "Tried to allocate 1.25 GiB)" in text
     assert "should fit" not in text
@@ -103,6 +103,6 @@ def test_lack_of_memory_names_what_would_fit(monkeypatch):
         assert int(batch) < 512 or how == "blocks"
         assert 0.7 * 80 * 2**30 < needed <= 0.95 * 80 * 2**30 or int(batch) == 512
     small = load_config(CONFIGS / "in1k_vith14_ep300.yaml", ["data.batch_size=16"])
-    assert "By estimate it should fit: does another process use this GPU" in explain_lack(
+    assert "By estimate it should fit: does another process use this GPU" in explain_oom(
         small, 1, torch.device("cuda:0"), error
     )

@@ -8,8 +8,9 @@ import torch
 
 from dmtjepa import checkpoint_format
 from dmtjepa.training.launch import launch
-from dmtjepa.training.loop import Trainer
 from dmtjepa.training.metrics import Metrics
+from dmtjepa.training.saving import Saver
+from dmtjepa.training.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 
@@ -25,12 +26,12 @@ def test_trains_as_on_the_cpu_up_to_bfloat16(plain, settings, losses, compiled):
 def _no_waiting(monkeypatch):
     """From the third step on (the first ones create what later ones use), nothing may wait for the device, in whichever
     thread, but the logging of steps and the copying of a state that will be written."""
-    begin_step = Trainer.train_step
+    original = TrainStep.__call__
 
-    def train_step(trainer, batches):
-        if trainer.step >= 2:
+    def checked_step(train_step, micro_batches, step):
+        if step >= 2:
             torch.cuda.set_sync_debug_mode("error")
-        return begin_step(trainer, batches)
+        return original(train_step, micro_batches, step)
 
     def allowed(function):
         def run(*arguments):
@@ -39,8 +40,8 @@ def _no_waiting(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(Trainer, "train_step", train_step)
-    monkeypatch.setattr(Trainer, "_save", allowed(Trainer._save))
+    monkeypatch.setattr(TrainStep, "__call__", checked_step)
+    monkeypatch.setattr(Saver, "save", allowed(Saver.save))
     monkeypatch.setattr(Metrics, "flush", allowed(Metrics.flush))
     yield
     torch.cuda.set_sync_debug_mode("default")

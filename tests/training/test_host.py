@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training.launch import launch
-from dmtjepa.training.loop import Trainer
+from dmtjepa.training.metrics import Metrics
+from dmtjepa.training.step import TrainStep
 
 
 class HostWaits(AssertionError):
@@ -75,19 +76,19 @@ def test_what_would_wait_is_noticed(name):
 
 
 def test_a_step_that_reads_its_loss_is_noticed(settings, monkeypatch):
-    loss, train_step = DMTJEPA.loss, Trainer.train_step
+    loss, original = DMTJEPA.loss, TrainStep.__call__
 
     def read_loss(*arguments):
         value = loss(*arguments)
         assert value.item() >= 0
         return value
 
-    def watched_step(trainer, batches):
+    def watched_step(*arguments):
         with host_must_not_wait():
-            return train_step(trainer, batches)
+            return original(*arguments)
 
     monkeypatch.setattr(DMTJEPA, "loss", read_loss)
-    monkeypatch.setattr(Trainer, "train_step", watched_step)
+    monkeypatch.setattr(TrainStep, "__call__", watched_step)
     with pytest.raises(HostWaits, match="item"):
         launch(settings(), ["cpu"])
 
@@ -105,20 +106,20 @@ def test_a_step_that_reads_its_loss_is_noticed(settings, monkeypatch):
 )
 def test_no_step_reads_a_value(settings, losses, monkeypatch, changes):
     num_steps = 0
-    train_step, record = Trainer.train_step, Trainer._record
+    train_step, record = TrainStep.__call__, Metrics.record
 
-    def watched_step(trainer, batches):
+    def watched_step(*arguments):
         nonlocal num_steps
         num_steps += 1
         with host_must_not_wait():
-            return train_step(trainer, batches)
+            return train_step(*arguments)
 
-    def watched_record(trainer, *arguments):
+    def watched_record(*arguments):
         with host_must_not_wait():
-            return record(trainer, *arguments)
+            return record(*arguments)
 
-    monkeypatch.setattr(Trainer, "train_step", watched_step)
-    monkeypatch.setattr(Trainer, "_record", watched_record)
+    monkeypatch.setattr(TrainStep, "__call__", watched_step)
+    monkeypatch.setattr(Metrics, "record", watched_record)
     config = settings(**changes)
     assert launch(config, ["cpu"]) == 0
     assert num_steps == len(losses(config)) > 0
@@ -127,14 +128,14 @@ def test_no_step_reads_a_value(settings, losses, monkeypatch, changes):
 
 def test_memory_of_the_host_does_not_grow_with_the_steps(settings, losses, monkeypatch):
     """Learning rate and weight decay differ at every step: nothing may be remembered by them."""
-    train_step, counts = Trainer.train_step, []
+    original, counts = TrainStep.__call__, []
 
-    def counted_step(trainer, batches):
+    def counted_step(*arguments):
         gc.collect()
         counts.append(len(gc.get_objects()))
-        return train_step(trainer, batches)
+        return original(*arguments)
 
-    monkeypatch.setattr(Trainer, "train_step", counted_step)
+    monkeypatch.setattr(TrainStep, "__call__", counted_step)
     config = settings(**{"optimization.epochs": 4, "runtime.log_every": 1})
     assert launch(config, ["cpu"]) == 0
     half = len(counts) // 2

@@ -9,6 +9,6 @@ SCRIPT = Path(__file__).parents[1] / "kill_test.py"
 
 def test_killed_run_loses_nothing_that_was_saved(tmp_path):
     command = [sys.executable, str(SCRIPT), "--kills", "4", "--seed", "1", "--folder", str(tmp_path / "kills")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 kills of 2 processes" in done.stdout

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 import yaml
 
 from dmtjepa import checkpoint_format
 from dmtjepa.run_folder import RunFolderError, locked
 from dmtjepa.training import launch as launcher
 from dmtjepa.training import parallelize
+from dmtjepa.training.finite import NonFiniteLoss
 from dmtjepa.training.launch import launch
-from dmtjepa.training.loop import NonFiniteLoss, Trainer
+from dmtjepa.training.metrics import Metrics
+from dmtjepa.training.step import TrainStep
 
 NUM_STEPS = 24
 
@@ -104,21 +107,15 @@ def test_same_training_however_the_global_batch_is_divided(plain, settings, loss
 def stop_after(config, steps, devices, monkeypatch):
     """Run until a checkpoint of `steps` steps is on disk, as a run that ends there."""
     folder = Path(config.logging.folder)
-    original = Trainer.run
+    record = Metrics.record
 
-    def run(self, signals):
-        record = self.metrics.record
-
-        def record_and_stop(row):
-            record(row)
-            if row.step + 2 == steps:  # what is wished at one step is done at the next
-                signals.received.append(int(signal.SIGUSR1))
-
-        self.metrics.record = record_and_stop
-        return original(self, signals)
+    def record_and_stop(metrics, batch, loss, norm):
+        record(metrics, batch, loss, norm)
+        if batch.step + 2 == steps:  # the ranks stop one step after a vote
+            signal.raise_signal(signal.SIGUSR1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "run", run)
+        patch.setattr(Metrics, "record", record_and_stop)
         patch.setattr(launcher, "hand_over", lambda outcome: None)
         assert launch(config, devices) == 0
     assert checkpoint_format.newest_whole(folder / "checkpoints").name == f"step-{steps:08d}"
@@ -145,7 +142,7 @@ def test_resumes_on_other_numbers_of_processes(plain, settings, losses, weights)
     assert [(row["processes"], row["step"]) for row in starts] == [(4, 0), (2, 8), (1, 16)]
 
 
-def wait_for(condition, process, seconds=90):
+def wait_for(condition, process, seconds=900):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -160,7 +157,7 @@ def test_signal_saves_and_ends(settings, losses, start, number, processes):
     process = start(config, *["cpu"] * processes)
     wait_for(lambda: len(losses(config)) > 3 if Path(config.logging.folder, "jepa_r0.csv").exists() else False, process)
     os.kill(process.pid, number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == (-number if processes == 1 else 128 + number)
     found = checkpoint_format.newest_whole(Path(config.logging.folder, "checkpoints"))
     assert f"stopped by a signal and saved at step {checkpoint_format.step_of(found)}" in output
@@ -171,19 +168,19 @@ class Poison:
     """Makes the loss of one step infinite or not a number, on one rank."""
 
     def __init__(self, monkeypatch, step, value):
-        original = Trainer.train_step
+        original = TrainStep.__call__
 
-        def train_step(trainer, batches):
-            if trainer.step == step and trainer.world.rank == 0:
-                loss = trainer.model.loss
-                trainer.model.loss = lambda *arguments: loss(*arguments) * value
-                try:
-                    return original(trainer, batches)
-                finally:
-                    del trainer.model.loss
-            return original(trainer, batches)
+        def poisoned_step(train_step, micro_batches, current):
+            if current != step or dist.get_rank() != 0:
+                return original(train_step, micro_batches, current)
+            loss = train_step.model.loss
+            train_step.model.loss = lambda *arguments: loss(*arguments) * value
+            try:
+                return original(train_step, micro_batches, current)
+            finally:
+                del train_step.model.loss
 
-        monkeypatch.setattr(Trainer, "train_step", train_step)
+        monkeypatch.setattr(TrainStep, "__call__", poisoned_step)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -279,7 +276,7 @@ def test_full_disk_leaves_the_last_checkpoint_and_says_so(settings, start):
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
 
     process = start(config, "cpu", preexec_fn=limit)
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "could not be written" in output
     assert "File too large" in output
@@ -303,7 +300,7 @@ def test_processes_end_with_the_one_that_started_them(settings, losses, start):
     wait_for(lambda: Path(config.logging.folder, "jepa_r1.csv").exists() and len(losses(config, rank=1)) > 2, process)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while _group_is_alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _group_is_alive(process.pid)

@@ -110,29 +110,20 @@ def test_torchrun_gives_the_run_of_main(plain, settings, losses, tmp_path):
     config = settings(**{"data.batch_size": 8})
     path = tmp_path / "settings.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(HERE / "tiny_main.py"), "--fname", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    command += [str(ROOT / "tests/helpers/tiny_main.py"), "--fname", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(losses(config), losses(plain), rtol=0, atol=1e-5)
 
 
-def submit(monkeypatch, tmp_path, *arguments):
-    """main_distributed.py's dry run on a machine that may lack SLURM."""
-    fake = tmp_path / "bin" / "srun"
-    fake.parent.mkdir()
-    fake.write_text("#!/bin/sh\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
-    return main_distributed.main([*arguments, "--folder", str(tmp_path / "logs"), "--dry-run"])
-
-
-def test_sbatch_script_has_what_was_asked_for(monkeypatch, tmp_path, capsys):
+def test_dry_run_prints_what_slurm_is_asked_for(tmp_path, capsys):
     arguments = "--partition gpu --nodes 2 --tasks-per-node 8 --time 4300 --account vision --qos high --constraint h100"
     arguments += " --memory 500GB --cpus-per-task 12 --exclude node9 --dependency afterok:7 --signal-delay 90"
     config = str(ROOT / "configs/in1k_vitb16_ep600.yaml")
-    assert submit(monkeypatch, tmp_path, "--fname", config, *arguments.split()) == 0
+    command = ["--fname", config, "--folder", str(tmp_path / "logs"), *arguments.split()]
+    assert main_distributed.main([*command, "--dry-run"]) == 0
     script = capsys.readouterr().out
     for line in (
         "partition=gpu", "nodes=2", "ntasks-per-node=8", "time=4300", "account=vision", "qos=high", "constraint=h100",
@@ -143,9 +134,25 @@ def test_sbatch_script_has_what_was_asked_for(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "logs").exists()
 
 
-def test_jobs_of_an_array_need_folders_of_their_own(monkeypatch, tmp_path, capsys):
+def test_submitted_script_has_what_the_dry_run_printed(monkeypatch, tmp_path, capsys):
+    """`sbatch` and `srun` are programs that keep the script."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"srun": "#!/bin/sh\n", "sbatch": f"#!/bin/sh\ncp $1 {tmp_path}/script\necho job 7\n"}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    command = ["--fname", str(ROOT / "configs/in1k_vitb16_ep600.yaml"), "--folder", str(tmp_path / "logs")]
+    command += ["--partition", "gpu", "--nodes", "2", "--tasks-per-node", "8", "--memory", "500GB", "--qos", "high"]
+    assert main_distributed.main([*command, "--dry-run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert main_distributed.main(command) == 0
+    assert set(printed) <= set((tmp_path / "script").read_text().splitlines())
+
+
+def test_jobs_of_an_array_need_folders_of_their_own(tmp_path, capsys):
     config = str(ROOT / "configs/in1k_vitb16_ep600.yaml")
-    assert submit(monkeypatch, tmp_path, "--fname", config, config, "--partition", "gpu") == 1
+    assert main_distributed.main(["--fname", config, config, "--folder", str(tmp_path), "--dry-run"]) == 1
     assert "same logging.folder" in capsys.readouterr().err
 
 

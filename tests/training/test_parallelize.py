@@ -16,7 +16,7 @@ from dmtjepa.masks import sample_masks
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
 from dmtjepa.models.onednn import compute_by_onednn
 from dmtjepa.objective import DMTJEPA, build_model
-from dmtjepa.training.distributed import joined
+from dmtjepa.training.distributed import process_group
 from dmtjepa.training.optimizer import build_optimizer
 from dmtjepa.training.parallelize import (
     build_mesh,
@@ -26,7 +26,7 @@ from dmtjepa.training.parallelize import (
     parallelize,
     set_memory_budget,
 )
-from tests.training.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 
 def test_at_most_two_graphs_per_kind_of_block_over_100_mask_shapes(settings):
@@ -79,7 +79,7 @@ def test_at_most_two_graphs_per_kind_of_block_over_100_mask_shapes(settings):
 
 def report_bytes(folder, shard_size):
     """Write down the bytes of weights, gradients and Adam's averages, student and teacher, that a rank holds."""
-    with joined(torch.device("cpu"), start_timeout=60, hang_timeout=100) as world:
+    with process_group(torch.device("cpu"), start_timeout=600, hang_timeout=3600) as world:
         torch.manual_seed(0)
         encoder = VisionTransformer(32, 8, embed_dim=192, depth=2, num_heads=3)
         predictor = Predictor((4, 4), embed_dim=192, predictor_dim=96, depth=1, num_heads=3)
@@ -126,7 +126,7 @@ def train_casting(folder, at_once, reshard, recompute):
     """Write down the gradients of two steps, each of two backward passes, and how many casts and copies they made."""
     if not at_once:
         dmtjepa.training.parallelize.cast_at_once = lambda model: None
-    with joined(torch.device("cpu"), start_timeout=60, hang_timeout=100):
+    with process_group(torch.device("cpu"), start_timeout=600, hang_timeout=3600):
         torch.manual_seed(0)
         encoder = VisionTransformer(32, 8, embed_dim=192, depth=2, num_heads=3)
         predictor = Predictor((4, 4), embed_dim=192, predictor_dim=96, depth=1, num_heads=3)

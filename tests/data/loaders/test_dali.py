@@ -15,9 +15,7 @@ from PIL import Image
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_loader
 from dmtjepa.data.jpeg_header import read_plain_size
-from tests.data.conftest import needs_dali, smooth_image
-from tests.data.kinds import encode
-from tests.data.test_corrupt_files import flip_bytes
+from tests.helpers.images import encode, flip_bytes, needs_dali, smooth_image
 
 pytestmark = needs_dali
 

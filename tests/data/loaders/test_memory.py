@@ -9,7 +9,7 @@ import pytest
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import build_loader
-from tests.data.conftest import needs_dali
+from tests.helpers.images import needs_dali
 
 
 def private_memory() -> int:

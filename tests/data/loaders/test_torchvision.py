@@ -23,7 +23,7 @@ from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_loader
 from dmtjepa.data.loaders.torchvision import _PREFETCH, TorchvisionLoader
 from dmtjepa.data.sampling import FLIP_DRAW, SampleOrder, choose_crop, draw_uniforms
-from tests.data.conftest import needs_dali
+from tests.helpers.images import needs_dali
 
 
 def batches(settings: DataSettings, epoch: int = 0, start_step: int = 0, **options: int) -> list[torch.Tensor]:

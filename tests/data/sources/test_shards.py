@@ -23,7 +23,7 @@ from dmtjepa.data.sources.file_list import ListSource
 from dmtjepa.data.sources.folder import FolderSource
 from dmtjepa.data.sources.shards import ShardSource, find_shards
 from dmtjepa.data.sources.tar_index import read_members
-from tests.data.conftest import needs_dali
+from tests.helpers.images import needs_dali
 
 
 @pytest.fixture(autouse=True)

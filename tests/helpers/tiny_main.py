@@ -2,9 +2,8 @@
 
 import sys
 
-import tiny_architecture  # noqa: F401
-
 import main
+import tests.helpers.tiny_architecture  # noqa: F401
 
 if __name__ == "__main__":
     sys.exit(main.main())

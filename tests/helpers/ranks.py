@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 def run_ranks(function: Callable[..., object], count: int, folder: Path, *arguments: object) -> list[tuple[int, str]]:
     """`function(*arguments)` on `count` processes; returns the exit code of each and what it wrote to stderr."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=600))
     context = multiprocessing.get_context("forkserver")
     logs = [folder / f"rank-{rank}.log" for rank in range(count)]
     processes = [
@@ -24,7 +24,7 @@ def run_ranks(function: Callable[..., object], count: int, folder: Path, *argume
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(900)  # only ends a hang
         process.kill()
         process.join()
     return [(process.exitcode, log.read_text()) for process, log in zip(processes, logs, strict=True)]

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
-from tests.data.conftest import smooth_image
-
-
-def encode(image: Image.Image, form: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
+from tests.helpers.images import encode, smooth_image
 
 
 def list_kinds() -> Iterator[tuple[str, bytes, bool]]:

@@ -1,0 +1,181 @@
+"""What a run consists of, built once at its start."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dmtjepa.checkpoint_format import newest_whole, remove_leftovers
+from dmtjepa.config import Config, ConfigError
+from dmtjepa.data import Loader, build_loader
+from dmtjepa.interop import load_model
+from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.objective import DMTJEPA, build_model
+from dmtjepa.run_folder import check_folder, locked, write_environment, write_settings
+from dmtjepa.training.batches import BatchStream
+from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
+from dmtjepa.training.finite import FiniteCheck
+from dmtjepa.training.metrics import Metrics
+from dmtjepa.training.parallelize import build_mesh, compute_dtype, is_compiled, parallelize, recomputation
+from dmtjepa.training.saving import Saver
+from dmtjepa.training.schedules import Schedules, build_schedules
+from dmtjepa.training.state import TrainingState
+from dmtjepa.training.step import TrainStep
+from dmtjepa.training.vote import RankVote
+from dmtjepa.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run on one rank."""
+
+    schedules: Schedules
+    train_step: TrainStep
+    state: TrainingState
+    vote: RankVote
+    saver: Saver
+    finite_check: FiniteCheck
+    metrics: Metrics
+    batches: BatchStream
+
+
+def open_folder(config: Config, world: World, stack: contextlib.ExitStack) -> Path:
+    """Lock the run folder for as long as `stack` is open, check it, and write the settings into it.
+
+    Raises:
+        RunFolderError: the folder holds another run, or another process uses it.
+    """
+    folder = Path(config.logging.folder)
+
+    def open_on_rank_0() -> None:
+        stack.enter_context(locked(folder))
+        check_folder(folder, config, config.global_batch(world.world_size))
+        write_settings(folder, config)
+
+    run_on_rank_0(world, open_on_rank_0)
+    return folder
+
+
+def build_run(config: Config, world: World, folder: Path, watchdog: Watchdog, stack: contextlib.ExitStack) -> Run:
+    """Build the parts of a run and restore its newest checkpoint, if there is one.
+
+    Args:
+        folder: opened by `open_folder`.
+        stack: closes what must be closed.
+
+    Raises:
+        ConfigError, DataError, WeightsError: the settings do not allow a single step.
+        CheckpointError: the checkpoint does not fit this run.
+    """
+    runtime, global_batch = config.runtime, config.global_batch(world.world_size)
+    loader = build_loader(
+        config.data, seed=runtime.seed, rank=world.rank, world_size=world.world_size, device=world.device
+    )
+    stack.callback(loader.close)
+    schedules = build_schedules(config.optimization, _count_steps_per_epoch(config, world, loader), global_batch)
+
+    torch.manual_seed(runtime.seed)  # the same weights on every rank
+    mesh = build_mesh(world.device.type, world.world_size, runtime.shard_size, world.timeout)
+    try:
+        model = build_model(config, world.device.type)
+    except (ValueError, ModuleNotFoundError) as error:  # what this device or its software cannot do
+        raise ConfigError(str(error)) from error
+    resume_from = find_checkpoint(folder, world)
+    if resume_from is None:
+        load_initial_weights(model, config, folder, world)
+    model = parallelize(
+        model,
+        mesh,
+        dtype=compute_dtype(config, world.device.type),
+        compiled=is_compiled(config, world.device.type),
+        recompute=recomputation(config, world.device.type),
+        reshard_after_forward=runtime.reshard_after_forward,
+    )
+    train_step = TrainStep(model, config.optimization, schedules, mesh, world.device, watchdog.on_phase)
+    state = TrainingState(config, world, model, train_step.optimizer, schedules, loader.num_images)
+    vote = RankVote(new_gloo_group(world))
+    saver = Saver(config, world, folder, schedules, state)
+    if resume_from is not None:
+        state.restore(resume_from)
+    if world.rank == 0:
+        write_environment(folder, world.world_size, world.device, global_batch, state.step)
+    metrics = Metrics(
+        folder, config.logging.write_tag, world.rank, world.device,
+        schedules=schedules, first_step=state.step, global_batch=global_batch,
+    )  # fmt: skip
+    stack.callback(metrics.close)
+    batches = _build_batches(config, world, loader, schedules, metrics)
+    stack.callback(batches.close)
+    return Run(schedules, train_step, state, vote, saver, FiniteCheck(config, world, state, saver), metrics, batches)
+
+
+def _count_steps_per_epoch(config: Config, world: World, loader: Loader) -> int:
+    steps_per_epoch = loader.steps_per_epoch // config.runtime.accumulation
+    if steps_per_epoch == 0:
+        raise ConfigError(
+            f"the global batch of {config.global_batch(world.world_size)} images is larger than the data set of "
+            f"{loader.num_images}; lower runtime.accumulation"
+        )
+    return steps_per_epoch
+
+
+def _build_batches(config: Config, world: World, loader: Loader, schedules: Schedules, metrics: Metrics) -> BatchStream:
+    accumulation = config.runtime.accumulation
+
+    def sample(step: int, micro_batch: int) -> MaskBatch:
+        """Image b of micro-batch a on rank r of W is image (a*W + r)*B + b of the global batch."""
+        return sample_masks(
+            config.mask,
+            config.grid_size,
+            config.data.batch_size,
+            config.runtime.seed,
+            step,
+            micro_batch * world.world_size + world.rank,
+            accumulation * world.world_size,
+            window=config.patch.patch_k_size,
+            border=config.patch.border,
+        )
+
+    return BatchStream(
+        loader,
+        sample,
+        metrics.stopwatch.record_event,
+        world.device,
+        steps_per_epoch=schedules.steps_per_epoch,
+        accumulation=accumulation,
+    )
+
+
+def find_checkpoint(folder: Path, world: World) -> Path | None:
+    """The newest whole checkpoint of a run folder, if there is one. Removes what a killed run left half written."""
+
+    def find() -> Path | None:
+        remove_leftovers(folder / "checkpoints")
+        return newest_whole(folder / "checkpoints")
+
+    return run_on_rank_0(world, find)
+
+
+def load_initial_weights(model: DMTJEPA, config: Config, folder: Path, world: World) -> None:
+    """Load the weights that `meta.read_checkpoint` names into the model of a new run. Every rank reads the file."""
+    meta = config.meta
+    if not meta.load_checkpoint:
+        return
+    if meta.read_checkpoint is None:
+        if world.rank == 0:
+            logger.info("meta.load_checkpoint: %s holds no checkpoint yet; the run starts afresh", folder)
+        return
+    path = Path(os.path.expandvars(meta.read_checkpoint)).expanduser()
+    if not path.exists():
+        path = folder / meta.read_checkpoint
+    absent = load_model(model, path)
+    if world.rank == 0:
+        kept = f"; it holds no {' and no '.join(absent)}: newly drawn" if absent else ""
+        logger.info("started from the weights of %s%s", path, kept)

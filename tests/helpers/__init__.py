@@ -1,0 +1,1 @@
+"""What several test files share: runs, processes, images, models. Tests import from here, never from each other."""
