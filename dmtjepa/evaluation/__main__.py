@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from dmtjepa.config import ConfigError
 from dmtjepa.errors import UserError
 from dmtjepa.evaluation.formatting import format_table, format_verdict
 from dmtjepa.evaluation.report import evaluate
 from dmtjepa.evaluation.splits import find_splits
-from dmtjepa.interop import WeightsError, open_run
+from dmtjepa.interop import open_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=device,
             num_workers=options.num_workers,
         )
-    except (UserError, ConfigError, WeightsError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     table = format_table(report)

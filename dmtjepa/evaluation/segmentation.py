@@ -150,9 +150,8 @@ def _score(count: Tensor) -> SegmentationScores:
     both = count.diagonal()
     either = count.sum(0) + count.sum(1) - both
     ious = (both.double() / either)[either > 0].tolist()  # of the classes that are in the masks or predicted
-    either_object = count.sum() - count[0, 0]
-    object_iou = count[1:, 1:].sum() / either_object if either_object else torch.zeros(())
-    return SegmentationScores(sum(ious) / len(ious), object_iou.item())
+    either_object, both_object = int(count.sum() - count[0, 0]), int(count[1:, 1:].sum())
+    return SegmentationScores(sum(ious) / len(ious), both_object / either_object if either_object else 0.0)
 
 
 def _largest_class(masks: Tensor) -> int:
