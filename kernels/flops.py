@@ -1,7 +1,7 @@
 """FLOPs of the operators for `torch.utils.flop_counter.FlopCounterMode`, which cannot look into them.
 
-As the counter does elsewhere, a multiplication and its addition count 2, and pointwise arithmetic counts nothing.
-Shape letters are those of the operators' files.
+As in the counter's own formulas, a multiplication and its addition count 2, and pointwise arithmetic counts nothing.
+The formulas get shapes in place of tensors.
 """
 
 from torch import ops
@@ -24,18 +24,18 @@ def _pointwise(*_arguments, out_shape: object = None, **_keywords: object) -> in
 
 
 @register_flop_formula(OPERATORS.select_neighbors)
-def _select_neighbors(h, patches, rows, columns, num_neighbors, window, *_arguments, **_keywords) -> int:
-    """Squared norms of window^2 rows and their products with the row in the middle."""
+def _select_neighbors(h, patches, grid_size, num_neighbors, window, *_arguments, **_keywords) -> int:
+    """Squared norms of the window^2 patches, and products of the one in the middle with the others."""
     return 2 * (2 * window**2 - 1) * patches[0] * h[2]
 
 
 @register_flop_formula(OPERATORS.aggregate_neighbors)
-def _aggregate_neighbors(query, self_key, self_value, key, value, index, *_arguments, **_keywords) -> int:
+def _aggregate_neighbors(query, self_key, self_value, key, value, neighbor_index, *_arguments, **_keywords) -> int:
     """Scores of K + 1 keys, and their values weighted."""
-    return 4 * (index[1] + 1) * query[0] * query[1]
+    return 4 * (neighbor_index[1] + 1) * query[0] * query[1]
 
 
 @register_flop_formula(OPERATORS.pool_neighbors)
-def _pool_neighbors(self_score, self_value, score, value, index, *_arguments, **_keywords) -> int:
+def _pool_neighbors(self_score, self_value, score, value, neighbor_index, *_arguments, **_keywords) -> int:
     """K + 1 values weighted."""
-    return 2 * (index[1] + 1) * index[0] * value[1]
+    return 2 * (neighbor_index[1] + 1) * neighbor_index[0] * value[1]

@@ -1,12 +1,13 @@
-"""gather_tokens at the shapes of training: the context of each image, position embedding added, and backward.
+"""gather_tokens at the shapes of training: the context of each image, forward and backward.
 
-Unique bytes: forward, the index, the kept rows, one position embedding, the output; backward, the index, the gradient,
-and the whole [B, N, D] result.
+Unique bytes: forward, the index, the kept tokens, the output; backward, the index, the gradient, and the whole
+[B, N, D] result.
 """
 
 import torch
 
-from benchmarks.operators.cases import Case, Shape, num_bytes, rounding
+from benchmarks.operators.cases import Case, num_bytes, rounding
+from benchmarks.workloads import Workload
 from dmtjepa.kernels.gather_tokens import (
     gather_tokens_cpu,
     gather_tokens_plain,
@@ -16,29 +17,28 @@ from dmtjepa.kernels.gather_tokens import (
 )
 
 
-def cases(shape: Shape, device: str, dtype: torch.dtype) -> list[Case]:
-    index = shape.masks().context_index.to(device)
-    tokens = torch.randn(shape.batch_size, shape.num_patches, shape.dim, device=device).to(dtype)
-    position = torch.randn(shape.num_patches, shape.dim, device=device).to(dtype)
-    kept = torch.randn(*index.shape, shape.dim, device=device).to(dtype)
+def cases(workload: Workload, device: str, dtype: torch.dtype) -> list[Case]:
+    index = workload.masks(0, device=device).context_index
+    tokens = torch.randn(workload.batch_size, workload.num_patches, workload.dim, device=device).to(dtype)
+    kept = torch.randn(*index.shape, workload.dim, device=device).to(dtype)
     return [
         Case(
             "gather_tokens",
-            (tokens, index, position),
+            (tokens, index),
             launch_gather_tokens,
             gather_tokens_cpu,
             gather_tokens_plain,
-            lambda tokens, index, position: gather_tokens_plain(tokens.float(), index, position.float()),
-            num_bytes(index, kept, position, kept),
+            lambda tokens, index: gather_tokens_plain(tokens.float(), index),
+            num_bytes(index, kept, kept),
             rounding(dtype),
         ),
         Case(
             "gather_tokens backward",
-            (kept, index, shape.num_patches, dtype),
+            (kept, index, workload.num_patches),
             launch_scatter_tokens,
             scatter_tokens_plain,
             scatter_tokens_plain,
-            lambda grad, index, num_patches, _: scatter_tokens_plain(grad, index, num_patches, torch.float32),
+            lambda grad, index, num_patches: scatter_tokens_plain(grad.float(), index, num_patches),
             num_bytes(index, kept, tokens),
             rounding(dtype),
         ),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dmtjepa.data.loaders.center_crop import crop_center
+from dmtjepa.data.crop import crop_center
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
 

@@ -1,4 +1,4 @@
-"""The implementations that every operator test runs, and memory that does not hide an unwritten element.
+"""Fixtures of the operator tests: the implementations that each test runs, poisoned memory, errors and gradients.
 
 `cpu` is the CPU implementation. `interpreter` is the Triton kernels on CPU tensors, in Triton's interpreter, through
 the same operators: their CPU implementations are switched off. `cuda` is the Triton kernels on a GPU.
@@ -10,10 +10,11 @@ import pytest
 import torch
 import triton
 
-from dmtjepa.kernels.aggregate_neighbors import aggregate_neighbors_op, pool_neighbors_op
+from dmtjepa.kernels.aggregate_neighbors import aggregate_neighbors_op
 from dmtjepa.kernels.embed_patches import embed_patches_op
 from dmtjepa.kernels.gather_tokens import gather_tokens_op, scatter_tokens_op
 from dmtjepa.kernels.indexed_smooth_l1 import indexed_smooth_l1_backward_op, indexed_smooth_l1_op
+from dmtjepa.kernels.pool_neighbors import pool_neighbors_op
 from dmtjepa.kernels.select_neighbors import select_neighbors_op
 
 OPERATORS = (
@@ -64,3 +65,22 @@ def relative_error():
         return float((output - reference).norm() / reference.norm().clamp_min(1e-30))
 
     return error
+
+
+@pytest.fixture
+def gradients():
+    """Gradients of a function's output in its floating-point arguments, for a gradient that grows from -1 to 1."""
+
+    def compute(function, arguments, dtype):
+        def is_float(argument):
+            return torch.is_tensor(argument) and argument.is_floating_point()
+
+        leaves = [a.detach().to(dtype).requires_grad_() if is_float(a) else a for a in arguments]
+        output = function(*leaves)
+        grad = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape)
+        inputs = [leaf for leaf in leaves if is_float(leaf)]
+        # Rounded once in the dtype of the arguments, so that every dtype sees the same gradient.
+        rounded = grad.to(next(a.dtype for a in arguments if is_float(a))).to(output.dtype)
+        return torch.autograd.grad(output, inputs, rounded, materialize_grads=True)
+
+    return compute

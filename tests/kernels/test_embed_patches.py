@@ -29,15 +29,13 @@ def draw(shape, device, index_dtype=torch.int64):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("layout", ["NCHW", "channels_last", "NHWC"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_equals_reference(device, shape, layout, dtype):
-    images, patch_size, index = draw(shape, device, torch.int32 if layout == "NHWC" else torch.int64)
+    images, patch_size, index = draw(shape, device, torch.int32 if layout == "channels_last" else torch.int64)
     reference = embed_patches_reference(images, patch_size, index, mean=MEAN, std=STD, dtype=torch.float32)
     if layout == "channels_last":
         images = images.contiguous(memory_format=torch.channels_last)
-    elif layout == "NHWC":
-        images = images.permute(0, 2, 3, 1).contiguous()
     output = embed_patches(images, patch_size, index, mean=MEAN, std=STD, dtype=dtype)
     assert output.dtype == dtype
     # Values reach 2.7; Triton's interpreter cuts bfloat16 off where the others round to nearest.
@@ -51,8 +49,8 @@ def test_is_the_patch_embedding(device):
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
     expected = conv((images.cpu().double() / 255 - mean) / std).flatten(2).transpose(1, 2)
     expected = expected.gather(1, index.cpu()[:, :, None].expand(-1, -1, 8))
-    rows = embed_patches(images, patch_size, index, mean=MEAN, std=STD).cpu().double()
-    torch.testing.assert_close(rows @ conv.weight.flatten(1).T + conv.bias, expected, rtol=1e-5, atol=1e-5)
+    patches = embed_patches(images, patch_size, index, mean=MEAN, std=STD).cpu().double()
+    torch.testing.assert_close(patches @ conv.weight.flatten(1).T + conv.bias, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_cropped_images(device):
@@ -72,14 +70,15 @@ def test_float64_on_the_cpu():
         torch.testing.assert_close(output, expected, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_opcheck(device):
     images, patch_size, index = draw((2, 12, 20, 4, 7), device)
     torch.library.opcheck(embed_patches_op, (images, patch_size, index, list(MEAN), list(STD), torch.bfloat16))
-    torch.library.opcheck(
-        embed_patches_op, (images.permute(0, 2, 3, 1), patch_size, None, list(MEAN), list(STD), torch.float32)
-    )
+    images = images.contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(embed_patches_op, (images, patch_size, None, list(MEAN), list(STD), torch.float32))
 
 
+@pytest.mark.slow
 def test_fullgraph(device):
     images, patch_size, index = draw((2, 12, 20, 4, 7), device)
 
@@ -105,7 +104,7 @@ def test_offsets_beyond_32_bits(device):
     [
         ({"images": torch.zeros(1, 3, 8, 8)}, TypeError, "images must be one of uint8"),
         ({"images": torch.zeros(3, 8, 8, dtype=torch.uint8)}, ValueError, "images must have 4 dimensions"),
-        ({"images": torch.zeros(1, 4, 8, 8, dtype=torch.uint8)}, ValueError, r"\[B, 3, H, W\] or \[B, H, W, 3\]"),
+        ({"images": torch.zeros(1, 8, 8, 3, dtype=torch.uint8)}, ValueError, r"must be \[B, 3, H, W\].*permute"),
         ({"images": torch.zeros(1, 3, 8, 10, dtype=torch.uint8)}, ValueError, "8 x 10 pixels does not divide"),
         ({"patch_size": 0}, ValueError, "does not divide into patches of 0"),
         ({"std": (1, 0, 1)}, ValueError, "std positive"),

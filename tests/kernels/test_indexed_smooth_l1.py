@@ -78,6 +78,7 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(function, arguments)
 
 
+@pytest.mark.slow
 def test_opcheck(device):
     prediction, target, slot = draw((2, 4, 5, 24, 11), torch.float32, device)
     torch.library.opcheck(indexed_smooth_l1_op, (prediction, target, slot))
@@ -85,6 +86,7 @@ def test_opcheck(device):
     torch.library.opcheck(indexed_smooth_l1_backward_op, (grad, prediction.detach(), target, slot))
 
 
+@pytest.mark.slow
 def test_fullgraph(device):
     prediction, target, slot = draw((2, 4, 5, 24, 11), torch.float32, device)
 
