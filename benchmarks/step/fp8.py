@@ -35,7 +35,7 @@ from dmtjepa.data import build_eval_loader, build_loader
 from dmtjepa.data.sources.shapes import ShapesParameters, draw_image
 from dmtjepa.evaluation.features import extract_features
 from dmtjepa.evaluation.knn import knn_accuracy, standardize
-from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.models import fp8
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training.optimizer import build_optimizer, set_schedules
@@ -118,7 +118,7 @@ def measure_targets(name: str, num_images: int) -> Iterator[dict]:
     }
     config = Config.model_validate(settings)
     images = draw_pictures(num_images, 224)
-    masks = sample_masks(config.mask, config.grid_size, num_images, seed=0, step=0, rank=0)
+    masks = MaskSampler.from_config(config, batch_size=num_images, seed=0).sample(step=0)
     torch.manual_seed(0)
     model = build_model(config)
     yield from compare_targets(name, "drawn", model, images, masks)
@@ -136,13 +136,12 @@ def train(config: Config, num_steps: int, evaluate: Callable[[nn.Module], float]
     torch.manual_seed(config.runtime.seed)
     model = build_model(config)
     optimizer = build_optimizer([model.encoder, model.predictor, model.head])
+    sampler = MaskSampler.from_config(config)
     losses = []
     while len(losses) < num_steps:
         for images in loader.epoch(len(losses) // loader.steps_per_epoch):
             step = len(losses)
-            masks = sample_masks(
-                config.mask, config.grid_size, len(images), config.runtime.seed, step, 0, border=config.patch.border
-            )
+            masks = sampler.sample(step)
             set_schedules(optimizer, schedules.learning_rate(step), schedules.decay(step))
             loss = model(images, masks)
             loss.backward()
@@ -188,7 +187,7 @@ def measure_training(num_steps: int, num_seeds: int) -> tuple[list[dict], list[d
             print(f"seed {seed}, {precision}: last loss {row['last_loss']:.5f}, k-NN {row['knn']:.3f}", flush=True)
             if not trained and precision == "same":
                 images = draw_pictures(32, config.data.image_size[0])
-                masks = sample_masks(config.mask, config.grid_size, len(images), seed=0, step=0, rank=0)
+                masks = MaskSampler.from_config(config, batch_size=len(images), seed=0).sample(step=0)
                 with torch.no_grad():
                     trained = list(compare_targets("quickstart", f"after {num_steps} steps", model, images, masks))
     return rows, trained

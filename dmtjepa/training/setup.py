@@ -14,7 +14,7 @@ from dmtjepa.checkpoint_format import newest_whole, remove_leftovers
 from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import Loader, build_loader
 from dmtjepa.interop import load_model
-from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.run_folder import check_folder, locked, write_environment, write_settings
 from dmtjepa.training.batches import BatchStream
@@ -128,20 +128,12 @@ def _count_steps_per_epoch(config: Config, world: World, loader: Loader) -> int:
 
 def _build_batches(config: Config, world: World, loader: Loader, schedules: Schedules, metrics: Metrics) -> BatchStream:
     accumulation = config.runtime.accumulation
+    sampler = MaskSampler.from_config(config)
 
     def sample(step: int, micro_batch: int) -> MaskBatch:
         """Image b of micro-batch a on rank r of W is image (a*W + r)*B + b of the global batch."""
-        return sample_masks(
-            config.mask,
-            config.grid_size,
-            config.data.batch_size,
-            config.runtime.seed,
-            step,
-            micro_batch * world.world_size + world.rank,
-            accumulation * world.world_size,
-            window=config.patch.patch_k_size,
-            border=config.patch.border,
-        )
+        shard = micro_batch * world.world_size + world.rank
+        return sampler.sample(step, shard, accumulation * world.world_size)
 
     return BatchStream(
         loader,

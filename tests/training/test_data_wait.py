@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dmtjepa.config import MaskSettings
 from dmtjepa.data.loaders.torchvision import TorchvisionLoader
-from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.training.batches import BatchStream
 from dmtjepa.training.launch import launch
 from dmtjepa.training.metrics import WAIT_STEPS, Metrics, StepRecord, StepValues
@@ -124,7 +124,7 @@ def test_every_tensor_that_was_copied_aside_is_kept_for_the_main_stream(monkeypa
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append((id(tensor), stream)))
 
     def sample(step: int, micro_batch: int) -> MaskBatch:
-        return sample_masks(MaskSettings(min_keep=2, pack=packed), (6, 6), 2, 0, step, 0)
+        return MaskSampler(MaskSettings(min_keep=2, pack=packed), (6, 6), 2).sample(step)
 
     class Loader:
         def epoch(self, epoch, start_step):
