@@ -12,10 +12,11 @@ from dmtjepa.config import Config
 from dmtjepa.data import build_eval_loader
 from dmtjepa.evaluation.context import EvaluationContext
 from dmtjepa.evaluation.features import extract_patches
-from dmtjepa.evaluation.figures import FigureData, LossCurve
+from dmtjepa.evaluation.figures import FigureData
 from dmtjepa.evaluation.splits import subsample
 from dmtjepa.kernels import select_neighbors
 from dmtjepa.masks import MaskSampler
+from dmtjepa.step_csv import LossCurve
 
 NUM_SHOWN = 5
 """Images in a row of a figure."""
