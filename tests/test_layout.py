@@ -108,7 +108,7 @@ def modules() -> dict[str, Path]:
 
 
 def needed_at_import(module: str, path: Path, known: set[str]) -> set[str]:
-    """The modules of the project that a module imports when it is imported itself: not inside functions."""
+    """The modules of the project that a module imports when it is imported itself: not in functions, not for types."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found: set[str] = set()
 
@@ -119,6 +119,8 @@ def needed_at_import(module: str, path: Path, known: set[str]) -> set[str]:
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
             found.update({base, *(f"{base}.{alias.name}" for alias in node.names)})
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            pass
         elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             for child in ast.iter_child_nodes(node):
                 visit(child)
