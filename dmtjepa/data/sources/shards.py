@@ -165,6 +165,10 @@ class ShardSource:
     def name(self, image: int) -> str:
         return f"{self._shards[self._shard[image]]}:{os.fsdecode(self._keys[image])}"
 
+    def describe(self) -> str:
+        """Without classes: they would have to be read from all over the shards."""
+        return f"{len(self)} images in {len(self._shards)} tar shards, the first of which is {self._shards[0]}"
+
     def read(self, image: int) -> bytes:
         return self._pread(int(self._shard[image]), *self._place[image, :2].tolist())
 
