@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dmtjepa.config import Config, ConfigError, load_config
-from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.training.estimate import MaskShapes, step_flops
 
@@ -85,11 +85,7 @@ class Workload:
     @cache  # noqa: B019
     def masks(self, step: int, shard: int = 0, num_shards: int = 1, device: torch.device | str = "cpu") -> MaskBatch:
         """The masks of a step, on `device`, of one of the ranks that share the global batch."""
-        config = self.config()
-        return sample_masks(
-            config.mask, config.grid_size, self.batch_size, 0, step, shard, num_shards,
-            window=config.patch.patch_k_size, border=config.patch.border,
-        ).to(device)  # fmt: skip
+        return MaskSampler.from_config(self.config(), seed=0).sample(step, shard, num_shards).to(device)
 
     def images(self, device: torch.device | str, shard: int = 0) -> Tensor:
         """uint8 [B, 3, H, W], the same at every step."""

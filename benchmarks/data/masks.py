@@ -1,9 +1,9 @@
-"""Masks of a batch: time of `sample_masks`, of the plain loops it is tested against, and of the official collator.
+"""Masks of a batch: time of `MaskSampler`, of the plain loops it is tested against, and of the official collator.
 
     python -m benchmarks.data.masks [--official CHECKOUT] [--json FILE]
 
 CHECKOUT is a clone of the official DMT-JEPA (or I-JEPA) code. Its collator makes only the indices of context and
-targets; `sample_masks` also makes target_unique, target_slot and neighborhood. No time is printed unless the samplers
+targets; `MaskSampler` also makes target_unique, target_slot and neighborhood. No time is printed unless the samplers
 agree in distribution.
 """
 
@@ -26,7 +26,7 @@ from benchmarks.machine import environment
 from benchmarks.official import add_official, open_checkout
 from benchmarks.tables import number, text_table
 from dmtjepa.config import MaskSettings
-from dmtjepa.masks import sample_masks
+from dmtjepa.masks import MaskSampler
 from dmtjepa.reference.masks import sample_masks_reference
 
 CASES = (((16, 16), 128), ((14, 14), 256))  # grid size, images
@@ -36,8 +36,10 @@ Sample = Callable[[int], tuple[int, int]]  # of a step, to the patches of a cont
 
 
 def fast_sampler(settings: MaskSettings, grid_size: tuple[int, int], batch_size: int) -> Sample:
+    sampler = MaskSampler(settings, grid_size, batch_size)
+
     def sample(step: int) -> tuple[int, int]:
-        masks = sample_masks(settings, grid_size, batch_size, 0, step, 0)
+        masks = sampler.sample(step)
         return masks.context_index.shape[1], masks.target_index.shape[2]
 
     return sample

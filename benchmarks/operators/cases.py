@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.workloads import Workload
+from dmtjepa.masks import MaskBatch
+
 
 def relative_error(output: Tensor, reference: Tensor) -> float:
     """||output - reference|| / ||reference||; NaN where the output has a NaN."""
@@ -51,3 +54,26 @@ def rounding(dtype: torch.dtype) -> float:
 
 def num_bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+def in_float32(function: Callable) -> Callable:
+    """`function` with its floating-point arguments cast to float32."""
+
+    def reference(*arguments: object) -> object:
+        return function(*(a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments))
+
+    return reference
+
+
+def draw_neighbors(masks: MaskBatch, workload: Workload) -> Tensor:
+    """Four random ones of the eight patches around each covered patch, as indices [U, 4] into the neighbourhood."""
+    device, num_covered = masks.target_unique.device, len(masks.target_unique)
+    rows, cols = workload.grid_size
+    steps = torch.tensor([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)], device=device)
+    step = steps[torch.rand(num_covered, 8, device=device).argsort(1)[:, :4]]
+    n = (masks.target_unique % workload.num_patches)[:, None]
+    first = masks.target_unique[:, None] - n
+    neighbor = first + (n // cols + step[..., 0]) % rows * cols + (n % cols + step[..., 1]) % cols
+    place = torch.zeros(workload.batch_size * workload.num_patches, dtype=torch.int64, device=device)
+    place[masks.neighborhood] = torch.arange(len(masks.neighborhood), device=device)
+    return place[neighbor]

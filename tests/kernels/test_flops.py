@@ -33,6 +33,8 @@ def count_step(config, shapes, device_type):
             target_unique=index(round(BATCH * shapes.unique)),
             target_slot=index(BATCH, num_blocks, num_targets),
             neighborhood=index(round(BATCH * shapes.neighborhood)),
+            window=config.patch.patch_k_size,
+            border=config.patch.border,
         )
         with FlopCounterMode(display=False) as counter:
             model(images, masks).backward()
