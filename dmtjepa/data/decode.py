@@ -88,6 +88,14 @@ def _load(data: bytes, max_megapixels: float) -> Image.Image:
         raise
 
 
+def read_header(data: bytes) -> Image.Image:
+    """The image with its format, mode and size, not decoded."""
+    try:
+        return Image.open(io.BytesIO(data))
+    except ValueError:  # metadata that are too large for PIL
+        return Image.open(io.BytesIO(_remove_png_metadata(data)))
+
+
 def tell_reason(error: CorruptImage | OSError) -> str:
     """Why an image could not be read or decoded, in a few words.
 

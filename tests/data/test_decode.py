@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
 from dmtjepa.data import DataError
+from dmtjepa.data.check import examine
 from dmtjepa.data.decode import CorruptImage, decode_image, tell_reason
 from tests.helpers.images import encode, smooth_image
 
@@ -117,6 +118,7 @@ def test_large_metadata_of_a_png_are_ignored(kind: str):
         more["icc_profile"] = b"z" * 3_000_000
     data = encode(Image.new("RGB", (32, 32), (9, 8, 7)), pnginfo=info, **more)
     assert decode_image(data).getpixel((0, 0)) == (9, 8, 7)
+    assert examine(data)[:4] == ("PNG", "RGB", 32, 32)
 
 
 def test_deep_greys_are_scaled_by_a_rule_or_refused():
