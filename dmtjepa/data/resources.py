@@ -17,7 +17,7 @@ def check_resources(error: BaseException) -> None:
     """
     code = error.errno if isinstance(error, OSError) else None
     text = str(error)
-    if code == errno.EMFILE or "Too many open files" in text:
+    if code != errno.ENFILE and (code == errno.EMFILE or "Too many open files" in text):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         raise DataError(
             f"a process of this run has as many open files as it may have ({limit}). Raise the limit (ulimit -n 65536) "

@@ -84,9 +84,12 @@ def find_images(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    names = {entry.name for entry in os.scandir(path) if not entry.name.startswith(".") and entry.is_dir()}
-    for name in sorted(names, key=lambda name: (name not in _TRAIN_NAMES, name)):
-        others = {other.lower() for other in names} - {name.lower()}
+    names = [name for name in os.listdir(path) if not name.startswith(".")]
+    if not any(name.lower() in _TRAIN_NAMES for name in names):
+        return path
+    folders = [name for name in names if os.path.isdir(path / name)]
+    for name in sorted(folders, key=lambda name: (name not in _TRAIN_NAMES, name)):
+        others = {other.lower() for other in folders} - {name.lower()}
         if name.lower() in _TRAIN_NAMES and (others & _OTHER_SPLITS or others <= _NOT_CLASSES):
             return path / name
     return path

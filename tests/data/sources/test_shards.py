@@ -268,7 +268,7 @@ def test_the_second_start_finds_the_same_as_the_first(tmp_path: Path, caplog):
 def test_indexes_of_other_writers(shards: Path, tmp_path: Path):
     shard = shutil.copy(shards / "shard-000000.tar", tmp_path / "a.tar")
     text = (shards / "shard-000000.idx").read_text()
-    whole = read_index(shards / "shard-000000.idx", shard)
+    whole = read_index(shards / "shard-000000.idx", str(shards / "shard-000000.tar"))
     assert whole == read_members(str(shard))
     index = tmp_path / "a.idx"
     for variant in (text.replace("\n", "\n\n"), text.replace("\n", "\r\n"), text.replace(" ", "  "), text + "\n\n"):
