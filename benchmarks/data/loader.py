@@ -29,14 +29,18 @@ from torch import Tensor
 
 from benchmarks.machine import environment
 from benchmarks.official import add_official, open_checkout
+from benchmarks.predictions import PREDICTIONS
 from dmtjepa.config import DataSettings
 from dmtjepa.data import FolderSource, Loader, build_loader
 from dmtjepa.data.make_shards import make_shards
 
-# Images/s of the lean step on one GPU: the project's analytic model of the step, a prediction (docs/performance.md).
+# Images/s that one GPU trains with, predicted.
 NEEDS = {
-    "A100": {"ViT-B/16": 1984, "ViT-L/16": 711, "ViT-H/14": 294},
-    "H100": {"ViT-B/16": 4571, "ViT-L/16": 1673, "ViT-H/14": 703},
+    gpu: {
+        name: round(int(prediction.workload.partition(":")[2]) / prediction.seconds[gpu])
+        for name, prediction in PREDICTIONS.items()
+    }
+    for gpu in ("A100", "H100")
 }
 
 

@@ -31,7 +31,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity
 
 from benchmarks.machine import default_device
-from benchmarks.step.communication import A100, H100, MODELS, predict
+from benchmarks.predictions import PREDICTIONS
+from benchmarks.step.communication import A100, H100, predict, published_model
 from benchmarks.step.providers import Provider, parse_provider
 from benchmarks.step.runs import CHECKED_STEPS, Run, release
 from benchmarks.tables import number, save, text_table
@@ -105,7 +106,8 @@ def predicted_efficiency(row: dict, hardware: str) -> float | None:
     """By `communication_model`, against one GPU's computation; None for other GPUs, CPUs and models."""
     machine = next((machine for name, machine in MACHINES.items() if name in hardware), None)
     letter = row["model"].removeprefix("vit_")[0].upper()
-    model = next((model for model in MODELS if model.name.startswith(f"ViT-{letter}/")), None)
+    name = next((name for name in PREDICTIONS if name.startswith(f"ViT-{letter}/")), None)
+    model = None if name is None else published_model(name)
     if machine is None or model is None or row["scaling"] != "weak" or row["batch"] != model.batch:
         return None
     return model.seconds[machine.name[:4]] / predict(model, machine, row["processes"], hybrid=False)

@@ -42,6 +42,7 @@ def count_step(config, shapes, device_type):
 
 
 # GFLOP per image: ViT-H/14, L/16 and B/16 at the mean shape of the released sampler and the published batch per device.
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["xformers", "sdpa"])
 @pytest.mark.parametrize(
     ("name", "most"), [("in1k_vith14_ep300", 680), ("in1k_vitl16_ep600", 267), ("in1k_vitb16_ep600", 89)]
