@@ -77,7 +77,7 @@ def test_all_checkpoints_damaged_is_an_error_and_nothing_is_written(plain, setti
     for checkpoint in (folder / "checkpoints").iterdir():
         flip(checkpoint)
     csv = (folder / "jepa_r0.csv").read_text()
-    with pytest.raises(checkpoint_format.CheckpointError, match="all checkpoints in .* are damaged"):
+    with pytest.raises(checkpoint_format.CheckpointError, match=r"all checkpoints in .* are damaged"):
         launch(settings_in(folder), ["cpu"])
     assert (folder / "jepa_r0.csv").read_text() == csv
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
