@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dmtjepa.checkpoint_reader import CheckpointError, TensorReader
 from dmtjepa.files import WRITING
@@ -188,7 +189,11 @@ def load_full(checkpoint: Path) -> dict[str, Tensor]:
     reader = TensorReader(checkpoint)
     rows = reader.read_metadata().state_dict_metadata
     try:
-        state = {name: torch.empty(row.size, dtype=row.properties.dtype) for name, row in rows.items()}
+        state = {
+            name: torch.empty(row.size, dtype=row.properties.dtype)
+            for name, row in rows.items()
+            if isinstance(row, TensorStorageMetadata)  # the reader admits no others
+        }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended here
             dcp.load(state, storage_reader=reader, no_dist=True)
