@@ -7,7 +7,6 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dmtjepa import kernels as operators
 from dmtjepa.config import Config
@@ -16,6 +15,7 @@ from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictor, VisionTran
 from dmtjepa.models.fp8 import compute_in_fp8
 from dmtjepa.models.onednn import compute_by_onednn
 from dmtjepa.models.signal_stack import protect_from_signals
+from dmtjepa.tensors import local_tensors
 
 
 class DMTJEPA(nn.Module):
@@ -95,14 +95,9 @@ class DMTJEPA(nn.Module):
         pairs = [(self.teacher_encoder, self.encoder)]
         if self.teacher_head is not None:
             pairs.append((self.teacher_head, self.head))
-        teacher = [_local(p) for module, _ in pairs for p in module.parameters()]
-        student = [_local(p) for _, module in pairs for p in module.parameters()]
+        teacher = local_tensors(p for module, _ in pairs for p in module.parameters())
+        student = local_tensors(p for _, module in pairs for p in module.parameters())
         torch._foreach_lerp_(teacher, student, 1.0 - momentum)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """This rank's shard of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
