@@ -112,6 +112,7 @@ def test_patches_outside_the_context_never_reach_the_student():
     assert torch.equal(model.predict_targets(images, masks), model.predict_targets(changed, masks))
 
 
+@pytest.mark.slow
 def test_eight_training_steps_follow_the_reference():
     case = Case(4, (6, 6), 4, 3, "wrap")
     model = make_model(case, torch.float32)

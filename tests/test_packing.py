@@ -164,6 +164,7 @@ def test_attention_of_a_cpu(dtype):
         torch.testing.assert_close(actual[:, first:end].float(), sdpa_attention(*one), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_compiled_once_for_many_shapes_and_sharded():
     model, images = make_model(CASE, torch.float32), make_images(CASE, torch.float32)
     masks = [packed_masks(CASE, step) for step in range(4)]

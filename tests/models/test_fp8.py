@@ -142,6 +142,7 @@ def test_every_linear_layer_of_the_teachers_blocks_and_no_other():
     assert len(calls) == len(found)  # the blocks call their layers; they do not reach for the weights
 
 
+@pytest.mark.slow
 def test_compiled_and_sharded():
     model = make_model()
     images, masks = make_inputs()

@@ -34,6 +34,7 @@ def test_epoch_and_step_in_a_name_are_what_is_inside(plain):
         assert meta["optimizer_steps"] == meta["step"]
 
 
+@pytest.mark.slow
 def test_last_n_and_every_mth_epoch_are_kept(settings):
     config = settings(**{"optimization.epochs": 5, "runtime.keep_last": 1, "runtime.keep_every_epochs": 2})
     assert launch(config, ["cpu"]) == 0

@@ -30,6 +30,7 @@ def join():
     return process_group(CPU, start_timeout=600, hang_timeout=3600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "reason"), [(0, r"ranks \[1\] have not come"), (1, "")])
 def test_process_alone_of_two_fails_in_time_and_says_who_it_is(monkeypatch, rank, reason):
     with socket.socket() as probe:
@@ -116,6 +117,7 @@ def hang():
         dist.all_reduce(torch.ones(1))
 
 
+@pytest.mark.slow
 def test_hung_collective_ends_with_a_report_of_where_each_rank_stood(tmp_path):
     ends = run_ranks(hang, 2, tmp_path)
     assert [code for code, _ in ends] == [EXIT_HUNG, EXIT_HUNG]

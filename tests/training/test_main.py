@@ -106,6 +106,7 @@ def test_dry_run_of_a_gpu_needs_none(run, settings):
     assert "DeviceError: device 'gpu'" in text
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_run_of_main(plain, settings, losses, tmp_path):
     config = settings(**{"data.batch_size": 8})
     path = tmp_path / "settings.yaml"

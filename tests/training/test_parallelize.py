@@ -30,6 +30,7 @@ from dmtjepa.training.parallelize import (
 from tests.helpers.ranks import run_ranks
 
 
+@pytest.mark.slow
 def test_at_most_two_graphs_per_kind_of_block_over_100_mask_shapes(settings):
     config = settings(**{"data.crop_size": 56, "data.batch_size": 2, "mask.context_cut": "rank"})
     torch._dynamo.reset()
@@ -100,6 +101,7 @@ def report_bytes(folder, shard_size):
         (folder / f"{world.world_size}-{world.rank}.json").write_text(json.dumps(nbytes))
 
 
+@pytest.mark.slow
 def test_memory_of_a_rank_falls_as_one_over_the_number_of_ranks(tmp_path):
     def measure(count, shard_size=None):
         ends = run_ranks(report_bytes, count, tmp_path, tmp_path, shard_size)
@@ -163,6 +165,7 @@ class _Called(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.__version__.startswith("2.11."), reason="another PyTorch keeps its own way")
 @pytest.mark.parametrize(("reshard", "recompute"), [(True, "none"), (False, "none"), (True, "blocks")])
 def test_weights_that_are_cast_at_once_are_those_that_are_cast_one_by_one(tmp_path, reshard, recompute):
@@ -245,6 +248,7 @@ def test_what_is_kept_for_the_backward_pass_of_a_block(recompute, least, most, o
     torch.testing.assert_close(x.grad, expected)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_keep_less_where_pointwise_operators_are_recomputed(settings):
     config = settings()
     kept = {}
