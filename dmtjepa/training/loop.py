@@ -44,8 +44,8 @@ def train(config: Config, world: World) -> Outcome:
     """
     check_masks(config.mask, config.grid_size)
     with contextlib.ExitStack() as stack:
-        folder = open_folder(config, world, stack)
         watchdog = stack.enter_context(Watchdog(world, config.runtime.hang_timeout))
+        folder = open_folder(config, world, stack)
         signals = stack.enter_context(StopSignals())
         run = build_run(config, world, folder, watchdog, stack)
         state, metrics, num_steps = run.state, run.metrics, run.schedules.num_steps
