@@ -212,8 +212,8 @@ def test_jumps_of_the_clock_do_not_end_a_run(monkeypatch):
     def jump(watchdog):
         hours[0] += 1
 
-    for name in ("time", "monotonic"):
-        monkeypatch.setattr(time, name, lambda clock=getattr(time, name): clock() + 3600 * hours[0])
+    for name, clock in {"time": time.time, "monotonic": time.monotonic}.items():
+        monkeypatch.setattr(time, name, lambda clock=clock: clock() + 3600 * hours[0])
     assert watch(monkeypatch, 15, jump) == []
 
 
