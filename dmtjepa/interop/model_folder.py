@@ -19,7 +19,8 @@ def image_size(encoder: VisionTransformer) -> tuple[int, int]:
 
 
 def hidden_dim(encoder: VisionTransformer) -> int:
-    return encoder.blocks[0].mlp.fc1.out_features
+    block: Any = encoder.blocks[0]
+    return block.mlp.fc1.out_features
 
 
 def write_model_folder(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

@@ -88,7 +88,7 @@ def get_part(checkpoint: Mapping[str, Any], part: str, source: str | os.PathLike
     Raises:
         WeightsError: the part is not there; the message lists those that are.
     """
-    weights = checkpoint.get(part)
+    weights: Any = checkpoint.get(part)
     if not _is_weights(weights):
         parts = ", ".join(name for name, value in checkpoint.items() if _is_weights(value)) or "none"
         hint = "; official DMT-JEPA checkpoints do not hold the aggregation head" if part.endswith("head") else ""
@@ -158,8 +158,8 @@ def load_model(model: DMTJEPA, path: str | os.PathLike[str]) -> list[str]:
         "target_encoder": model.teacher_encoder,
     }
     absent: list[str] = []
-    if model.head is not None:
-        heads = {"head": model.head, "target_head": model.teacher_head}
+    if model.head is not None and model.teacher_head is not None:
+        heads: dict[str, nn.Module] = {"head": model.head, "target_head": model.teacher_head}
         if any(name in checkpoint for name in heads):
             parts |= heads
         else:
