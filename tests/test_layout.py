@@ -18,6 +18,7 @@ RUNS = {"checkpoint_format", "config", "errors", "files", "run_folder", "step_cs
 ALLOWED = {
     "kernels": set(),
     "errors": set(),
+    "arguments": set(),
     "files": set(),
     "checkpoint_reader": {"errors"},
     "checkpoint_format": {"checkpoint_reader", "files"},

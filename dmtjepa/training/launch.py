@@ -51,7 +51,7 @@ def run_process(config: Config, device_name: str) -> Outcome:
         if world.rank == 0:
             how = "finished" if outcome.complete else "stopped by a signal and saved"
             place = f"step {outcome.step} of {outcome.num_steps}"
-            print(f"{how} at {place}; the run is in {config.logging.folder}", file=sys.stderr)
+            print(f"{how} at {place}; the run is in {config.logging.path}", file=sys.stderr)
         return outcome
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dmtjepa.checkpoint_format import newest_whole
-from dmtjepa.config import Config, ConfigError
+from dmtjepa.config import Config, ConfigError, expand_path
 from dmtjepa.data import Loader, build_loader
 from dmtjepa.interop import load_model
 from dmtjepa.masks import MaskBatch, MaskSampler
@@ -162,9 +161,9 @@ def load_initial_weights(model: DMTJEPA, config: Config, folder: RunFolder, worl
         if world.rank == 0:
             logger.info("meta.load_checkpoint: %s holds no checkpoint yet; the run starts afresh", folder.path)
         return
-    path = Path(os.path.expandvars(meta.read_checkpoint)).expanduser()
+    path = Path(expand_path(meta.read_checkpoint, "meta.read_checkpoint"))
     if not path.exists():
-        path = folder.path / meta.read_checkpoint
+        path = folder.path / path
     absent = load_model(model, path)
     if world.rank == 0:
         kept = f"; it holds no {' and no '.join(absent)}: newly drawn" if absent else ""

@@ -70,3 +70,16 @@ def test_data_set_that_changed_is_an_error(settings):
     (newest / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(checkpoint_format.CheckpointError, match=r"9 steps per epoch of 150 images.*has changed"):
         launch(config, ["cpu"])
+
+
+def test_all_checkpoints_damaged_is_an_error_and_nothing_is_written(plain, settings_in, tmp_path):
+    """The run does not start again from step 0, which would overwrite its losses and remove its checkpoints."""
+    folder = Path(shutil.copytree(plain.logging.folder, tmp_path / "run"))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        flip(checkpoint)
+    csv = (folder / "jepa_r0.csv").read_text()
+    with pytest.raises(checkpoint_format.CheckpointError, match=r"all checkpoints in .* are damaged"):
+        launch(settings_in(folder), ["cpu"])
+    assert (folder / "jepa_r0.csv").read_text() == csv
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000016", "step-00000024"]
