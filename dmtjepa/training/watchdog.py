@@ -32,7 +32,8 @@ class Watchdog:
         self._world, self._timeout = world, timeout
         self._interval = min(5.0, timeout / 8)
         # Waiting in a TCPStore blocks its connection: the thread has its own.
-        self._store = world.store.clone() if world.world_size > 1 else world.store
+        store: Any = world.store  # PyTorch's stubs lack `clone`
+        self._store = store.clone() if world.world_size > 1 else store
         self._place = (Phase.STARTING, 0)
         self._num_places = 0  # times that `_place` was set
         self._ticks = 0  # intervals since the start of the thread
