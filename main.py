@@ -11,6 +11,7 @@ import os
 import sys
 
 from dmtjepa.arguments import USAGE, parse_with_overrides
+from dmtjepa.output import protect_output
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -23,6 +24,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
+    protect_output()
     options = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # Imported late: a mistyped command line is answered at once.

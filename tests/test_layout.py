@@ -12,7 +12,7 @@ from setuptools import find_packages
 
 ROOT = Path(__file__).parents[1]
 
-RUNS = {"checkpoint_format", "config", "errors", "files", "run_folder", "step_csv"}
+RUNS = {"checkpoint_format", "config", "errors", "files", "log_file", "output", "run_folder", "step_csv"}
 
 # What each part may import of the project; a part may always import itself.
 ALLOWED = {
@@ -23,7 +23,9 @@ ALLOWED = {
     "checkpoint_reader": {"errors"},
     "checkpoint_format": {"checkpoint_reader", "files"},
     "environment": set(),
-    "step_csv": {"files"},
+    "log_file": set(),
+    "output": set(),
+    "step_csv": {"files", "log_file"},
     "run_folder": {"checkpoint_format", "config", "environment", "errors", "files", "step_csv"},
     "config": {"errors"},
     "packing": set(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dmtjepa.data import Loader, build_loader
 from dmtjepa.interop import load_model
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA, build_model
-from dmtjepa.run_folder import RunFolder
+from dmtjepa.run_folder import RunFolder, RunFolderError
 from dmtjepa.training.batches import BatchStream
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
@@ -57,7 +58,8 @@ def open_folder(config: Config, world: World, stack: contextlib.ExitStack) -> Ru
     def open_on_rank_0() -> None:
         stack.enter_context(folder.locked())
         folder.check(config, config.global_batch(world.world_size))
-        folder.write_config(config)
+        with _named_failure(folder):
+            folder.write_config(config)
 
     run_on_rank_0(world, open_on_rank_0)
     return folder
@@ -97,16 +99,29 @@ def build_run(config: Config, world: World, folder: RunFolder, watchdog: Watchdo
     saver = Saver(config, world, folder, schedules, state)
     if resume_from is not None:
         state.restore(resume_from)
-    if world.rank == 0:
-        folder.add_start(world.device, world_size=world.world_size, global_batch=global_batch, step=state.step)
-    metrics = Metrics(
-        folder, world.rank, world.device,
-        schedules=schedules, first_step=state.step, global_batch=global_batch,
-    )  # fmt: skip
+    with _named_failure(folder):
+        if world.rank == 0:
+            folder.add_start(world.device, world_size=world.world_size, global_batch=global_batch, step=state.step)
+        metrics = Metrics(
+            folder, world.rank, world.device,
+            schedules=schedules, first_step=state.step, global_batch=global_batch,
+        )  # fmt: skip
     stack.callback(metrics.close)
     batches = _build_batches(config, world, loader, schedules, metrics)
     stack.callback(batches.close)
     return Run(schedules, train_step, state, vote, saver, FiniteCheck(config, world, state, saver), metrics, batches)
+
+
+@contextlib.contextmanager
+def _named_failure(folder: RunFolder) -> Iterator[None]:
+    """Files that cannot be written at a start end it: checkpoints could not be written either."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder.path} (logging.folder) cannot be written to: {error}. Is the disk full? Nothing that was there "
+            "is lost; start again when it can be written"
+        ) from error
 
 
 def _count_steps_per_epoch(config: Config, world: World, loader: Loader) -> int:
