@@ -22,6 +22,7 @@ import yaml
 
 from dmtjepa.config import Config, ConfigError, parse_config
 from dmtjepa.errors import UserError
+from dmtjepa.processes import private_descriptor
 
 # What may differ between two starts of a run, as it does not change what is trained. The batch of a device and the
 # accumulation may differ where the global batch stays the same.
@@ -57,7 +58,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise RunFolderError(f"{folder} is being written by another run; choose another logging.folder") from None
         except OSError:
             pass
-        yield
+        with private_descriptor(file.fileno()):
+            yield
 
 
 def check_folder(folder: Path, config: Config, global_batch: int) -> None:

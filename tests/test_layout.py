@@ -18,18 +18,19 @@ RUNS = {"checkpoint_format", "config", "errors", "files", "run_folder"}
 ALLOWED = {
     "kernels": set(),
     "errors": set(),
+    "processes": set(),
     "files": set(),
     "checkpoint_format": {"errors", "files"},
-    "run_folder": {"checkpoint_format", "config", "errors", "files"},
+    "run_folder": {"checkpoint_format", "config", "errors", "files", "processes"},
     "config": {"errors"},
     "packing": set(),
     "masks": {"config", "errors", "packing"},
-    "data": {"config", "errors"},
+    "data": {"config", "errors", "processes"},
     "models": {"kernels", "packing"},
     "objective": {"kernels", "config", "masks", "models"},
     "reference": {"config", "masks"},
     "interop": RUNS | {"models", "objective"},
-    "training": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},
+    "training": RUNS | {"data", "masks", "models", "objective", "interop", "kernels", "processes"},
     "evaluation": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},
 }
 

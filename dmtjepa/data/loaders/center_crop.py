@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from dmtjepa.data.decode import CorruptImage, decode_image, tell_reason
 from dmtjepa.data.loaders.base import start_workers
 from dmtjepa.data.sources.base import ImageSource
+from dmtjepa.processes import enter_worker
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,14 @@ class EvaluationLoader:
     ) -> None:
         self.source, self.corrupt = source, []
         self.class_names = source.class_names
-        self._loader = DataLoader(_Center(source, image_size), batch_size, num_workers=num_workers, collate_fn=_collate)
+        parent = os.getpid()
+        self._loader = DataLoader(
+            _Center(source, image_size),
+            batch_size,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            worker_init_fn=lambda worker: enter_worker(parent),
+        )
 
     @property
     def num_images(self) -> int:

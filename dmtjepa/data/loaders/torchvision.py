@@ -20,6 +20,7 @@ from dmtjepa.data.decode import CorruptImage, cut_crop, decode_image, tell_reaso
 from dmtjepa.data.loaders.base import Loader, start_workers
 from dmtjepa.data.sampling import FLIP_DRAW, BatchRequest, SampleOrder, candidate_images, choose_crop, draw_uniforms
 from dmtjepa.data.sources.base import DataError, ImageSource
+from dmtjepa.processes import enter_worker
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class BatchMaker(Dataset):
         # Of each worker: samples begun, and the image it is at; what tells a stalled worker from a busy one.
         self.progress = torch.zeros(max(1, num_workers), 2, dtype=torch.int64).share_memory_()
         self.closing = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._parent = os.getpid()
 
     def __getitem__(self, request: BatchRequest) -> tuple[torch.Tensor | DataError | None, list[tuple[int, str]]]:
         settings = self._settings
@@ -86,8 +88,7 @@ class BatchMaker(Dataset):
                 os._exit(0)
 
         signal.signal(signal.SIGTERM, end)
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
+        enter_worker(self._parent)
 
 
 class _Requests(Sampler):
