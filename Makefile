@@ -39,9 +39,10 @@ format: venv
 	$(VENV)/bin/ruff format .
 
 # On a machine with a CUDA device: correctness first, then every benchmark, in under 10 minutes.
-# PUBLISHED=checkout of the published code compares with it; IMAGES=folder of photographs measures the loaders, too.
+# OFFICIAL=checkout of the official code compares with it (PUBLISHED is the old name); IMAGES=folder of photographs measures the loaders, too.
+OFFICIAL ?= $(PUBLISHED)
 gpu-check: venv
-	$(RUN) -m benchmarks.gpu_check --out benchmarks/results $(if $(PUBLISHED),--published $(PUBLISHED)) \
+	$(RUN) -m benchmarks.gpu_check --out benchmarks/results $(if $(OFFICIAL),--official $(OFFICIAL)) \
 		$(if $(IMAGES),--images $(IMAGES))
 
 clean:

@@ -1,10 +1,11 @@
-"""The published DMT-JEPA code, imported from a checkout that the caller names; nothing of it is stored here.
+"""The official DMT-JEPA code, imported from a checkout that the caller gives; this repository contains none of it.
 
-Its `local_agg_head.py` uses a name that it never imports (`Mlp`): the MLP of its own encoder is supplied for it.
+Its `local_agg_head.py` uses a name that it never imports, `Mlp`. The MLP of its own encoder is supplied for it.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib
 import importlib.util
@@ -25,17 +26,24 @@ from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.schedules import Schedules
 
 
+def add_official(parser: argparse.ArgumentParser) -> None:
+    """Add `--official CHECKOUT`; `--published` is its old name."""
+    help_text = "a clone of the official code, to compare with"
+    parser.add_argument("--official", "--published", type=Path, metavar="CHECKOUT", help=help_text)
+
+
 def open_checkout(checkout: Path) -> None:
-    """Make the checkout's package `src` importable, its head included."""
+    """Make the package `src` of the checkout importable, its head included."""
+    checkout = checkout.resolve()
     if not (checkout / "src/train.py").exists():
-        raise SystemExit(f"--published {checkout}: no src/train.py in it; name a clone of the published code")
+        raise SystemExit(f"--official {checkout}: it has no src/train.py; give a clone of the official code")
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
-    importlib.import_module("src.helper")  # sets up logging, and would print every module of a model
+    importlib.import_module("src.helper")  # it sets up logging, and would print every module of a model
     logging.getLogger().setLevel(logging.WARNING)
 
 
-def published_head() -> ModuleType:
+def official_head() -> ModuleType:
     """The checkout's `src.models.local_agg_head`."""
     from src.models.vision_transformer import MLP
 
@@ -49,21 +57,21 @@ def published_head() -> ModuleType:
     return sys.modules[name]
 
 
-class PublishedStep:
-    """What one pass of the published training loop does with a batch, by its own functions.
+class OfficialStep:
+    """What the official training loop does with a batch, by its own functions.
 
-    As there: DistributedDataParallel around all five modules, bfloat16 by autocast with a gradient scaler, AdamW with
-    its groups and schedules, norms of the gradients for the log, the teacher averaged tensor by tensor, and the loss
-    read by the host at each step. Needs a process group.
+    It has DistributedDataParallel around all five modules, bfloat16 by autocast with a gradient scaler, AdamW with the
+    official groups and schedules, norms of the gradients for the log, the teacher averaged tensor by tensor, and the
+    loss read by the host at each step. It needs a process group.
 
     Args:
-        model: whose weights it starts from; not changed.
-        config: of the run.
-        use_bfloat16: as `meta.use_bfloat16` there.
-        at: called with the name of each phase as it begins, as by `TrainStep`, and with `head`.
+        model: the model whose weights it starts from; it is not changed.
+        config: the settings of the run.
+        use_bfloat16: `meta.use_bfloat16` of its configuration.
+        on_phase: called with the name of each phase when it starts, as by `TrainStep`, and with `head`.
     """
 
-    takes_pixels = True  # normalised float images, as its loader makes them
+    takes_pixels = True  # normalized float images, as from its loader
 
     def __init__(
         self,
@@ -71,14 +79,14 @@ class PublishedStep:
         config: Config,
         schedules: Schedules,
         device: torch.device,
-        at: Callable[[str], None],
+        on_phase: Callable[[str], None],
         use_bfloat16: bool,
     ) -> None:
-        published_head()
+        official_head()
         from src import helper
 
-        self.device, self.at, self.use_bfloat16 = device, at, use_bfloat16
-        torch.backends.cudnn.benchmark = True  # as its training program
+        self.device, self.on_phase, self.use_bfloat16 = device, on_phase, use_bfloat16
+        torch.backends.cudnn.benchmark = True  # as in its training program
         options = {
             "patch_size": config.mask.patch_size,
             "crop_size": config.data.image_size[0],
@@ -116,30 +124,30 @@ class PublishedStep:
         self.decay.step()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.use_bfloat16):
             with torch.no_grad():
-                self.at("targets")
+                self.on_phase("targets")
                 h = self.teacher_encoder(pixels)
                 h = F.layer_norm(h, h.shape[-1:])
-                self.at("head")
+                self.on_phase("head")
                 h = self.teacher_head(h, loc=True, attn_type="cross-attn")
                 targets = repeat_interleave_batch(apply_masks(h, target), len(pixels), repeat=1)
-            self.at("predictions")
+            self.on_phase("predictions")
             z = self.head(self.encoder(pixels, context), loc=False, attn_type="cross-attn")
             predictions = self.predictor(z, context, target)
-            self.at("loss")
+            self.on_phase("loss")
             loss = AllReduce.apply(F.smooth_l1_loss(predictions, targets))
-        self.at("backward")
+        self.on_phase("backward")
         if self.scaler is None:
             loss.backward()
-            self.at("update")
+            self.on_phase("update")
             self.optimizer.step()
         else:
             self.scaler.scale(loss).backward()
-            self.at("update")
+            self.on_phase("update")
             self.scaler.step(self.optimizer)
             self.scaler.update()
         grad_logger(self.encoder.named_parameters())
         self.optimizer.zero_grad()
-        self.at("teacher")
+        self.on_phase("teacher")
         momentum = self.schedules.momentum(step)
         with torch.no_grad():
             for student, teacher in ((self.encoder, self.teacher_encoder), (self.head, self.teacher_head)):

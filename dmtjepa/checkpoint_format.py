@@ -25,9 +25,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dmtjepa.errors import UserError
+from dmtjepa.checkpoint_reader import CheckpointError, TensorReader
 from dmtjepa.files import WRITING
 
 logger = logging.getLogger(__name__)
@@ -39,8 +38,8 @@ MANIFEST, META, TENSORS = "manifest.json", "meta.json", ".metadata"
 REMOVING = ".removing-"
 
 
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that could not be written or read; the message names the folder and the remedy."""
+class _Fault(Exception):
+    """What is wrong with a checkpoint, as part of a sentence."""
 
 
 def name_of(step: int) -> str:
@@ -50,7 +49,7 @@ def name_of(step: int) -> str:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder has the name of a checkpoint."""
-    return folder.name.startswith("step-") and folder.name.removeprefix("step-").isdigit()
+    return folder.name.startswith("step-") and folder.name.removeprefix("step-").isdecimal()
 
 
 def step_of(folder: Path) -> int:
@@ -64,37 +63,76 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def find_fault(checkpoint: Path, *, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint, or None for a whole one. `hashes=False` compares sizes only."""
+def find_fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None for a whole one. Reads and hashes all its files."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        files, form = manifest["files"], manifest["format"]
-    except FileNotFoundError:
-        return "it has no manifest.json"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its manifest.json cannot be read ({error})"
-    if form != FORMAT:
-        return f"its format is {form}, and this version reads {FORMAT}"
-    if manifest.get("step") != step_of(checkpoint):
-        return f"its name says step {step_of(checkpoint)} and its manifest step {manifest.get('step')}"
-    for name, row in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != row["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {row['bytes']}"
-        if hashes and describe_file(path)["sha256"] != row["sha256"]:
-            return f"{name} has other contents than were written"
+        files = _read_manifest(checkpoint)
+        for name, row in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != row["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {row['bytes']}"
+            if describe_file(path)["sha256"] != row["sha256"]:
+                return f"{name} has other contents than were written"
+    except (OSError, _Fault) as fault:
+        return str(fault)
     return None
 
 
+def _read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file by its name.
+
+    Raises:
+        _Fault: the manifest is missing or malformed, of another format or of another checkpoint.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise _Fault(f"it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise _Fault(f"its {MANIFEST} cannot be read ({error})") from None
+    if not isinstance(manifest, dict):
+        raise _Fault(f"its {MANIFEST} cannot be read (it holds a {type(manifest).__name__})")
+    if manifest.get("format") != FORMAT:
+        raise _Fault(f"its format is {manifest.get('format')}, and this version reads {FORMAT}")
+    if manifest.get("step") != step_of(checkpoint):
+        raise _Fault(f"its name says step {step_of(checkpoint)} and its manifest step {manifest.get('step')}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {TENSORS, META} <= files.keys() or not all(map(_is_entry, files.items())):
+        raise _Fault(f"its {MANIFEST} cannot be read (the list of files is malformed)")
+    return files
+
+
+def _is_entry(item: tuple[str, Any]) -> bool:
+    name, row = item
+    return Path(name).name == name and isinstance(row, dict) and {"bytes", "sha256"} <= row.keys()
+
+
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint without fault, or None; damaged ones are passed over with a warning."""
+    """The newest checkpoint without fault, or None if there is no checkpoint. Skips damaged ones with a warning.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    faults = []
     for checkpoint in list_checkpoints(folder):
         fault = find_fault(checkpoint)
         if fault is None:
             return checkpoint
         logger.warning("checkpoint %s is damaged and passed over: %s", checkpoint, fault)
+        faults.append(f"  {checkpoint.name}: {fault}")
+    if faults:
+        raise CheckpointError(
+            "\n".join(
+                [
+                    f"all checkpoints in {folder} are damaged; nothing was changed:",
+                    *faults,
+                    "Restore one of them from a copy. To train from the start, choose another logging.folder or remove "
+                    "this one",
+                ]
+            )
+        )
     return None
 
 
@@ -108,38 +146,54 @@ def find_checkpoint(folder: Path) -> Path:
         return folder
     found = newest_whole(folder if folder.name == FOLDER else folder / FOLDER)
     if found is None:
-        raise CheckpointError(f"{folder}: no whole checkpoint")
+        raise CheckpointError(f"{folder} holds no checkpoint; give a run folder or a checkpoints/step-N folder")
     return found
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """The plain values of a checkpoint."""
-    return json.loads((checkpoint / META).read_text())
+    """The plain values of a checkpoint.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    try:
+        meta = json.loads((checkpoint / META).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / META} cannot be read: {error}") from error
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{checkpoint / META} holds a {type(meta).__name__}, not a dictionary")
+    return meta
 
 
 def load_into(state: dict[str, Tensor], checkpoint: Path) -> None:
-    """Read a checkpoint into the tensors of `state`, in place, whatever number of ranks wrote it.
+    """Read a checkpoint into the tensors of `state`, in place. Any number of ranks may have written it.
 
-    Raises CheckpointError where a tensor is missing or has another shape.
+    Raises:
+        CheckpointError: a tensor is missing or has another shape, or the folder holds anything but tensors.
     """
+    reader = TensorReader(checkpoint)
+    reader.read_metadata()  # raises the error itself; from within `load` it would be wrapped
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint))
+        dcp.load(state, storage_reader=reader)
     except (dcp.CheckpointException, RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{checkpoint} does not fit this run: {root_cause(error)}") from error
 
 
 def load_full(checkpoint: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whole and on the CPU, without any process group."""
-    reader = dcp.FileSystemReader(checkpoint)
+    """All tensors of a checkpoint, whole and on the CPU. Needs no process group.
+
+    Raises:
+        CheckpointError: the folder cannot be read, or holds anything but tensors.
+    """
+    reader = TensorReader(checkpoint)
     rows = reader.read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(row.size, dtype=row.properties.dtype)
-        for name, row in rows.items()
-        if isinstance(row, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant here
-        dcp.load(state, storage_reader=reader, no_dist=True)
+    try:
+        state = {name: torch.empty(row.size, dtype=row.properties.dtype) for name, row in rows.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended here
+            dcp.load(state, storage_reader=reader, no_dist=True)
+    except (dcp.CheckpointException, RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{checkpoint} cannot be read: {root_cause(error)}") from error
     return state
 
 
@@ -152,10 +206,15 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those that are kept for good."""
-    for checkpoint in list_checkpoints(folder)[keep_last:]:
-        with contextlib.suppress(OSError, ValueError):
+def prune(written: Path, keep_last: int) -> None:
+    """Remove old checkpoints after `written` was written.
+
+    Keeps the newest `keep_last`, of which `written` is one, and those that are kept for good. Those of later steps are
+    damaged: the run has resumed from an earlier one. They stay until the run has passed them.
+    """
+    earlier = [checkpoint for checkpoint in list_checkpoints(written.parent) if step_of(checkpoint) < step_of(written)]
+    for checkpoint in earlier[max(0, keep_last - 1) :]:
+        with contextlib.suppress(CheckpointError):
             if read_meta(checkpoint).get("keep"):
                 continue
         discard(checkpoint)

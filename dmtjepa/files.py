@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -50,6 +51,22 @@ def write_atomically(path: str | os.PathLike[str], contents: str | bytes) -> Non
 def write_json(path: str | os.PathLike[str], values: Any) -> None:
     """Replace a file by `values` as JSON; see `open_atomically`."""
     write_atomically(path, json.dumps(values, indent=1) + "\n")
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """Replace `path` by another name of the file `source`, or by a copy if the file system has no links."""
+    writing = path.with_name(f"{WRITING}{path.name}-{secrets.token_hex(4)}")
+    try:
+        try:
+            os.link(source, writing)
+        except OSError:
+            shutil.copyfile(source, writing)
+            with writing.open("rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(writing, path)
+    finally:
+        writing.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

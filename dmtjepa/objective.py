@@ -15,6 +15,7 @@ from dmtjepa.masks import MaskBatch
 from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictor, VisionTransformer
 from dmtjepa.models.fp8 import compute_in_fp8
 from dmtjepa.models.onednn import compute_by_onednn
+from dmtjepa.models.signal_stack import protect_from_signals
 
 
 class DMTJEPA(nn.Module):
@@ -71,6 +72,7 @@ class DMTJEPA(nn.Module):
             return self._gather_tokens(h.flatten(0, 1)[None], masks.target_unique[None])[0]
         patch = self.teacher_encoder.patch_size
         grid_size = (images.shape[-2] // patch, images.shape[-1] // patch)
+        self.teacher_head.check_window(masks.window, masks.border)  # here, because the next line may be compiled
         return self.teacher_head.aggregate_neighbors(h, grid_size, masks.target_unique, masks.neighborhood)
 
     def predict_targets(self, images: Tensor, masks: MaskBatch) -> Tensor:
@@ -110,6 +112,8 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
         config: the run's settings.
         device_type: `cuda` or `cpu`, where it will train; chooses the attention backend.
     """
+    if device_type == "cpu":
+        protect_from_signals()  # before the weights are drawn: that starts OpenMP's workers
     architecture = ARCHITECTURES[config.meta.model_name]
     kernels = config.runtime.kernels
     init_std = config.meta.init_std

@@ -1,176 +1,231 @@
-"""The folder of a run: claimed by one run at a time, of one configuration, with what is needed to repeat it."""
+"""The folder of a run: the name and format of every file in it.
+
+    config.yaml                  the settings, as resolved at the first start
+    environment.json             command, commit, versions and hardware of each start
+    {tag}_r{rank}.csv            losses and times of each rank, see `dmtjepa.step_csv`
+    tensorboard/                 the same, of rank 0, and schedules and speed
+    checkpoints/step-{n}/        complete states, see `dmtjepa.checkpoint_format`
+    {tag}-latest.pth.tar         the newest epoch in the official layout, see `dmtjepa.interop.official`
+    {tag}-ep{N}.pth.tar          the state after N epochs in the official layout, kept
+    not_finite/                  the state after a loss that was not finite: a checkpoint, and steps.json
+    report/                      what `python -m dmtjepa.evaluation` writes
+    .lock                        held while a run writes into the folder
+
+`tag` is `logging.write_tag`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
-import os
-import platform
-import shlex
-import socket
-import subprocess
-import sys
-import time
+import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from dmtjepa.config import Config, ConfigError, parse_config
+from dmtjepa.checkpoint_format import FOLDER, remove_leftovers
+from dmtjepa.config import Config, ConfigError, changed_settings, load_config
+from dmtjepa.environment import describe_environment
 from dmtjepa.errors import UserError
+from dmtjepa.files import WRITING, write_atomically, write_json
 from dmtjepa.processes import private_descriptor
+from dmtjepa.step_csv import LossCurve, StepCsv, read_losses
 
-# What may differ between two starts of a run, as it does not change what is trained. The batch of a device and the
-# accumulation may differ where the global batch stays the same.
-FREE_SECTIONS = ("evaluation",)
-FREE_KEYS = (
-    "data.batch_size", "data.num_workers", "data.pin_mem", "data.root_path", "data.worker_timeout", "data.max_broken",
-    "logging.folder", "meta.copy_data", "meta.load_checkpoint", "meta.read_checkpoint",
-    "optimization.max_skipped_steps",
-)  # fmt: skip
-FIXED_RUNTIME_KEYS = ("runtime.seed",)
-PACKAGES = ("torch", "torchvision", "triton", "xformers", "numpy", "submitit", "nvidia-dali-cuda130")
+logger = logging.getLogger(__name__)
 
 
 class RunFolderError(UserError, ValueError):
-    """A run folder that belongs to another run or configuration; nothing in it was changed."""
+    """A folder that is not a run, or is the folder of another run. Nothing in it was changed."""
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder, created where missing, against a second run that would write into it.
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run.
 
-    Raises RunFolderError where another process holds it. File systems without locks are not protected.
+    Args:
+        path: the folder (`logging.folder`).
+        tag: first part of file names (`logging.write_tag`).
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
-    except OSError as error:
-        raise RunFolderError(f"{folder} (logging.folder) cannot be written to: {error}") from None
-    with file:
+
+    path: Path
+    tag: str
+
+    @classmethod
+    def from_config(cls, config: Config) -> RunFolder:
+        """The folder that the settings name. It need not exist."""
+        return cls(Path(config.logging.folder), config.logging.write_tag)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / FOLDER
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def not_finite(self) -> Path:
+        return self.path / "not_finite"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def latest_export(self) -> Path:
+        return self.path / f"{self.tag}-latest.pth.tar"
+
+    def epoch_export(self, num_epochs: int) -> Path:
+        """The file of the state after `num_epochs` epochs."""
+        return self.path / f"{self.tag}-ep{num_epochs}.pth.tar"
+
+    def csv_file(self, rank: int) -> Path:
+        return self.path / f"{self.tag}_r{rank}.csv"
+
+    # ---- Before a run starts
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the folder, which is created if it is missing, against a second run that would write into it.
+
+        File systems without locks are not protected.
+
+        Raises:
+            RunFolderError: another process holds the lock, or the folder cannot be written.
+        """
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFolderError(f"{folder} is being written by another run; choose another logging.folder") from None
-        except OSError:
-            pass
-        with private_descriptor(file.fileno()):
-            yield
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise RunFolderError(f"{self.path} (logging.folder) cannot be written to: {error}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(
+                    f"{self.path} is being written by another run; choose another logging.folder"
+                ) from None
+            except OSError:
+                pass
+            with private_descriptor(file.fileno()):
+                yield
 
+    def check(self, config: Config, global_batch: int) -> None:
+        """Refuse a folder that holds another run. Changes nothing.
 
-def check_folder(folder: Path, config: Config, global_batch: int) -> None:
-    """Refuse a folder that holds another run. Changes nothing.
-
-    Raises RunFolderError naming the keys that differ, with both values.
-    """
-    saved = folder / "config.yaml"
-    if not saved.is_file():
-        tag = config.logging.write_tag
-        outputs = (f"{tag}_r0.csv", f"{tag}-latest.pth.tar", "checkpoints")
-        strangers = [name for name in outputs if (folder / name).exists()]
-        if strangers:
-            raise RunFolderError(
-                f"{folder} holds {', '.join(strangers)} but no config.yaml: another program's run? "
-                f"choose another logging.folder"
+        Raises:
+            RunFolderError: the message names the settings that differ, with both values.
+        """
+        if not self.config_file.is_file():
+            outputs = (self.csv_file(0), self.latest_export, self.checkpoints)
+            found = [path.name for path in outputs if path.exists()]
+            if found:
+                raise RunFolderError(
+                    f"{self.path} holds {', '.join(found)} but no config.yaml: another program's run? "
+                    f"choose another logging.folder"
+                )
+            return
+        try:
+            earlier = load_config(self.config_file)
+        except ConfigError as error:
+            raise RunFolderError(f"{self.path} holds a run of another version: {error}") from None
+        changes = [f"  {key}: {old} there, {new} now" for key, old, new in changed_settings(earlier, config)]
+        first = next((start["global_batch"] for start in self.read_starts() if "global_batch" in start), global_batch)
+        if first != global_batch:
+            changes.append(
+                "  global batch (data.batch_size x processes x runtime.accumulation): "
+                f"{first} there, {global_batch} now"
             )
-        return
-    try:
-        earlier = parse_config(yaml.safe_load(saved.read_text()), source=str(saved))
-    except (ConfigError, yaml.YAMLError) as error:
-        raise RunFolderError(f"{folder} holds a run of another version: {error}") from None
-    old, new = _flatten(earlier.model_dump(mode="json")), _flatten(config.model_dump(mode="json"))
-    differing = [
-        f"  {key}: {old.get(key)} there, {new.get(key)} now"
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key) and not _is_free(key)
-    ]
-    starts = _read_starts(folder)
-    if starts and starts[0]["global_batch"] != global_batch:
-        differing.append(
-            f"  global batch (data.batch_size x processes x runtime.accumulation): {starts[0]['global_batch']} there, "
-            f"{global_batch} now"
-        )
-    if differing:
-        rows = "\n".join(differing)
-        raise RunFolderError(
-            f"{folder} holds a run with other settings; choose another logging.folder, or restore:\n{rows}"
-        )
+        if changes:
+            lines = "\n".join(changes)
+            raise RunFolderError(
+                f"{self.path} holds a run with other settings; choose another logging.folder, or restore:\n{lines}"
+            )
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed run left half written or half removed. Call it with the folder locked."""
+        for path in self.path.glob(f"{WRITING}*"):
+            path.unlink(missing_ok=True)
+        remove_leftovers(self.checkpoints)
+
+    # ---- Settings and environment
+
+    def read_config(self) -> Config:
+        """The settings of the run.
+
+        Raises:
+            RunFolderError: there are none. ConfigError: they cannot be read.
+        """
+        if not self.config_file.is_file():
+            what = "holds no config.yaml" if self.path.is_dir() else "does not exist"
+            raise RunFolderError(f"{self.path} {what}; give a run folder, the one that logging.folder names")
+        return load_config(self.config_file)
+
+    def write_config(self, config: Config) -> None:
+        """Write the resolved settings, unless they are already there."""
+        if not self.config_file.exists():
+            write_atomically(self.config_file, config.to_yaml())
+
+    def read_starts(self) -> list[dict[str, Any]]:
+        """What `add_start` has written, one dictionary per start. A file that cannot be read counts as empty."""
+        if not self.environment_file.is_file():
+            return []
+        try:
+            starts = json.loads(self.environment_file.read_text())["starts"]
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("%s cannot be read and is ignored: %s", self.environment_file, error)
+            return []
+        return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+
+    def add_start(self, device: torch.device, *, world_size: int, global_batch: int, step: int) -> None:
+        """Add this start to `environment.json`.
+
+        Args:
+            device: of this process.
+            world_size: number of processes.
+            global_batch: images per step.
+            step: number of steps that are done.
+        """
+        start = {"step": step, "processes": world_size, "global_batch": global_batch, **describe_environment(device)}
+        write_json(self.environment_file, {"starts": [*self.read_starts(), start]})
+
+    # ---- Losses
+
+    def open_csv(self, rank: int, *, first_step: int, steps_per_epoch: int) -> StepCsv:
+        """The CSV of a rank, to write the rows from `first_step` on."""
+        return StepCsv(self.csv_file(rank), first_step=first_step, steps_per_epoch=steps_per_epoch)
+
+    def read_losses(self) -> LossCurve | None:
+        """The losses of the run, which are the same on all ranks. None if the run has no CSV.
+
+        Raises:
+            ValueError: a column is missing.
+        """
+        path = self.csv_file(0)
+        return read_losses(path) if path.is_file() else None
+
+    def write_not_finite(self, steps: list[dict[str, Any]]) -> None:
+        """Describe steps whose loss or gradient was not finite, beside the checkpoint in `not_finite/`."""
+        write_json(self.not_finite / "steps.json", steps)
 
 
-def write_settings(folder: Path, config: Config) -> None:
-    """Save the resolved settings, where they are not yet."""
-    saved = folder / "config.yaml"
-    if not saved.exists():
-        writing = folder / ".config.yaml"
-        writing.write_text(config.to_yaml())
-        os.replace(writing, saved)
+def open_run(path: Path) -> tuple[RunFolder, Config]:
+    """A run folder and its settings.
 
-
-def write_environment(folder: Path, world_size: int, device: torch.device, global_batch: int, step: int) -> None:
-    """Add this start to `environment.json`: command, commit, versions, hardware."""
-    start = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "step": step,
-        "command": shlex.join([sys.executable, *sys.argv]),
-        "folder": os.getcwd(),
-        "commit": _git_commit(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "cuda": torch.version.cuda,
-        "host": socket.gethostname(),
-        "system": platform.platform(),
-        "processes": world_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "global_batch": global_batch,
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-    }
-    writing = folder / ".environment.json"
-    writing.write_text(json.dumps({"starts": [*_read_starts(folder), start]}, indent=1))
-    os.replace(writing, folder / "environment.json")
-
-
-def _read_starts(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "environment.json"
-    return json.loads(path.read_text())["starts"] if path.is_file() else []
-
-
-def _is_free(key: str) -> bool:
-    section = key.partition(".")[0]
-    free_runtime = section == "runtime" and key not in FIXED_RUNTIME_KEYS
-    return key in FREE_KEYS or section in FREE_SECTIONS or free_runtime
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of this source tree, with `+changes` where files differ from it; None outside of git."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=20, check=True
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=here, capture_output=True, text=True, timeout=20, check=True,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if status.strip() else "")
+    Raises:
+        RunFolderError: it is not a run folder. ConfigError: its settings cannot be read.
+    """
+    config = RunFolder(path, tag="").read_config()
+    return RunFolder(path, config.logging.write_tag), config

@@ -1,7 +1,7 @@
-"""Argument checks shared by the operators: wrong input raises here, in words, before anything is launched.
+"""Argument checks shared by the operators. They raise before a kernel is launched.
 
-Messages are formatted only on failure, so that a check costs `torch.compile` no specialisation on a dynamic size.
-Values are looked at only in debug mode (`DMTJEPA_DEBUG=1`), because reading an index back waits for the device.
+Messages are formatted only on failure, so that a check does not make `torch.compile` specialise on a dynamic size.
+Values are checked in debug mode only (`DMTJEPA_DEBUG=1`), because reading an index makes the host wait for the device.
 """
 
 import os
@@ -46,7 +46,7 @@ def check_same_device(first_name: str, first: Tensor, **others: Tensor) -> None:
 
 
 def check_kernel_dtype(name: str, tensor: Tensor) -> None:
-    """Raises TypeError for float64 on CUDA, which the Triton kernels, accumulating in float32, would silently round."""
+    """Raises TypeError for float64 on CUDA: the Triton kernels accumulate in float32 and would silently round it."""
     if tensor.dtype == torch.float64 and tensor.device.type == "cuda":
         raise TypeError(f"{name} is float64: the Triton kernels accumulate in float32; use dmtjepa.kernels.plain")
 

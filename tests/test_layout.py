@@ -12,7 +12,7 @@ from setuptools import find_packages
 
 ROOT = Path(__file__).parents[1]
 
-RUNS = {"checkpoint_format", "config", "errors", "files", "run_folder"}
+RUNS = {"checkpoint_format", "config", "errors", "files", "run_folder", "step_csv"}
 
 # What each part may import of the project; a part may always import itself.
 ALLOWED = {
@@ -20,8 +20,11 @@ ALLOWED = {
     "errors": set(),
     "processes": set(),
     "files": set(),
-    "checkpoint_format": {"errors", "files"},
-    "run_folder": {"checkpoint_format", "config", "errors", "files", "processes"},
+    "checkpoint_reader": {"errors"},
+    "checkpoint_format": {"checkpoint_reader", "files"},
+    "environment": set(),
+    "step_csv": {"files"},
+    "run_folder": {"checkpoint_format", "config", "environment", "errors", "files", "processes", "step_csv"},
     "config": {"errors"},
     "packing": set(),
     "masks": {"config", "errors", "packing"},

@@ -77,6 +77,15 @@ def test_neighborhood_changes_nothing():
     torch.testing.assert_close(part, whole, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("changes", [{"window": 3}, {"border": "wrap"}], ids=str)
+def test_masks_for_another_window_are_refused(changes):
+    """They have other neighbourhoods, and the head would take neighbours outside of them for missing ones."""
+    case = Case(2, (9, 14), 4, 5, "clip")
+    model, masks = make_model(case, torch.float32), make_masks(case._replace(**changes))
+    with pytest.raises(ValueError, match=r"the masks were sampled for windows of .* build both from one configuration"):
+        model(make_images(case, torch.float32), masks)
+
+
 @pytest.mark.parametrize("border", ["wrap", "clip"])
 def test_an_image_changes_no_other_images_targets(border):
     """The published code pairs queries with other images' patches when B > 1."""

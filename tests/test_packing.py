@@ -1,5 +1,6 @@
 """Packed contexts: every image keeps its whole context, and each computes as if it were alone."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -9,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmtjepa.config import MaskSettings, parse_config
-from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.models.attention import choose_attention, cpu_attention, sdpa_attention
 from dmtjepa.packing import Packing, pack, pack_predictions
 from dmtjepa.reference import step as reference
@@ -22,7 +23,7 @@ CASE = Case(3, (6, 6), 4, 3, "clip")
 
 def packed_masks(case: Case, step: int = 0, **settings) -> MaskBatch:
     settings = MaskSettings(patch_size=PATCH, min_keep=case.min_keep, pack=True, **settings)
-    return sample_masks(settings, case.grid, case.batch, seed=1, step=step, rank=0, border=case.border)
+    return MaskSampler(settings, case.grid, case.batch, seed=1, border=case.border).sample(step)
 
 
 def contexts_of(masks: MaskBatch, num_patches: int) -> list[torch.Tensor]:
@@ -35,14 +36,11 @@ def as_packed(masks: MaskBatch, num_patches: int) -> MaskBatch:
     """Masks whose contexts all have one length, in the packed form."""
     batch, length = masks.context_index.shape
     lengths = torch.full((batch,), length).numpy()
-    return MaskBatch(
-        (masks.context_index + num_patches * torch.arange(batch)[:, None]).view(1, -1),
-        masks.target_index,
-        masks.target_unique,
-        masks.target_slot,
-        masks.neighborhood,
-        pack(lengths),
-        pack_predictions(lengths, *masks.target_index.shape[1:]),
+    return dataclasses.replace(
+        masks,
+        context_index=(masks.context_index + num_patches * torch.arange(batch)[:, None]).view(1, -1),
+        context_packing=pack(lengths),
+        prediction_packing=pack_predictions(lengths, *masks.target_index.shape[1:]),
     )
 
 
@@ -77,9 +75,8 @@ def test_sequences_of_the_predictor():
 @pytest.mark.parametrize("sampler", ["released", "corrected"])
 def test_every_context_is_whole(sampler):
     settings = MaskSettings(patch_size=PATCH, min_keep=2, sampler=sampler)
-    draw = functools.partial(sample_masks, grid_size=(9, 9), seed=0, step=3)
-    packed = draw(settings.model_copy(update={"pack": True}), batch_size=8, rank=1)
-    cut = draw(settings, batch_size=8, rank=1)
+    packed = MaskSampler(settings.model_copy(update={"pack": True}), (9, 9), batch_size=8).sample(3, 1, 2)
+    cut = MaskSampler(settings, (9, 9), batch_size=8).sample(3, 1, 2)
     for name in ("target_index", "target_unique", "target_slot", "neighborhood"):
         assert torch.equal(getattr(packed, name), getattr(cut, name))
     contexts = contexts_of(packed, 81)
@@ -91,7 +88,7 @@ def test_every_context_is_whole(sampler):
     for b, context in enumerate(contexts):
         assert set(cut.context_index[b].tolist()) <= set(context.tolist())
         # The context of an image alone is cut to its own length: not at all.
-        alone = draw(settings, batch_size=1, rank=8 + b)
+        alone = MaskSampler(settings, (9, 9), batch_size=1).sample(3, 8 + b, 16)
         assert torch.equal(context, alone.context_index[0])
         assert not set(context.tolist()) & set(packed.target_index[b].flatten().tolist())
 
@@ -100,7 +97,7 @@ def test_estimate_counts_the_longer_contexts():
     values = {"data": {"crop_size": 72, "batch_size": 8}, "mask": {"patch_size": 8, "min_keep": 2}}
     cut, packed = (parse_config(values | {"mask": values["mask"] | {"pack": pack}}) for pack in (False, True))
     means = [measure_masks(config, num_steps=4)[0] for config in (cut, packed)]
-    sizes = [sample_masks(packed.mask, (9, 9), 8, 0, step, 0).context_packing.length for step in range(4)]
+    sizes = [MaskSampler(packed.mask, (9, 9), 8).sample(step).context_packing.length for step in range(4)]
     assert means[1].context == torch.cat(sizes).double().mean() > means[0].context
     assert means[1].target == means[0].target
 
@@ -109,7 +106,7 @@ def test_estimate_counts_the_longer_contexts():
 def test_equal_lengths_compute_as_unpacked(case):
     model, images = make_model(case, torch.float64), make_images(case, torch.float64)
     settings = MaskSettings(patch_size=PATCH, min_keep=case.min_keep)
-    masks = sample_masks(settings, case.grid, case.batch, seed=1, step=0, rank=0, border=case.border)
+    masks = MaskSampler(settings, case.grid, case.batch, seed=1, border=case.border).sample(step=0)
     loss = model(images, masks)
     loss.backward()
     expected = student_gradients(model)

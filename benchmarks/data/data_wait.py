@@ -1,6 +1,6 @@
 """The share of a run's time in which the device waits for data: the trainer's own loop, on photographs.
 
-    python -m benchmarks.data.data_wait FOLDER [--model vit_large:256] [--loader dali] [--workers N] [--out RESULTS]
+    python -m benchmarks.data.data_wait FOLDER [--workload vit_large:256] [--loader dali] [--workers N] [--out RESULTS]
 
 The photographs of FOLDER are linked, again and again, into a data set of --steps batches. One process trains on them as
 main.py would with the settings of the published run, but saves nothing. The share is the one that the run reports
@@ -20,14 +20,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.data.loader import link_images
 from benchmarks.machine import default_device
-from benchmarks.step.providers import Workload, parse_workload
 from benchmarks.tables import number, save, text_table
+from benchmarks.workloads import Workload, add_workload, chosen_workload
 from dmtjepa.training.launch import launch
 from dmtjepa.training.saving import Saver
 
 LOG_EVERY = 10
 COLUMNS = {
-    "model": lambda row: row["model"],
+    "workload": lambda row: row["workload"],
     "loader": lambda row: row["loader"],
     "workers": number("workers", "{}"),
     "images/s": number("trained_images_per_s", "{:.0f}"),
@@ -59,7 +59,7 @@ def measure(workload: Workload, folder: Path, options: argparse.Namespace) -> di
             for name in ("data wait share", "images per second")
         )
     return {
-        "model": workload.name,
+        **workload.description,
         "loader": options.loader,
         "workers": options.workers,
         "steps": options.steps - options.warmup,
@@ -71,19 +71,18 @@ def measure(workload: Workload, folder: Path, options: argparse.Namespace) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="photographs")
-    parser.add_argument("--model", default="vit_large:256", help="model:images per step")
+    add_workload(parser, "vit_large:256")
     parser.add_argument("--loader", choices=("dali", "torchvision"), default="dali")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads or processes")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--warmup", type=int, default=40, help="steps of these that do not count")
     parser.add_argument("--device", default=default_device())
-    parser.add_argument("--set", nargs="*", default=(), metavar="SECTION.KEY=VALUE", help="other settings")
     parser.add_argument("--out", type=Path, help="folder for a JSON file of the result")
     options = parser.parse_args()
     if options.steps % LOG_EVERY or options.warmup % LOG_EVERY or options.warmup >= options.steps:
         parser.error(f"--steps and a smaller --warmup are multiples of {LOG_EVERY}")
 
-    row = measure(parse_workload(options.model, options.set), options.folder, options)
+    row = measure(chosen_workload(options), options.folder, options)
     print(text_table(COLUMNS, [row], num_names=2))
     save(options.out, "data-wait", options.device.partition(":")[0], [row])
 

@@ -1,10 +1,10 @@
 """Images per second of the loaders, from a folder and from tar shards, at equal cores.
 
-    python -m benchmarks.data.loader FOLDER [--published CHECKOUT] [--workers 2] [--device cuda] [--json FILE]
+    python -m benchmarks.data.loader FOLDER [--official CHECKOUT] [--workers 2] [--device cuda] [--json FILE]
 
 FOLDER holds photographs, such as the ImageNet sample; they are linked, again and again, into a data set of --images.
-CHECKOUT is a clone of the published DMT-JEPA (or I-JEPA) code, which this project does not contain. All run in turns
-with the settings of the published ViT-L run, and nothing is timed unless DALI's pixels agree with torchvision's.
+CHECKOUT is a clone of the official DMT-JEPA (or I-JEPA) code. All loaders run in turns with the settings of the
+published ViT-L run. Nothing is timed unless DALI's pixels agree with torchvision's.
 
 Beside images/s stands images/s per core: images over the processor seconds that all threads and processes of the
 loader used, which other work on the machine disturbs less.
@@ -28,15 +28,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import environment
-from benchmarks.official import open_checkout
+from benchmarks.official import add_official, open_checkout
+from benchmarks.predictions import PREDICTIONS
 from dmtjepa.config import DataSettings
 from dmtjepa.data import FolderSource, Loader, build_loader
 from dmtjepa.data.make_shards import make_shards
 
-# Images/s of the lean step on one GPU: the project's analytic model of the step, a prediction (docs/performance.md).
+# Images/s that one GPU trains with, predicted.
 NEEDS = {
-    "A100": {"ViT-B/16": 1984, "ViT-L/16": 711, "ViT-H/14": 294},
-    "H100": {"ViT-B/16": 4571, "ViT-L/16": 1673, "ViT-H/14": 703},
+    gpu: {
+        name: round(int(prediction.workload.partition(":")[2]) / prediction.seconds[gpu])
+        for name, prediction in PREDICTIONS.items()
+    }
+    for gpu in ("A100", "H100")
 }
 
 
@@ -78,8 +82,8 @@ def open_ours(path: Path, kind: str, args: argparse.Namespace) -> tuple[Iterator
     return stream(loader), loader.close
 
 
-def open_published(path: Path, args: argparse.Namespace) -> tuple[Iterator[Tensor], Callable[[], None]]:
-    """The published loader with its transform; its checkout must be on sys.path."""
+def open_official(path: Path, args: argparse.Namespace) -> tuple[Iterator[Tensor], Callable[[], None]]:
+    """The official loader with its transform; its checkout must be on sys.path."""
     from src.datasets.imagenet1k import make_imagenet1k
     from src.transforms import make_transforms
 
@@ -142,7 +146,7 @@ def describe(args: argparse.Namespace) -> dict[str, str | int | bool | None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="photographs")
-    parser.add_argument("--published", type=Path, help="a checkout of the published code, to compare with")
+    add_official(parser)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes or threads")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--images", type=int, default=4000, help="size of the data set")
@@ -151,8 +155,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to decode there with DALI")
     parser.add_argument("--json", type=Path, help="write the results there, too")
     args = parser.parse_args()
-    if args.published:
-        open_checkout(args.published.resolve())
+    if args.official:
+        open_checkout(args.official)
     torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as temporary:
@@ -165,8 +169,8 @@ def main() -> None:
             for kind in ("torchvision", "dali")
             for form, path in (("folder", folder), ("tar", shards))
         }
-        if args.published:
-            cases["published, folder"] = lambda: open_published(folder, args)
+        if args.official:
+            cases["official, folder"] = lambda: open_official(folder, args)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
         for _ in range(args.rounds):
             for name, open_case in cases.items():

@@ -1,10 +1,10 @@
-"""Masks of a batch: time of `sample_masks`, of the plain loops it is tested against, and of the published collator.
+"""Masks of a batch: time of `MaskSampler`, of the plain loops it is tested against, and of the official collator.
 
-    python -m benchmarks.data.masks [--published CHECKOUT] [--json FILE]
+    python -m benchmarks.data.masks [--official CHECKOUT] [--json FILE]
 
-CHECKOUT is a clone of the published DMT-JEPA (or I-JEPA) code, which this project does not contain. Its collator makes
-context and target indices alone; `sample_masks` also makes target_unique, target_slot and neighborhood. No time is
-printed unless the samplers agree in distribution.
+CHECKOUT is a clone of the official DMT-JEPA (or I-JEPA) code. Its collator makes only the indices of context and
+targets; `MaskSampler` also makes target_unique, target_slot and neighborhood. No time is printed unless the samplers
+agree in distribution.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import torch
 from scipy import stats
 
 from benchmarks.machine import environment
-from benchmarks.official import open_checkout
+from benchmarks.official import add_official, open_checkout
 from benchmarks.tables import number, text_table
 from dmtjepa.config import MaskSettings
-from dmtjepa.masks import sample_masks
+from dmtjepa.masks import MaskSampler
 from dmtjepa.reference.masks import sample_masks_reference
 
 CASES = (((16, 16), 128), ((14, 14), 256))  # grid size, images
@@ -36,8 +36,10 @@ Sample = Callable[[int], tuple[int, int]]  # of a step, to the patches of a cont
 
 
 def fast_sampler(settings: MaskSettings, grid_size: tuple[int, int], batch_size: int) -> Sample:
+    sampler = MaskSampler(settings, grid_size, batch_size)
+
     def sample(step: int) -> tuple[int, int]:
-        masks = sample_masks(settings, grid_size, batch_size, 0, step, 0)
+        masks = sampler.sample(step)
         return masks.context_index.shape[1], masks.target_index.shape[2]
 
     return sample
@@ -53,8 +55,8 @@ def plain_sampler(settings: MaskSettings, grid_size: tuple[int, int], batch_size
     return sample
 
 
-def published_sampler(settings: MaskSettings, grid_size: tuple[int, int], batch_size: int) -> Sample:
-    """The published collator, on a batch of empty images. Its checkout must be on sys.path."""
+def official_sampler(settings: MaskSettings, grid_size: tuple[int, int], batch_size: int) -> Sample:
+    """The official collator, on a batch of empty images. Its checkout must be on sys.path."""
     from src.masks.multiblock import MaskCollator
 
     torch.manual_seed(0)
@@ -109,13 +111,13 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--published", type=Path, help="a checkout of the published code, to compare with")
+    add_official(parser)
     parser.add_argument("--json", type=Path, help="write the results there, too")
     parser.add_argument("--batches", type=int, default=200, help="batches of each measurement")
     args = parser.parse_args()
     torch.set_num_threads(1)  # as in a loader's worker
-    if args.published:
-        open_checkout(args.published.resolve())
+    if args.official:
+        open_checkout(args.official)
 
     rows = []
     for grid_size, batch_size in CASES:
@@ -126,13 +128,13 @@ def main() -> None:
             samplers[name] = fast_sampler(settings, grid_size, batch_size)
             samplers[f"{name}, plain loops"] = plain_sampler(settings, grid_size, batch_size)
             same_as[f"{name}, plain loops"] = name
-        if args.published:
-            samplers["published collator"] = published_sampler(MaskSettings(), grid_size, batch_size)
-            same_as["published collator"] = "released"
+        if args.official:
+            samplers["official collator"] = official_sampler(MaskSettings(), grid_size, batch_size)
+            same_as["official collator"] = "released"
         result = measure(samplers, args.batches)
         for name, other in same_as.items():
             check_agreement(result[name]["sizes"], result[other]["sizes"], f"{case}: {name} and {other}")
-        baseline = "published collator" if args.published else "released, plain loops"
+        baseline = "official collator" if args.official else "released, plain loops"
         slow = statistics.median(result[baseline]["ms"])
         for name, found in result.items():
             ms = statistics.median(found["ms"])

@@ -5,6 +5,7 @@ from benchmarks.operators import (
     embed_patches,
     gather_tokens,
     indexed_smooth_l1,
+    pool_neighbors,
     select_neighbors,
 )
 
@@ -13,5 +14,6 @@ OPERATORS = {
     "embed_patches": embed_patches.cases,
     "select_neighbors": select_neighbors.cases,
     "aggregate_neighbors": aggregate_neighbors.cases,
+    "pool_neighbors": pool_neighbors.cases,
     "indexed_smooth_l1": indexed_smooth_l1.cases,
 }

@@ -1,6 +1,6 @@
 """Benchmark cases of operators.
 
-The module of an operator defines `cases(shape, device, dtype)`. A case is one operator call with its arguments, its
+The module of an operator defines `cases(workload, device, dtype)`. A case is one operator call with its arguments, its
 implementations, a reference, and the bytes that it must move: every input element that is needed is read once, every
 output element is written once.
 """
@@ -9,54 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from dmtjepa.config import MaskSettings
-from dmtjepa.masks import MaskBatch, sample_masks
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model of the published configurations, at its batch per device."""
-
-    name: str
-    dim: int
-    num_heads: int
-    patch_size: int
-    batch_size: int
-    image_size: int = 224
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        side = self.image_size // self.patch_size
-        return side, side
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
-    @cache  # noqa: B019  five shapes live as long as the program
-    def masks(self) -> MaskBatch:
-        """The masks of one step of the released sampler."""
-        return sample_masks(MaskSettings(), self.grid_size, self.batch_size, seed=0, step=0, rank=0)
-
-    @property
-    def name_and_batch(self) -> str:
-        return f"{self.name} B={self.batch_size}"
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("base", dim=768, num_heads=12, patch_size=16, batch_size=256),
-        Shape("large", dim=1024, num_heads=16, patch_size=16, batch_size=256),
-        Shape("huge", dim=1280, num_heads=16, patch_size=14, batch_size=128),
-        Shape("giant", dim=1408, num_heads=16, patch_size=16, batch_size=128),
-    )
-}
+from benchmarks.workloads import Workload
+from dmtjepa.masks import MaskBatch
 
 
 def relative_error(output: Tensor, reference: Tensor) -> float:
@@ -96,3 +54,26 @@ def rounding(dtype: torch.dtype) -> float:
 
 def num_bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+def in_float32(function: Callable) -> Callable:
+    """`function` with its floating-point arguments cast to float32."""
+
+    def reference(*arguments: object) -> object:
+        return function(*(a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments))
+
+    return reference
+
+
+def draw_neighbors(masks: MaskBatch, workload: Workload) -> Tensor:
+    """Four random ones of the eight patches around each covered patch, as indices [U, 4] into the neighbourhood."""
+    device, num_covered = masks.target_unique.device, len(masks.target_unique)
+    rows, cols = workload.grid_size
+    steps = torch.tensor([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)], device=device)
+    step = steps[torch.rand(num_covered, 8, device=device).argsort(1)[:, :4]]
+    n = (masks.target_unique % workload.num_patches)[:, None]
+    first = masks.target_unique[:, None] - n
+    neighbor = first + (n // cols + step[..., 0]) % rows * cols + (n % cols + step[..., 1]) % cols
+    place = torch.zeros(workload.batch_size * workload.num_patches, dtype=torch.int64, device=device)
+    place[masks.neighborhood] = torch.arange(len(masks.neighborhood), device=device)
+    return place[neighbor]

@@ -3,7 +3,7 @@
 Each operator is started with the arguments of its benchmark, for sm_80, sm_90 and sm_100; instead of being launched,
 its kernels are compiled. Exits with 1 if a kernel spills registers or needs more shared memory than an A100 has.
 
-    python -m benchmarks.operators.compiled_code [--shapes huge] [--architectures 80 90 100] [--out FOLDER]
+    python -m benchmarks.operators.compiled_code [--workloads vit_huge:128] [--architectures 80 90 100] [--out FOLDER]
 
 `loads` and `stores` are those of global memory in the machine code, as count x bytes per thread: each instruction
 counts once, also in a loop. Where architectures differ, a cell has a value for each.
@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.machine import environment
 from benchmarks.operators import OPERATORS
-from benchmarks.operators.cases import SHAPES, Shape
+from benchmarks.workloads import PUBLISHED, Workload, add_workloads, chosen_workloads
 
 # What a program may use on an A100, the smallest of the three.
 SHARED_MEMORY_LIMIT = 163 * 1024
@@ -86,8 +86,8 @@ def access_widths(sass: str, opcode: str) -> dict[int, int]:
     return dict(sorted(widths.items(), reverse=True))
 
 
-def compile_kernels(shape: Shape, architecture: int, dtype: torch.dtype) -> list[dict]:
-    """One row per kernel that the operators launch at this shape, in the order of the benchmarks."""
+def compile_kernels(workload: Workload, architecture: int, dtype: torch.dtype) -> list[dict]:
+    """One row per kernel that the operators launch on this workload."""
     triton.runtime.driver.set_active(OfflineDriver(architecture))
     launched = []
 
@@ -100,14 +100,14 @@ def compile_kernels(shape: Shape, architecture: int, dtype: torch.dtype) -> list
             if name.startswith("dmtjepa.kernels.") and hasattr(module, "launch"):
                 stack.enter_context(patch.object(module, "launch", compile_instead))
         for cases in OPERATORS.values():
-            for case in cases(shape, "cpu", dtype):
+            for case in cases(workload, "cpu", dtype):
                 launched.clear()
                 case.launch(*case.arguments)
                 rows += [
                     {
                         "case": case.name,
                         "kernel": kernel.name.strip("_").removesuffix("_kernel"),
-                        "shape": shape.name,
+                        "model": workload.model,
                         "dtype": str(dtype).removeprefix("torch."),
                         "architecture": f"sm_{architecture}",
                         **resources(kernel, architecture),
@@ -132,9 +132,9 @@ def table(rows: list[dict]) -> str:
     """The rows as a Markdown table; a cell has one value per architecture, or one where they agree."""
     grouped: dict[tuple, list[dict]] = {}
     for row in rows:
-        grouped.setdefault((row["case"], row["kernel"], row["shape"]), []).append(row)
+        grouped.setdefault((row["case"], row["kernel"], row["model"]), []).append(row)
     lines = [
-        "| " + " | ".join(["operator", "kernel", "shape", *COLUMNS]) + " |",
+        "| " + " | ".join(["operator", "kernel", "model", *COLUMNS]) + " |",
         "|" + "---|" * (3 + len(COLUMNS)),
     ]
     for names, per_architecture in grouped.items():
@@ -146,7 +146,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    add_workloads(parser, PUBLISHED)
     parser.add_argument("--architectures", nargs="+", type=int, default=[80, 90, 100])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--out", type=Path, help="folder for compile.json")
@@ -155,11 +155,10 @@ def main() -> None:
         raise SystemExit("TRITON_INTERPRET is set: there is nothing to compile; unset it")
 
     rows = []
-    for name in options.shapes:
-        # The code does not depend on the batch, so a small one does.
-        shape = replace(SHAPES[name], batch_size=16)
+    for workload in chosen_workloads(options):
+        workload = replace(workload, batch_size=16)  # the code does not depend on it
         for architecture in options.architectures:
-            rows += compile_kernels(shape, architecture, getattr(torch, options.dtype))
+            rows += compile_kernels(workload, architecture, getattr(torch, options.dtype))
     print(table(rows))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -167,7 +166,7 @@ def main() -> None:
     wrong = [row for row in rows if row["spill_bytes"] or row["shared_bytes"] > SHARED_MEMORY_LIMIT]
     for row in wrong:
         print(
-            f"{row['kernel']} at {row['shape']} on {row['architecture']}: {row['spill_bytes']} bytes spilled, "
+            f"{row['kernel']} at {row['model']} on {row['architecture']}: {row['spill_bytes']} bytes spilled, "
             f"{row['shared_bytes']} bytes of shared memory (limit {SHARED_MEMORY_LIMIT})",
             file=sys.stderr,
         )

@@ -6,7 +6,8 @@ Unique bytes: forward, the index, the kept tokens, the output; backward, the ind
 
 import torch
 
-from benchmarks.operators.cases import Case, Shape, num_bytes, rounding
+from benchmarks.operators.cases import Case, num_bytes, rounding
+from benchmarks.workloads import Workload
 from dmtjepa.kernels.gather_tokens import (
     gather_tokens_cpu,
     gather_tokens_plain,
@@ -16,10 +17,10 @@ from dmtjepa.kernels.gather_tokens import (
 )
 
 
-def cases(shape: Shape, device: str, dtype: torch.dtype) -> list[Case]:
-    index = shape.masks().context_index.to(device)
-    tokens = torch.randn(shape.batch_size, shape.num_patches, shape.dim, device=device).to(dtype)
-    kept = torch.randn(*index.shape, shape.dim, device=device).to(dtype)
+def cases(workload: Workload, device: str, dtype: torch.dtype) -> list[Case]:
+    index = workload.masks(0, device=device).context_index
+    tokens = torch.randn(workload.batch_size, workload.num_patches, workload.dim, device=device).to(dtype)
+    kept = torch.randn(*index.shape, workload.dim, device=device).to(dtype)
     return [
         Case(
             "gather_tokens",
@@ -33,7 +34,7 @@ def cases(shape: Shape, device: str, dtype: torch.dtype) -> list[Case]:
         ),
         Case(
             "gather_tokens backward",
-            (kept, index, shape.num_patches),
+            (kept, index, workload.num_patches),
             launch_scatter_tokens,
             scatter_tokens_plain,
             scatter_tokens_plain,

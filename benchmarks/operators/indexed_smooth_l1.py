@@ -5,7 +5,8 @@ Unique bytes: predictions, unique targets, slots; backward also the gradient of 
 
 import torch
 
-from benchmarks.operators.cases import Case, Shape, num_bytes, rounding
+from benchmarks.operators.cases import Case, num_bytes, rounding
+from benchmarks.workloads import Workload
 from dmtjepa.kernels.indexed_smooth_l1 import (
     indexed_smooth_l1_backward_cpu,
     indexed_smooth_l1_cpu,
@@ -15,11 +16,11 @@ from dmtjepa.kernels.indexed_smooth_l1 import (
 )
 
 
-def cases(shape: Shape, device: str, dtype: torch.dtype) -> list[Case]:
-    masks = shape.masks().to(device)
+def cases(workload: Workload, device: str, dtype: torch.dtype) -> list[Case]:
+    masks = workload.masks(0, device=device)
     slot = masks.target_slot
-    prediction = torch.randn(*slot.shape, shape.dim, device=device).to(dtype)
-    target = torch.randn(len(masks.target_unique), shape.dim, device=device).to(dtype)
+    prediction = torch.randn(*slot.shape, workload.dim, device=device).to(dtype)
+    target = torch.randn(len(masks.target_unique), workload.dim, device=device).to(dtype)
     grad = torch.ones((), device=device)
 
     def plain_backward(grad, prediction, target, slot):

@@ -5,7 +5,8 @@ Unique bytes: the features of the neighbourhood, the list of covered patches, th
 
 import torch
 
-from benchmarks.operators.cases import Case, Shape
+from benchmarks.operators.cases import Case
+from benchmarks.workloads import Workload
 from dmtjepa.kernels.select_neighbors import launch_select_neighbors, select_neighbors_cpu, select_neighbors_plain
 
 
@@ -15,10 +16,10 @@ def chosen_differently(output: torch.Tensor, reference: torch.Tensor) -> float:
     return float((chosen != expected).any(dim=1).float().mean())
 
 
-def cases(shape: Shape, device: str, dtype: torch.dtype) -> list[Case]:
-    masks = shape.masks().to(device)
-    h = torch.randn(shape.batch_size, shape.num_patches, shape.dim, device=device)
-    h = torch.nn.functional.layer_norm(h, (shape.dim,)).to(dtype)
+def cases(workload: Workload, device: str, dtype: torch.dtype) -> list[Case]:
+    masks = workload.masks(0, device=device)
+    h = torch.randn(workload.batch_size, workload.num_patches, workload.dim, device=device)
+    h = torch.nn.functional.layer_norm(h, (workload.dim,)).to(dtype)
 
     def reference(h, *arguments):
         return select_neighbors_plain(h.float(), *arguments)
@@ -27,12 +28,12 @@ def cases(shape: Shape, device: str, dtype: torch.dtype) -> list[Case]:
     return [
         Case(
             "select_neighbors",
-            (h, masks.target_unique, shape.grid_size, num_neighbors, 3, "wrap"),
+            (h, masks.target_unique, workload.grid_size, num_neighbors, 3, "wrap"),
             launch_select_neighbors,
             select_neighbors_cpu,
             select_neighbors_plain,
             reference,
-            len(masks.neighborhood) * shape.dim * dtype.itemsize + num_covered * (8 + 8 * num_neighbors),
+            len(masks.neighborhood) * workload.dim * dtype.itemsize + num_covered * (8 + 8 * num_neighbors),
             2e-3,
             chosen_differently,
         )

@@ -1,7 +1,7 @@
 """Time of every operator at the shapes of training, in one table, one file and one plot.
 
-    python -m benchmarks.operators.speed [--operators gather_tokens ...] [--shapes base huge] [--dtype bfloat16]
-                                         [--out FOLDER]
+    python -m benchmarks.operators.speed [--operators gather_tokens ...] [--workloads vit_huge:128 ...]
+                                         [--dtype bfloat16] [--out FOLDER]
 
 On a GPU the Triton kernels and plain PyTorch, eager and compiled, are timed; without one, the CPU implementation and
 plain PyTorch. `of copy` is the share of the measured copy bandwidth that an operator reaches on its unique bytes; the
@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.machine import copy_bandwidth, default_device, milliseconds
 from benchmarks.operators import OPERATORS
-from benchmarks.operators.cases import SHAPES, Case
+from benchmarks.operators.cases import Case
 from benchmarks.tables import number, save, text_table
+from benchmarks.workloads import PUBLISHED, add_workloads, chosen_workloads
 
 
 def measure(case: Case, name: str, reference: object, device: str) -> dict:
@@ -42,11 +42,11 @@ def measure(case: Case, name: str, reference: object, device: str) -> dict:
 
 def with_speeds(rows: list[dict]) -> list[dict]:
     """The rows in the order of their operators, each with its speed against eager and compiled PyTorch."""
-    times = {(row["shape"], row["operator"], row["provider"]): row["ms"] for row in rows if "ms" in row}
-    order = {(row["shape"], row["operator"]): place for place, row in reversed(list(enumerate(rows)))}
+    times = {(row["workload"], row["operator"], row["provider"]): row["ms"] for row in rows if "ms" in row}
+    order = {(row["workload"], row["operator"]): place for place, row in reversed(list(enumerate(rows)))}
     found = []
-    for row in sorted(rows, key=lambda row: order[row["shape"], row["operator"]]):
-        theirs = {name: times.get((row["shape"], row["operator"], name)) for name in ("eager", "compile")}
+    for row in sorted(rows, key=lambda row: order[row["workload"], row["operator"]]):
+        theirs = {name: times.get((row["workload"], row["operator"], name)) for name in ("eager", "compile")}
         speeds = {name: ms / row["ms"] for name, ms in theirs.items() if ms and "ms" in row}
         found.append(row | {"speed_vs": speeds})
     return found
@@ -54,7 +54,7 @@ def with_speeds(rows: list[dict]) -> list[dict]:
 
 COLUMNS = {
     "operator": lambda row: row["operator"],
-    "shape": lambda row: row["shape"],
+    "workload": lambda row: row["workload"],
     "provider": lambda row: row["provider"],
     "ms": number("ms", "{:.3f}"),
     "GB/s": number("gb_per_s", "{:.0f}"),
@@ -69,7 +69,7 @@ def plot(axes, rows: list[dict]) -> None:
     """Each provider's share of the copy bandwidth."""
     rows = [row for row in rows if row["correct"]][::-1]
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["provider"] for row in rows))}
-    labels = [f"{row['operator']}, {row['shape']}, {row['provider']}" for row in rows]
+    labels = [f"{row['operator']}, {row['workload']}, {row['provider']}" for row in rows]
     axes.barh(labels, [row["of_copy"] for row in rows], color=[colors[row["provider"]] for row in rows])
     axes.axvline(1, color="gray", linewidth=0.8)
     axes.set_xlabel("unique bytes per second over the bandwidth of a copy")
@@ -79,8 +79,7 @@ def main() -> None:
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES) if device == "cuda" else ["base"])
-    parser.add_argument("--batch", type=int, help="images per device instead of the published number")
+    add_workloads(parser, PUBLISHED if device == "cuda" else ["vit_base:8"])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--out", type=Path, help="folder for a JSON file of the results and a plot")
     options = parser.parse_args()
@@ -91,16 +90,16 @@ def main() -> None:
     torch.manual_seed(0)
     operators = [OPERATORS[name] for name in options.operators]
     gb_per_s = copy_bandwidth(device) / 1e9
-    rows = []
-    for shape in (SHAPES[shape] for shape in options.shapes):
-        shape = replace(shape, batch_size=options.batch or (shape.batch_size if device == "cuda" else 8))
-        drawn = [(case, case.reference(*case.arguments)) for cases in operators for case in cases(shape, device, dtype)]
+    rows: list[dict] = []
+    for workload in chosen_workloads(options):
+        cases = [case for make_cases in operators for case in make_cases(workload, device, dtype)]
+        expected = [case.reference(*case.arguments) for case in cases]
         # What torch.compile makes comes last: it takes minutes, and the rest is worth having without it.
         for names in (("triton", "eager"), ("compile",)) if device == "cuda" else (("cpu", "eager"),):
-            for case, reference in drawn:
+            for case, reference in zip(cases, expected, strict=True):
                 for provider in names:
                     row = measure(case, provider, reference, device)
-                    rows.append({"shape": shape.name_and_batch, "dtype": str(dtype), **row})
+                    rows.append({**workload.description, "dtype": str(dtype), **row})
                 rows = with_speeds(rows)
                 save(options.out, "operators", device, rows, copy_gb_per_s=gb_per_s)
     print(f"copy: {gb_per_s:.0f} GB/s\n{text_table(COLUMNS, rows, num_names=3)}")

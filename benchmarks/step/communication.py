@@ -25,6 +25,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from benchmarks.predictions import PREDICTIONS
+from benchmarks.workloads import parse_workload
+from dmtjepa.objective import build_model
+from dmtjepa.training.estimate import measure_masks, step_flops
+from dmtjepa.training.parallelize import gathered_together
 
 
 @dataclass(frozen=True)
@@ -40,26 +50,62 @@ class Machine:
 
 @dataclass(frozen=True)
 class Model:
-    """A published run: batch per GPU, predicted seconds of computation, share of it per phase, parameters, units."""
+    """A published run: batch per GPU, predicted seconds of computation, and the sizes that its settings determine."""
 
     name: str
     batch: int
     seconds: dict[str, float]
-    teacher_share: float
-    forward_share: float
-    student: float
-    teacher: float
-    units: int  # of student and teacher, what `dmtjepa.training.parallelize.gathered_together` makes of them
-    context_share: float  # of the computation, which grows with the context
+    teacher_share: float  # of the computation, by FLOPs: the teacher
+    forward_share: float  # the student's forward pass
+    context_share: float  # everything that grows with the context
+    student: int  # parameters
+    teacher: int
+    units: int  # FSDP units of student and teacher on 8 GPUs
+
+
+@cache
+def published_model(name: str) -> Model:
+    """The model of a prediction, with the sizes that this package computes."""
+    prediction = PREDICTIONS[name]
+    workload = parse_workload(prediction.workload)
+    config = workload.config()
+    flops = step_flops(config, measure_masks(config)[0])
+    context = flops["context encoder"] + flops["context head"]
+    with torch.device("meta"):
+        model = build_model(config)
+    encoders = (model.teacher_encoder.blocks, model.encoder.blocks, model.predictor.predictor_blocks)
+    num_block_units = sum(len(gathered_together(blocks, EightGpus())) for blocks in encoders)
+    return Model(
+        name,
+        workload.batch_size,
+        prediction.seconds,
+        teacher_share=(flops["teacher encoder"] + flops["target head"]) / sum(flops.values()),
+        forward_share=(context + flops["predictor"]) / 3 / sum(flops.values()),
+        context_share=context / sum(flops.values()),
+        student=num_parameters(model.encoder, model.predictor, model.head),
+        teacher=num_parameters(model.teacher_encoder, model.teacher_head),
+        units=num_block_units + 6,  # both encoders, both heads, the predictor, and the model itself
+    )
+
+
+def num_parameters(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+class EightGpus:
+    """The part of a DeviceMesh that decides which blocks form an FSDP unit."""
+
+    device_type = "cuda"
+
+    def __getitem__(self, name: str) -> EightGpus:
+        return self
+
+    def size(self) -> int:
+        return 8
 
 
 A100 = Machine("A100, NVLink 3, 8 x HDR", within=230e9, between=20e9)
 H100 = Machine("H100, NVLink 4, 8 x NDR", within=360e9, between=42e9)
-MODELS = (
-    Model("ViT-B/16", 256, {"A100": 0.129, "H100": 0.056}, 0.43, 0.19, 0.115e9, 0.100e9, 13, 0.33),
-    Model("ViT-L/16", 256, {"A100": 0.360, "H100": 0.153}, 0.48, 0.17, 0.351e9, 0.328e9, 23, 0.36),
-    Model("ViT-H/14", 128, {"A100": 0.436, "H100": 0.182}, 0.51, 0.16, 0.692e9, 0.670e9, 39, 0.40),
-)
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # Mean of the longest context over W ranks above the mean context (68.3 patches at 16x16; 77.9 over 16 ranks measured).
 SPREAD = 0.14 / math.sqrt(2 * math.log(16))
@@ -108,7 +154,7 @@ def main() -> None:
         header = "| run | layout | " + " | ".join(map(str, GPUS)) + " |"
         print(header)
         print("|---" * (2 + len(GPUS)) + "|")
-        for model in MODELS:
+        for model in map(published_model, PREDICTIONS):
             for hybrid in (False, True):
                 row = [model.name, "HSDP, 8 shards" if hybrid else "FSDP"]
                 for gpus in GPUS:

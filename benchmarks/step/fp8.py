@@ -3,7 +3,7 @@
 No time is measured here (`benchmarks.step.speed` does that on a GPU), so a CPU, which emulates the float8 products, is
 enough.
 
-Targets: drawn pictures through the teachers of the published sizes, in bfloat16 throughout and with float8 products in
+Targets: drawn images through the teachers of the published sizes, in bfloat16 throughout and with float8 products in
 their blocks (a scale per row, as in `runtime.teacher_precision: fp8`, or a scale per matrix), each against float32.
 There are no published weights to measure on: `drawn` weights are those that training starts from; in `spread` ones
 every channel of every norm and linear layer is scaled by exp(n/2), n normal, so that channels differ as trained ones
@@ -12,7 +12,7 @@ do. The quickstart's teacher is measured after its training run.
 Training: the quickstart's model for a few hundred steps, with and without, from the same weights on the same batches;
 then k-NN accuracy of the teacher. Other seeds show how far two runs are apart anyway.
 
-    python -m benchmarks.step.fp8 [--models small base large huge] [--steps 400] [--seeds 3] [--out FOLDER]
+    python -m benchmarks.step.fp8 [--workloads vit_base:4 vit_huge:4] [--steps 400] [--seeds 3] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from torch import Tensor, nn
 from benchmarks.machine import environment
 from benchmarks.operators.cases import relative_error
 from benchmarks.tables import number, save, text_table
+from benchmarks.workloads import Workload, add_workloads, chosen_workloads
 from dmtjepa.config import Config, load_config
 from dmtjepa.data import build_eval_loader, build_loader
 from dmtjepa.data.sources.shapes import ShapesParameters, draw_image
 from dmtjepa.evaluation.features import extract_features
 from dmtjepa.evaluation.knn import knn_accuracy, standardize
-from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.models import fp8
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training.optimizer import build_optimizer, set_schedules
 from dmtjepa.training.schedules import build_schedules
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PATCH_SIZES = {"small": 16, "base": 16, "large": 16, "huge": 14}
+DEFAULT_WORKLOADS = ("vit_small:4", "vit_base:4", "vit_large:4", "vit_huge:4")
 
 
 # ---- Features, neighbours and targets
@@ -65,10 +66,10 @@ def spread_channels(encoder: nn.Module) -> None:
             weight.mul_(torch.randn(len(weight), *[1] * (weight.ndim - 1)).div(2).exp())
 
 
-def draw_pictures(count: int, side: int) -> Tensor:
+def draw_images(count: int, side: int) -> Tensor:
     """[count, 3, side, side] uint8, one of each class in turn."""
-    pictures = [draw_image(ShapesParameters(image_size=side), number % 10, number)[0] for number in range(count)]
-    return torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures])
+    images = [draw_image(ShapesParameters(image_size=side), number % 10, number)[0] for number in range(count)]
+    return torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in images])
 
 
 def compare_targets(name: str, weights: str, model: DMTJEPA, images: Tensor, masks: MaskBatch) -> Iterator[dict]:
@@ -97,7 +98,7 @@ def compare_targets(name: str, weights: str, model: DMTJEPA, images: Tensor, mas
         h, neighbors, targets = compute(other)
         kept = (neighbors[:, :, None] == expected_chosen[:, None]).any(dim=2)
         yield {
-            "model": name,
+            "workload": name,
             "weights": weights,
             "teacher": variant,
             "features": relative_error(h, expected_h),
@@ -108,22 +109,15 @@ def compare_targets(name: str, weights: str, model: DMTJEPA, images: Tensor, mas
 
 
 @torch.no_grad()
-def measure_targets(name: str, num_images: int) -> Iterator[dict]:
-    """Rows of a published size, with drawn and with spread weights."""
-    patch = PATCH_SIZES[name]
-    settings = {
-        "mask": {"patch_size": patch},
-        "meta": {"model_name": f"vit_{name}", "pred_depth": 1, "pred_emb_dim": 192},
-        "patch": {"local_agg_head": True},
-    }
-    config = Config.model_validate(settings)
-    images = draw_pictures(num_images, 224)
-    masks = sample_masks(config.mask, config.grid_size, num_images, seed=0, step=0, rank=0)
+def measure_targets(workload: Workload) -> Iterator[dict]:
+    """Rows of a workload, with drawn and with spread weights."""
+    images = draw_images(workload.batch_size, workload.image_size[0])
+    masks = workload.masks(0)
     torch.manual_seed(0)
-    model = build_model(config)
-    yield from compare_targets(name, "drawn", model, images, masks)
+    model = build_model(workload.config("meta.pred_depth=1", "meta.pred_emb_dim=192"))  # the predictor is not used
+    yield from compare_targets(workload.name, "drawn", model, images, masks)
     spread_channels(model.teacher_encoder)
-    yield from compare_targets(name, "spread", model, images, masks)
+    yield from compare_targets(workload.name, "spread", model, images, masks)
 
 
 # ---- Training
@@ -136,13 +130,12 @@ def train(config: Config, num_steps: int, evaluate: Callable[[nn.Module], float]
     torch.manual_seed(config.runtime.seed)
     model = build_model(config)
     optimizer = build_optimizer([model.encoder, model.predictor, model.head])
+    sampler = MaskSampler.from_config(config)
     losses = []
     while len(losses) < num_steps:
         for images in loader.epoch(len(losses) // loader.steps_per_epoch):
             step = len(losses)
-            masks = sample_masks(
-                config.mask, config.grid_size, len(images), config.runtime.seed, step, 0, border=config.patch.border
-            )
+            masks = sampler.sample(step)
             set_schedules(optimizer, schedules.learning_rate(step), schedules.decay(step))
             loss = model(images, masks)
             loss.backward()
@@ -166,7 +159,7 @@ def train(config: Config, num_steps: int, evaluate: Callable[[nn.Module], float]
 
 
 def knn_of(encoder: nn.Module, image_size: tuple[int, int]) -> float:
-    """k-NN accuracy (k = 10) on the drawn pictures."""
+    """k-NN accuracy (k = 10) on the drawn images."""
     features = [
         extract_features(encoder, build_eval_loader(f"shapes:{split}", image_size, 250), progress=False)
         for split in ("train", "val")
@@ -187,8 +180,8 @@ def measure_training(num_steps: int, num_seeds: int) -> tuple[list[dict], list[d
             rows.append(row)
             print(f"seed {seed}, {precision}: last loss {row['last_loss']:.5f}, k-NN {row['knn']:.3f}", flush=True)
             if not trained and precision == "same":
-                images = draw_pictures(32, config.data.image_size[0])
-                masks = sample_masks(config.mask, config.grid_size, len(images), seed=0, step=0, rank=0)
+                images = draw_images(32, config.data.image_size[0])
+                masks = MaskSampler.from_config(config, batch_size=len(images), seed=0).sample(step=0)
                 with torch.no_grad():
                     trained = list(compare_targets("quickstart", f"after {num_steps} steps", model, images, masks))
     return rows, trained
@@ -196,23 +189,22 @@ def measure_training(num_steps: int, num_seeds: int) -> tuple[list[dict], list[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=list(PATCH_SIZES), choices=PATCH_SIZES)
-    parser.add_argument("--images", type=int, default=4, help="pictures through each teacher")
+    add_workloads(parser, DEFAULT_WORKLOADS)
     parser.add_argument("--steps", type=int, default=400, help="of a training run; 0: none")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="folder for a JSON file of the results")
     options = parser.parse_args()
-    begun = environment("cpu")
+    started = environment("cpu")
     training, rows = measure_training(options.steps, options.seeds) if options.steps else ([], [])
-    for name in options.models:
-        rows += measure_targets(name, options.images)
-    columns = {key: lambda row, key=key: row[key] for key in ("model", "weights", "teacher")}
+    for workload in chosen_workloads(options):
+        rows += measure_targets(workload)
+    columns = {key: lambda row, key=key: row[key] for key in ("workload", "weights", "teacher")}
     columns["features, %"] = number("features", "{:.2f}", 100)
     columns["neighbours kept, %"] = number("neighbors_kept", "{:.1f}", 100)
     columns["sets kept, %"] = number("sets_kept", "{:.1f}", 100)
     columns["targets, %"] = number("targets", "{:.2f}", 100)
     print("\n" + text_table(columns, rows, num_names=3))
-    save(options.out, "fp8", "cpu", rows, training=training, begun_at_commit=begun["commit"])
+    save(options.out, "fp8", "cpu", rows, training=training, started_at_commit=started["commit"])
 
 
 if __name__ == "__main__":

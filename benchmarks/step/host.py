@@ -1,11 +1,11 @@
-"""What a training step costs the host: the time it takes to enqueue a step, and how much it enqueues.
+"""Time that the host needs to enqueue a training step, and how many launches it enqueues.
 
-    python -m benchmarks.step.host [--models vit_base:256 vit_huge:128] [--providers project] [--out FOLDER]
+    python -m benchmarks.step.host [--workloads vit_base:256 vit_huge:128] [--providers project] [--out FOLDER]
     python -m tools.fake_cuda python -m benchmarks.step.host    # on a machine without a GPU
 
-A step cannot be faster than this, however fast the GPU: the host must stay ahead. The time is the processor time of all
-threads of the process (backward passes run in a thread of their own) from the moment when the device has nothing to do,
-without waiting for what was enqueued. Masks differ from step to step, as in a run. Providers are described in
+A step cannot be faster than this, however fast the GPU is. The time is the processor time of all threads of the process
+(backward passes run in a thread of their own). It starts when the device is idle and does not include waiting for the
+enqueued work. Masks differ from step to step, as in a run. Providers are described in
 benchmarks/step/providers.py.
 
 Under fake CUDA (tools/fake_cuda) kernels cost nothing and PyTorch's own code is real, so that the time is the host's
@@ -24,9 +24,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.step.providers import Provider, Workload, open_published, parse_provider, parse_workload
+from benchmarks.official import add_official
+from benchmarks.step.providers import Provider, open_official, parse_provider
 from benchmarks.step.runs import Run, failed, failures_noted, problems, release
 from benchmarks.tables import number, save, text_table
+from benchmarks.workloads import Workload, add_workloads, chosen_workloads
 from dmtjepa.training.distributed import World, check_device, process_group
 
 
@@ -40,7 +42,7 @@ def count_calls() -> dict[str, int]:
 
 def measure(workload: Workload, provider: Provider, world: World, warmup: int, steps: int) -> dict:
     """The row of a provider: median and least time of a step, calls per step, graphs that were compiled."""
-    row = {"model": workload.name, "provider": provider.name, "batch": workload.batch_size}
+    row: dict = {**workload.description, "provider": provider.name}
     with failures_noted(row):
         start = time.perf_counter()
         run = Run(workload, provider, world)
@@ -51,9 +53,9 @@ def measure(workload: Workload, provider: Provider, world: World, warmup: int, s
         for step in range(warmup, warmup + steps):
             masks = run.masks(step)
             torch.cuda.synchronize()
-            before, begun = count_calls(), time.process_time()
+            before, started = count_calls(), time.process_time()
             run.step(run.images, masks, step)
-            seconds.append(time.process_time() - begun)
+            seconds.append(time.process_time() - started)
             calls.append({name: count - before[name] for name, count in count_calls().items()})
         row |= {"steps": steps, "ms": 1e3 * statistics.median(seconds), "ms_least": 1e3 * min(seconds)}
         row |= {name: statistics.median(count[name] for count in calls) for name in calls[0]}
@@ -65,7 +67,7 @@ def measure(workload: Workload, provider: Provider, world: World, warmup: int, s
 
 
 COLUMNS = {
-    "model": lambda row: row["model"],
+    "workload": lambda row: row["workload"],
     "provider": lambda row: row["provider"],
     "ms": number("ms"),
     "least": number("ms_least"),
@@ -79,25 +81,24 @@ COLUMNS = {
 def plot(axes, rows: list[dict]) -> None:
     """Milliseconds of each provider."""
     rows = [row for row in rows if "ms" in row][::-1]
-    axes.barh([f"{row['model']}, {row['provider']}" for row in rows], [row["ms"] for row in rows])
+    axes.barh([f"{row['workload']}, {row['provider']}" for row in rows], [row["ms"] for row in rows])
     axes.set_xlabel("milliseconds of the host per step")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["vit_base:256", "vit_huge:128"], help="model:batch")
-    parser.add_argument("--set", nargs="+", default=[], help="settings, e.g. data.crop_size=96 mask.min_keep=2")
+    add_workloads(parser, ["vit_base:256", "vit_huge:128"])
     parser.add_argument("--providers", nargs="+", default=["project"], help="see benchmarks/step/providers.py")
-    parser.add_argument("--published", type=Path, help="a checkout of the published code")
+    add_official(parser)
     parser.add_argument("--steps", type=int, default=24, help="timed steps")
     parser.add_argument("--warmup", type=int, default=12, help="steps before")
     parser.add_argument("--out", type=Path, help="folder for a JSON file of the results and a plot")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a GPU, or: python -m tools.fake_cuda python -m benchmarks.step.host ...")
-    open_published(options.published, options.providers)
+    open_official(options.official, options.providers)
     providers = [parse_provider(text, "cuda") for text in options.providers]
-    workloads = [parse_workload(text, options.set) for text in options.models]
+    workloads = chosen_workloads(options)
     rows = []
     with process_group(check_device("cuda"), start_timeout=60, hang_timeout=600) as world:
         for workload in workloads:

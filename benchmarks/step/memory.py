@@ -1,6 +1,6 @@
-"""Peak memory of a training step by batch, provider and activation checkpointing, beside the estimate of `--dry-run`.
+"""Peak memory of a training step for each workload and provider, beside the estimate of `--dry-run`.
 
-    python -m benchmarks.step.memory [--models vit_huge] [--batches 64 128] [--published CHECKOUT] [--out FOLDER]
+    python -m benchmarks.step.memory [--workloads vit_huge:64 vit_huge:128] [--official CHECKOUT] [--out FOLDER]
 
 Providers are described in benchmarks/step/providers.py (`project:recompute` checkpoints blocks). The measured step has
 the largest masks of the first 32 and is made for the second time. `held` are weights, averages and moments, `peak` is
@@ -19,22 +19,23 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import GIB, default_device
-from benchmarks.step.providers import Provider, Workload, open_published, parse_provider
+from benchmarks.official import add_official
+from benchmarks.step.providers import Provider, open_official, parse_provider
 from benchmarks.step.runs import Run, failed, failures_noted, problems, ratios, release
 from benchmarks.tables import number, save, text_table
+from benchmarks.workloads import Workload, add_workloads, chosen_workloads
 from dmtjepa.training.distributed import World, check_device, process_group
 from dmtjepa.training.estimate import memory_bytes
 
 MASKS = 32
-DEFAULT_MODELS = {"cpu": ["vit_small"], "cuda": ["vit_huge"]}
-DEFAULT_BATCHES = {"cpu": [4, 8, 16], "cuda": [64, 128]}
-# Share of the device's memory that a run can count on: the rest is CUDA's own, NCCL's and the allocator's gaps.
+DEFAULT_WORKLOADS = {"cpu": ["vit_small:4", "vit_small:8", "vit_small:16"], "cuda": ["vit_huge:64", "vit_huge:128"]}
+# Share of the device's memory that a run can use. CUDA, NCCL and gaps in the allocator take the rest.
 USABLE = 0.95
 
 
 def measure(workload: Workload, provider: Provider, world: World) -> dict:
     """The memory of one step, or the error that it ended with."""
-    row = {"model": workload.model, "batch": workload.batch_size, "provider": provider.name}
+    row: dict = {**workload.description, "provider": provider.name}
     steps = sorted(range(MASKS), key=workload.flops)
     on_cuda = world.device.type == "cuda"
     if provider.code == "project":
@@ -52,9 +53,13 @@ def measure(workload: Workload, provider: Provider, world: World) -> dict:
     return row
 
 
-def largest_batch(rows: list[dict], model: Workload, provider: Provider, world: World) -> dict | None:
-    """The row of the largest batch that fits into the device; None where too little was measured to predict it."""
-    measured = [row for row in rows if row["provider"] == provider.name and "peak_bytes" in row]
+def largest_batch(rows: list[dict], workload: Workload, provider: Provider, world: World) -> dict | None:
+    """The row of the largest batch of this model that fits into the device.
+
+    None if fewer than two batches were measured: the first guess lies on the line through the two largest.
+    """
+    alike = [row for row in rows if (row["model"], row["provider"]) == (workload.model, provider.name)]
+    measured = [row for row in alike if "peak_bytes" in row]
     if len(measured) < 2:
         return None
     below, above = sorted(measured, key=lambda row: row["batch"])[-2:]
@@ -62,7 +67,7 @@ def largest_batch(rows: list[dict], model: Workload, provider: Provider, world: 
     room = USABLE * torch.cuda.get_device_properties(world.device).total_memory - above["peak_bytes"]
     batch = above["batch"] + int(room / slope)
     for _ in range(5):
-        row = measure(replace(model, batch_size=batch), provider, world) | {"largest": True}
+        row = measure(replace(workload, batch_size=batch), provider, world) | {"largest": True}
         if "error" not in row:
             return row
         batch = int(0.95 * batch)
@@ -78,7 +83,7 @@ COLUMNS = {
     "peak GiB": number("peak_bytes", "{:.2f}", 1 / GIB),
     "estimate": number("estimate_bytes", "{:.2f}", 1 / GIB),
     "is off by": number("estimate_error", "{:+.0%}"),
-    "vs published": number("memory_vs_published", "{:.2f}x"),
+    "vs official": number("memory_vs_official", "{:.2f}x"),
     "vs reference": number("memory_vs_reference", "{:.2f}x"),
 }
 
@@ -101,26 +106,24 @@ def plot(axes, rows: list[dict]) -> None:
 def main() -> None:
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=DEFAULT_MODELS[device])
-    parser.add_argument("--batches", nargs="+", type=int, default=DEFAULT_BATCHES[device], help="images per device")
-    parser.add_argument("--set", nargs="+", default=[], help="settings, e.g. data.crop_size=96 mask.min_keep=2")
+    add_workloads(parser, DEFAULT_WORKLOADS[device])
     parser.add_argument("--providers", nargs="+", help="see benchmarks/step/providers.py")
-    parser.add_argument("--published", type=Path, help="a checkout of the published code")
+    add_official(parser)
     parser.add_argument("--out", type=Path, help="folder for a JSON file of the results and a plot")
     options = parser.parse_args()
-    texts = options.providers or ["published"] * (options.published is not None) + ["project", "project:recompute"]
-    open_published(options.published, texts)
+    texts = options.providers or ["official"] * (options.official is not None) + ["project", "project:recompute"]
+    open_official(options.official, texts)
     providers = [parse_provider(text, device) for text in texts]
-    rows = []
+    workloads = chosen_workloads(options)
+    rows: list[dict] = []
     with process_group(check_device(device), start_timeout=60, hang_timeout=600) as world:
-        for model in options.models:
-            workload = Workload(model, 1, tuple(options.set))
-            for batch in options.batches:
-                for provider in providers:
-                    rows.append(measure(replace(workload, batch_size=batch), provider, world))
-                    rows = [row | ratios(row, rows) for row in rows]
-                    save(options.out, "memory", device, rows, plot=plot)
-            if device == "cuda":
+        for workload in workloads:
+            for provider in providers:
+                rows.append(measure(workload, provider, world))
+                rows = [row | ratios(row, rows) for row in rows]
+                save(options.out, "memory", device, rows, plot=plot)
+        if device == "cuda":
+            for workload in {workload.model: workload for workload in workloads}.values():
                 for provider in providers:
                     row = largest_batch(rows, workload, provider, world) if provider.code == "project" else None
                     rows += [row] if row is not None else []

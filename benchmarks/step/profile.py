@@ -1,6 +1,6 @@
 """Where the time of a training step goes: a trace, and a table of the operators that take most of it.
 
-    python -m benchmarks.step.profile [--model vit_huge:128] [--provider project] [--steps 3] [--out FOLDER]
+    python -m benchmarks.step.profile [--workload vit_huge:128] [--provider project] [--steps 3] [--out FOLDER]
 
 Writes a trace for chrome://tracing or https://ui.perfetto.dev (.json.gz), the table as JSON and a plot. Providers are
 described in benchmarks/step/providers.py.
@@ -28,9 +28,11 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.machine import copy_bandwidth, default_device, product_rate
-from benchmarks.step.providers import open_published, parse_provider, parse_workload
+from benchmarks.official import add_official
+from benchmarks.step.providers import open_official, parse_provider
 from benchmarks.step.runs import CHECKED_STEPS, Run
 from benchmarks.tables import number, save, text_table
+from benchmarks.workloads import add_workload, chosen_workload
 from dmtjepa.training.distributed import check_device, process_group
 
 ITEM_SIZES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "short int": 2}
@@ -171,10 +173,9 @@ def plot(axes, rows: list[dict]) -> None:
 def main() -> None:
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_huge:128" if device == "cuda" else "vit_small:16", help="model:batch")
-    parser.add_argument("--set", nargs="+", default=[], help="settings, e.g. data.crop_size=96 mask.min_keep=2")
+    add_workload(parser, "vit_huge:128" if device == "cuda" else "vit_small:16")
     parser.add_argument("--provider", default="project", help="see benchmarks/step/providers.py")
-    parser.add_argument("--published", type=Path, help="a checkout of the published code")
+    add_official(parser)
     parser.add_argument("--steps", type=int, default=3, help="profiled steps")
     parser.add_argument("--top", type=int, default=25, help="rows that are printed")
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
@@ -183,8 +184,8 @@ def main() -> None:
     if device == "cpu":
         torch.set_num_threads(options.threads)
         torch._inductor.config.cpp.enable_kernel_profile = True  # compiled loops have names of their own
-    open_published(options.published, [options.provider])
-    provider, workload = parse_provider(options.provider, device), parse_workload(options.model, options.set)
+    open_official(options.official, [options.provider])
+    provider, workload = parse_provider(options.provider, device), chosen_workload(options)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     ceilings = product_rate(device, provider.dtype), copy_bandwidth(device)
     with process_group(check_device(device), start_timeout=60, hang_timeout=600) as world:
@@ -205,7 +206,7 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(options.out / f"{device}-{date.today()}-trace.json.gz"))
     save(
-        options.out, "profile", device, rows, plot=plot, model=workload.name, provider=provider.name, ms_profiled=ms,
+        options.out, "profile", device, rows, plot=plot, workload=workload.name, provider=provider.name, ms_profiled=ms,
         product_tflop_per_s=ceilings[0] / 1e12, copy_gb_per_s=ceilings[1] / 1e9,
     )  # fmt: skip
 

@@ -1,4 +1,7 @@
-"""How whole training steps are checked, timed and weighed; the steps themselves are in `benchmarks.step.providers`."""
+"""Runs of whole training steps: how they are checked and timed, and how their memory is measured.
+
+The steps themselves are in `benchmarks.step.providers`.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import peak_memory, peak_rate
-from benchmarks.step.providers import PHASES, Provider, ReferenceStep, Workload, build_step, draw_model
+from benchmarks.step.providers import PHASES, Provider, ReferenceStep, build_step, draw_model
+from benchmarks.workloads import Workload
 from dmtjepa.masks import MaskBatch
 from dmtjepa.reference import step as reference
 from dmtjepa.training.distributed import World
 from dmtjepa.training.optimizer import local_tensors
 from dmtjepa.training.stopwatch import Stopwatch
 
-# ---- The gate: losses and gradient norms of the first steps against the reference in float32.
+# ---- The gate: losses and gradient norms of the first steps must agree with those of the reference in float32.
 
 CHECKED_STEPS = 3
 # Largest relative error of the first step, and of those after an update.
@@ -34,23 +38,23 @@ LIMITS = {"float32": (1e-5, 1e-3), "bfloat16": (5e-3, 3e-2), "fp8": (2e-2, 5e-2)
 
 
 class Run:
-    """A provider on a workload: builds it, and times its steps phase by phase without waiting between them."""
+    """A provider on a workload. Its steps are timed phase by phase, without a wait between them."""
 
     def __init__(self, workload: Workload, provider: Provider, world: World) -> None:
         self.workload, self.provider, self.world = workload, provider, world
         self.clock = Stopwatch(world.device)
-        self.marks: list[tuple[str, object]] = []  # phases of the current step and the moments they began
+        self.events: list[tuple[str, object]] = []  # phases of the current step and the events at their start
         self.timed_steps: list[int] = []
-        self.timed_marks: list[list[tuple[str, object]]] = []
+        self.timed_events: list[list[tuple[str, object]]] = []
         self.memory_before = allocated(world.device)
-        self.step = build_step(workload, provider, world, self._record_phase)
+        self.step = build_step(workload, provider, world, self.record_phase)
         self.images = self.prepare(workload)
 
-    def _record_phase(self, phase: str) -> None:
-        self.marks.append((str(phase), self.clock.record_event()))
+    def record_phase(self, phase: str) -> None:
+        self.events.append((str(phase), self.clock.record_event()))
 
     def prepare(self, workload: Workload) -> Tensor:
-        """The images as the provider takes them."""
+        """The images in the form that the provider takes."""
         images = workload.images(self.world.device, self.world.rank)
         if not self.step.takes_pixels:
             return images
@@ -58,38 +62,40 @@ class Run:
             return reference.normalize_pixels(images, torch.float32)
 
     def __call__(self, step: int, workload: Workload | None = None) -> tuple[float, float | None]:
-        """Make a step and wait for it; returns loss and gradient norm. Another workload: for the gate."""
+        """Make a step and wait for it; returns loss and gradient norm. The gate gives another workload."""
         images = self.images if workload is None else self.prepare(workload)
         loss, norm = self.step(images, self.masks(step, workload), step)
         return float(loss), None if norm is None else float(norm)
 
     def time(self, step: int) -> None:
-        """Make a step and keep the moments of its phases."""
+        """Make a step and keep the events of its phases."""
         masks = self.masks(step)
-        self.marks = [("begin", self.clock.record_event())]
+        self.events = []
+        self.record_phase("begin")
         self.step(self.images, masks, step)
         self.timed_steps.append(step)
-        self.timed_marks.append([*self.marks, ("end", self.clock.record_event())])
+        self.record_phase("end")
+        self.timed_events.append(self.events)
 
     def masks(self, step: int, workload: Workload | None = None) -> MaskBatch:
-        """The masks of a step on the device, where they stay."""
+        """The masks of a step on the device; they stay there."""
         world = self.world
         return (workload or self.workload).masks(step, world.rank, world.world_size, world.device)
 
     def seconds(self) -> list[dict[str, float]]:
-        """Of each timed step: seconds in all (`step`) and of each phase."""
+        """Seconds of each timed step: the whole (`step`) and each phase."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         found = []
-        for marks in self.timed_marks:
-            phases = {"step": self.clock.seconds(marks[0][1], marks[-1][1])}
-            for (phase, start), (_, end) in itertools.pairwise(marks):
+        for events in self.timed_events:
+            phases = {"step": self.clock.seconds(events[0][1], events[-1][1])}
+            for (phase, start), (_, end) in itertools.pairwise(events):
                 phases[phase] = phases.get(phase, 0.0) + self.clock.seconds(start, end)
             found.append(phases)
         return found
 
     def held_bytes(self) -> int:
-        """Bytes of weights, averages and moments between two steps; on CUDA all that is allocated for this run."""
+        """Bytes of weights, averages and moments between two steps; on CUDA, all bytes allocated for this run."""
         if self.world.device.type == "cuda":
             return allocated(self.world.device) - self.memory_before
         modules = self.step.modules()
@@ -99,7 +105,7 @@ class Run:
         return sum(storages.values())
 
     def measure_memory(self, step: int) -> dict[str, float]:
-        """Peak of a step, in bytes: on top of what is held before it, and in all."""
+        """Peak of a step in bytes: what is held before it, what it adds, and the sum."""
         held = self.held_bytes()
         transient = peak_memory(lambda: self(step), self.world.device.type)
         return {"held_bytes": held, "transient_bytes": transient, "peak_bytes": held + transient}
@@ -110,7 +116,7 @@ def allocated(device: torch.device) -> int:
 
 
 def release(device: torch.device) -> None:
-    """Forget compiled code and cached memory of runs that are gone."""
+    """Free compiled code and cached memory of runs that have ended."""
     gc.collect()
     torch._dynamo.reset()
     if device.type == "cuda":
@@ -121,7 +127,7 @@ def release(device: torch.device) -> None:
 def reference_values(workload: Workload, device: torch.device) -> list[tuple[float, float]]:
     """Loss and gradient norm of the reference's first steps, in float32."""
     model = draw_model(workload.config(), device)
-    step = ReferenceStep(model, device, lambda phase: None, torch.float32, part=16)
+    step = ReferenceStep(model, device, lambda phase: None, torch.float32, micro_batch_size=16)
     with device:
         pixels = reference.normalize_pixels(workload.images(device), torch.float32)
     masks = (workload.masks(number, device=device) for number in range(CHECKED_STEPS))
@@ -133,15 +139,15 @@ def reference_values(workload: Workload, device: torch.device) -> list[tuple[flo
 
 
 def check(run: Run) -> dict:
-    """Make the first steps and compare them with the reference's.
+    """Make the first steps and compare them with those of the reference.
 
-    The published code takes its queries from other images when B > 1: its first steps are of batches of one image.
+    The official code takes its queries from other images when B > 1, so its first steps have one image.
 
     Returns:
-        error_first, error_later: largest relative errors of loss and gradient norm (inf where not finite), of the first
-        step and of the others; their limits; correct.
+        The largest relative errors of loss and gradient norm (inf where not finite) of the first step, `error_first`,
+        and of the others, `error_later`; their limits; whether they are within them, `correct`.
     """
-    workload = replace(run.workload, batch_size=1) if run.provider.code == "published" else run.workload
+    workload = replace(run.workload, batch_size=1) if run.provider.code == "official" else run.workload
     errors = []
     for step, expected in enumerate(reference_values(workload, run.world.device)):
         found = run(step, workload if workload != run.workload else None)
@@ -161,7 +167,7 @@ def _relative(found: float, expected: float) -> float:
 
 @contextlib.contextmanager
 def failures_noted(row: dict) -> Iterator[None]:
-    """A provider that fails, by lack of memory or otherwise, leaves its error in its row."""
+    """Write the error of a provider that fails, for lack of memory or otherwise, into its row."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -175,15 +181,21 @@ def failures_noted(row: dict) -> Iterator[None]:
 def measure_steps(
     workload: Workload, providers: list[Provider], world: World, *, warmup: int, steps: int, seconds: float
 ) -> list[dict]:
-    """One row per provider: each is checked and makes `warmup` further steps; then all take each of the `steps` in
-    turn, so that drift of the machine hits all alike (at least 3, and no more once `seconds` per provider have passed);
-    last, the memory of the step with most work is measured."""
+    """Check and time providers on a workload, and measure their memory.
+
+    Each provider is checked and makes `warmup` further steps. Then all providers make each of the `steps` in turn, so
+    that a drift of the machine affects all alike; the timing ends when `seconds` per provider have passed, but not
+    before 3 steps. Last, the memory of the step with the most work is measured.
+
+    Returns:
+        One row per provider.
+    """
     first = CHECKED_STEPS + warmup
     numbers = range(first, first + steps)
-    reference_values(workload, world.device)  # outside the rows: without it there is nothing to compare with
+    reference_values(workload, world.device)  # an error of the reference ends the program
     rows, runs = [], []
     for provider in providers:
-        row = {"model": workload.name, "provider": provider.name, "batch": workload.batch_size}
+        row: dict = {**workload.description, "provider": provider.name}
         rows.append(row)
         start = time.perf_counter()
         with failures_noted(row):
@@ -205,7 +217,7 @@ def measure_steps(
                 with failures_noted(row):
                     run.time(number)
     for run, row in runs:
-        if len(run.timed_steps) >= 3:  # one that failed later, for lack of memory at larger masks, has those before
+        if len(run.timed_steps) >= 3:  # also of one that failed later, for lack of memory at larger masks
             with failures_noted(row):
                 row |= summarize(workload, run.provider, world.device.type, run.timed_steps, run.seconds())
         if "error" not in row:
@@ -239,10 +251,10 @@ def summarize(
 
 
 def ratios(row: dict, rows: list[dict]) -> dict:
-    """Speed and peak memory of a row against the published code and the reference on the same model and batch."""
+    """Speed and peak memory of a row against the official code and the reference on the same workload."""
     found = {}
-    alike = [other for other in rows if (other["model"], other["batch"]) == (row["model"], row["batch"])]
-    for code in ("published", "reference"):
+    alike = [other for other in rows if other["workload"] == row["workload"]]
+    for code in ("official", "reference"):
         other = next((other for other in alike if other["provider"].startswith(code)), {})
         if "ms" in other and "ms" in row:
             found[f"speed_vs_{code}"] = other["ms"] / row["ms"]
@@ -252,17 +264,19 @@ def ratios(row: dict, rows: list[dict]) -> dict:
 
 
 def failed(rows: list[dict]) -> bool:
-    """Whether a provider was wrong or broke; lack of memory is a result."""
+    """Whether a provider was wrong or failed; lack of memory is a result."""
     return any(row.get("correct") is False for row in rows)
 
 
 def problems(rows: list[dict]) -> list[str]:
-    """Why rows have no times."""
+    """The reasons why rows have no times."""
     found = []
     for row in rows:
         if "error" in row:
-            found.append(f"{row['model']}, {row['provider']}: {row['error']}")
+            found.append(f"{row['workload']}, {row['provider']}: {row['error']}")
         elif row.get("correct") is False:
             first, later = (f"{row[f'error_{x}']:.1e} (limit {row[f'limit_{x}']:.0e})" for x in ("first", "later"))
-            found.append(f"{row['model']}, {row['provider']}: WRONG, not timed: error {first}, after updates {later}")
+            found.append(
+                f"{row['workload']}, {row['provider']}: WRONG, not timed: error {first}, after updates {later}"
+            )
     return found

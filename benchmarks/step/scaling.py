@@ -1,7 +1,7 @@
 """A training step on several processes: images/s, efficiency, and the time spent waiting for other processes.
 
-    python -m benchmarks.step.scaling --processes 1 2 [--model vit_small:8] [--out FOLDER]
-    torchrun --nproc-per-node 8 [--nnodes ...] -m benchmarks.step.scaling --model vit_huge:128 --out FOLDER
+    python -m benchmarks.step.scaling --processes 1 2 [--workload vit_small:8] [--out FOLDER]
+    torchrun --nproc-per-node 8 [--nnodes ...] -m benchmarks.step.scaling --workload vit_huge:128 --out FOLDER
 
 The first form starts torchrun on this machine once for each number of processes. The second measures the world it is
 started in, one GPU per process with NCCL, or CPUs with gloo; under SLURM start it with srun on each node. Each
@@ -31,10 +31,12 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity
 
 from benchmarks.machine import default_device
-from benchmarks.step.communication import A100, H100, MODELS, predict
-from benchmarks.step.providers import Provider, Workload, parse_provider, parse_workload
+from benchmarks.predictions import PREDICTIONS
+from benchmarks.step.communication import A100, H100, predict, published_model
+from benchmarks.step.providers import Provider, parse_provider
 from benchmarks.step.runs import CHECKED_STEPS, Run, release
 from benchmarks.tables import number, save, text_table
+from benchmarks.workloads import Workload, add_workload, parse_workload
 from dmtjepa.training.distributed import World, check_device, process_group
 
 MACHINES = {"A100": A100, "H100": H100, "H200": H100}
@@ -61,10 +63,9 @@ def measure(workload: Workload, provider: Provider, world: World, warmup: int, s
     dist.all_reduce(waiting)
     images = workload.batch_size * world.world_size
     return {
-        "model": workload.model,
+        **workload.description,
         "provider": provider.name,
         "processes": world.world_size,
-        "batch": workload.batch_size,
         "global_batch": images,
         "ms": 1e3 * seconds,
         "images_per_s": images / seconds,
@@ -105,7 +106,8 @@ def predicted_efficiency(row: dict, hardware: str) -> float | None:
     """By `communication_model`, against one GPU's computation; None for other GPUs, CPUs and models."""
     machine = next((machine for name, machine in MACHINES.items() if name in hardware), None)
     letter = row["model"].removeprefix("vit_")[0].upper()
-    model = next((model for model in MODELS if model.name.startswith(f"ViT-{letter}/")), None)
+    name = next((name for name in PREDICTIONS if name.startswith(f"ViT-{letter}/")), None)
+    model = None if name is None else published_model(name)
     if machine is None or model is None or row["scaling"] != "weak" or row["batch"] != model.batch:
         return None
     return model.seconds[machine.name[:4]] / predict(model, machine, row["processes"], hybrid=False)
@@ -167,8 +169,7 @@ def main() -> None:
     default = "vit_huge:128" if device == "cuda" else "vit_small:8"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="worlds to start on this machine")
-    parser.add_argument("--model", default=default, help="model:batch of a process")
-    parser.add_argument("--set", nargs="+", default=[], help="settings, e.g. data.crop_size=96 mask.min_keep=2")
+    add_workload(parser, default)
     parser.add_argument("--provider", default="project", help="see benchmarks/step/providers.py")
     parser.add_argument("--scaling", nargs="+", choices=["weak", "strong"], default=["weak", "strong"])
     parser.add_argument("--steps", type=int, default=5 if device == "cpu" else 20)
@@ -183,7 +184,7 @@ def main() -> None:
         return
 
     provider = parse_provider(options.provider, device)
-    workload = parse_workload(options.model, ["mask.context_cut=global", *options.set])
+    workload = parse_workload(options.workload, ["mask.context_cut=global", *options.set])
     local = int(os.environ.get("LOCAL_RANK", 0))
     rows = []
     with process_group(check_device(device, local), start_timeout=300, hang_timeout=600) as world:

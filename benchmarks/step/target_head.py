@@ -1,13 +1,13 @@
 """The target head, features to targets: this project against the method op for op (`dmtjepa.reference.step`).
 
-Measured is `AggregationHead.aggregate_neighbors` on one step's covered patches, beside the reference's
-`aggregate_neighbors` on all patches followed by reading the target blocks, as published. Time is the median of
-interleaved calls; memory is what a call's tensors hold at their peak, on top of its inputs.
+This project calls `AggregationHead.aggregate_neighbors` on the covered patches of one step. The reference calls its
+`aggregate_neighbors` on all patches and then reads the target blocks, as the official code does. Time is the median of
+interleaved calls; memory is the peak of what the tensors of a call hold, without its inputs.
 
-    python -m benchmarks.step.target_head [--shapes base:8 huge:16] [--published CHECKOUT] [--out FOLDER]
+    python -m benchmarks.step.target_head [--workloads vit_base:8 vit_huge:16] [--official CHECKOUT] [--out FOLDER]
 
-`--published` adds the published head from a checkout of that code, its missing `Mlp` supplied from its own encoder.
-Its queries come from other images when B > 1, so it is timed with its own targets and not checked.
+`--official` adds the head of the official code. Its queries come from other images when B > 1, so it is timed with its
+own targets and not checked.
 """
 
 from __future__ import annotations
@@ -22,63 +22,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import default_device, peak_memory
-from benchmarks.official import open_checkout, published_head
-from benchmarks.operators.cases import SHAPES, Shape
+from benchmarks.official import add_official, official_head, open_checkout
 from benchmarks.tables import number, save, text_table
-from dmtjepa.config import MaskSettings
-from dmtjepa.masks import sample_masks
+from benchmarks.workloads import PUBLISHED, Workload, add_workloads, chosen_workloads
 from dmtjepa.models import AggregationHead
 from dmtjepa.reference import step as reference
 
 # Of the targets' relative errors, row by row: the median, and the share of rows above 0.1. In bfloat16 a few patches
 # choose another neighbour where two are all but equally similar.
 LIMITS = {torch.float32: (1e-5, 0.0), torch.bfloat16: (2e-2, 2e-2)}
-TARGETS_CPU = ["base:8", "huge:16"]
+DEFAULT_WORKLOADS = {"cpu": ("vit_base:8", "vit_huge:16"), "cuda": PUBLISHED}
 
 
 def read_blocks(h: Tensor, target_index: Tensor) -> Tensor:
-    """[B, N, D] at [B, M, T] -> [B, M, T, D], as the published step does."""
+    """[B, N, D] at [B, M, T] -> [B, M, T, D], as the official step does."""
     rows = h.gather(1, target_index.flatten(1)[..., None].expand(-1, -1, h.shape[-1]))
     return rows.unflatten(1, target_index.shape[1:])
 
 
-def measure(
-    shape: Shape, batch_size: int, device: str, dtype: torch.dtype, repeats: int, published: bool
-) -> list[dict]:
+def measure(workload: Workload, device: str, dtype: torch.dtype, repeats: int, official: bool) -> list[dict]:
     """One row per provider."""
     torch.manual_seed(0)
-    masks = sample_masks(MaskSettings(), shape.grid_size, batch_size, seed=0, step=0, rank=0)
-    masks = masks.to(device) if device == "cuda" else masks
-    head = AggregationHead(shape.dim, shape.num_heads).to(device, dtype).requires_grad_(False)
-    h = F.layer_norm(torch.randn(batch_size, shape.num_patches, shape.dim, device=device), (shape.dim,)).to(dtype)
+    masks = workload.masks(0, device=device)
+    head = AggregationHead(workload.dim, workload.num_heads).to(device, dtype).requires_grad_(False)
+    h = F.layer_norm(
+        torch.randn(workload.batch_size, workload.num_patches, workload.dim, device=device), (workload.dim,)
+    ).to(dtype)
     parameters = reference.parameters_of(head)
 
     def fast() -> Tensor:
-        return head.aggregate_neighbors(h, shape.grid_size, masks.target_unique, masks.neighborhood)
+        return head.aggregate_neighbors(h, workload.grid_size, masks.target_unique, masks.neighborhood)
 
     def slow() -> Tensor:
-        with torch.device(device):  # where the reference makes its tables
-            everywhere = reference.aggregate_neighbors(parameters, h, shape.grid_size, shape.num_heads)
+        with torch.device(device):  # the reference makes its tables there
+            everywhere = reference.aggregate_neighbors(parameters, h, workload.grid_size, workload.num_heads)
         return read_blocks(everywhere, masks.target_index)
 
     providers = {"this project": fast, "reference": slow}
-    if published:
-        theirs = published_head().LocalAggHead(shape.dim, shape.num_heads, k_num=4, k_size=3)
+    if official:
+        theirs = official_head().LocalAggHead(workload.dim, workload.num_heads, k_num=4, k_size=3)
         theirs = theirs.to(device, dtype).requires_grad_(False)
         theirs.load_state_dict(head.state_dict())
-        providers["published"] = lambda: read_blocks(theirs(h, loc=True), masks.target_index)
+        providers["official"] = lambda: read_blocks(theirs(h, loc=True), masks.target_index)
 
     found, expected = (targets.flatten(0, 2).double() for targets in (fast()[masks.target_slot], slow()))
     errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
     error, outliers = errors.median().item(), 1 - (errors <= 0.1).double().mean().item()  # a NaN is an outlier
     if not (error <= LIMITS[dtype][0] and outliers <= LIMITS[dtype][1]):
         raise SystemExit(
-            f"{shape.name} B={batch_size}: the targets are wrong (median error {error:.1e}, {outliers:.1%} of rows "
+            f"{workload.name}: the targets are wrong (median error {error:.1e}, {outliers:.1%} of rows "
             "above 0.1); nothing was timed"
         )
     del found, expected, errors
     for provider in providers.values():
-        provider()  # whatever happens only once
+        provider()  # warm-up
     memory = {name: peak_memory(provider, device) for name, provider in providers.items()}
     times: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(repeats):
@@ -93,7 +90,7 @@ def measure(
         ms = statistics.median(times[name])
         rows.append(
             {
-                "shape": shape.name, "batch": batch_size, "provider": name, "dtype": str(dtype),
+                **workload.description, "provider": name, "dtype": str(dtype),
                 "error": error, "outliers": outliers,
                 "ms": ms, "peak_mib": memory[name] / 2**20,
                 "time_of_reference": ms / statistics.median(times["reference"]),
@@ -104,7 +101,7 @@ def measure(
 
 
 COLUMNS = {
-    "shape": lambda row: f"{row['shape']}:{row['batch']}",
+    "workload": lambda row: row["workload"],
     "provider": lambda row: row["provider"],
     "ms": number("ms", "{:.2f}"),
     "speed": lambda row: f"{1 / row['time_of_reference']:.2f}x",
@@ -116,20 +113,18 @@ COLUMNS = {
 def main() -> None:
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [f"{s.name}:{s.batch_size}" for s in SHAPES.values()] if device == "cuda" else TARGETS_CPU
-    parser.add_argument("--shapes", nargs="+", default=default, help="model:batch, e.g. base:8")
+    add_workloads(parser, DEFAULT_WORKLOADS[device])
     parser.add_argument("--repeats", type=int, default=30 if device == "cuda" else 9)
-    parser.add_argument("--published", type=Path, help="a checkout of the published code")
+    add_official(parser)
     parser.add_argument("--out", type=Path, help="folder for a JSON file of the results")
     options = parser.parse_args()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    if options.published:
-        open_checkout(options.published.resolve())
+    if options.official:
+        open_checkout(options.official)
     rows = []
-    for text in options.shapes:
-        name, batch = text.split(":")
+    for workload in chosen_workloads(options):
         with torch.inference_mode():
-            rows += measure(SHAPES[name], int(batch), device, dtype, options.repeats, options.published is not None)
+            rows += measure(workload, device, dtype, options.repeats, options.official is not None)
         save(options.out, "targets", device, rows)
     print(text_table(COLUMNS, rows, num_names=2))
 

@@ -2,6 +2,7 @@
 
 from dmtjepa.config.errors import ConfigError
 from dmtjepa.config.loading import load_config, parse_config
+from dmtjepa.config.resume import Resume, changed_settings, resume_rules
 from dmtjepa.config.settings import (
     Config,
     DataSettings,
@@ -24,7 +25,10 @@ __all__ = [
     "MetaSettings",
     "OptimizationSettings",
     "PatchSettings",
+    "Resume",
     "RuntimeSettings",
+    "changed_settings",
     "load_config",
     "parse_config",
+    "resume_rules",
 ]

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dmtjepa.config.resume import Resume
+
 Fraction = Annotated[float, Field(gt=0, le=1)]
+T = TypeVar("T")
+# Whether a setting may change when a run is resumed; without a mark it may not.
+Free = Annotated[T, Resume.FREE]
+SameGlobalBatch = Annotated[T, Resume.SAME_GLOBAL_BATCH]
 ModelName = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"]
 
 
@@ -29,22 +35,24 @@ def _check_range(name: str, low: float, high: float) -> None:
 class DataSettings(Section):
     """Where images come from and how they are cropped."""
 
-    batch_size: int = Field(256, ge=1, description="images per step on each device")
+    batch_size: SameGlobalBatch[int] = Field(256, ge=1, description="images per step on each device")
     color_jitter_strength: float = Field(0.0, ge=0, description="strength of the colour distortion")
     crop_scale: tuple[Fraction, Fraction] = Field((0.3, 1.0), description="area of the random crop, of the image's")
     crop_size: int | tuple[int, int] = Field(224, description="side of the crop in pixels, or [height, width]")
     image_folder: str = Field("", description="folder of the images, below root_path")
-    num_workers: int = Field(10, ge=0, le=512, description="loader processes (or DALI threads) of each device")
-    pin_mem: bool = Field(True, description="copy batches to CUDA devices from pinned memory")
-    root_path: str = Field("", description="folder that holds image_folder; ~ and $VARIABLES are expanded")
+    num_workers: Free[int] = Field(10, ge=0, le=512, description="loader processes (or DALI threads) of each device")
+    pin_mem: Free[bool] = Field(True, description="copy batches to CUDA devices from pinned memory")
+    root_path: Free[str] = Field("", description="folder that holds image_folder; ~ and $VARIABLES are expanded")
     use_color_distortion: bool = Field(False, description="random colour jitter and greyscale")
     use_gaussian_blur: bool = Field(False, description="random Gaussian blur")
     use_horizontal_flip: bool = Field(False, description="random horizontal flip")
     dataset: Literal["folder", "shapes"] = Field("folder", description="a folder of images, or the drawn set `shapes`")
     loader: Literal["auto", "torchvision", "dali"] = Field("auto", description="auto: DALI when it is installed")
-    max_broken: float = Field(0.01, ge=0, le=1, description="share of unreadable images above which a run stops")
+    max_broken: Free[float] = Field(0.01, ge=0, le=1, description="share of unreadable images above which a run stops")
     hw_decoder_load: float = Field(0.7, ge=0, le=1, description="DALI on a GPU: JPEGs decoded in hardware")
-    worker_timeout: float = Field(50, gt=0, description="seconds without an image until a loader counts as stalled")
+    worker_timeout: Free[float] = Field(
+        50, gt=0, description="seconds without an image until a loader counts as stalled"
+    )
 
     @field_validator("crop_size")
     @classmethod
@@ -73,7 +81,7 @@ class DataSettings(Section):
 class LoggingSettings(Section):
     """Where the run is written."""
 
-    folder: str = Field("runs/dmtjepa", description="the run folder; created when missing")
+    folder: Free[str] = Field("runs/dmtjepa", description="the run folder; created when missing")
     write_tag: str = Field("jepa", pattern=r"^[\w.-]+$", description="first part of the file names in it")
 
 
@@ -122,14 +130,15 @@ class PatchSettings(Section):
 class MetaSettings(Section):
     """The model, and what it starts from."""
 
-    copy_data: bool = Field(False, description="of the released schema; true is refused, see docs/data.md")
-    load_checkpoint: bool = Field(
-        False, description="a new run starts from read_checkpoint, if that is set; a begun run always goes on by itself"
+    copy_data: Free[bool] = Field(False, description="of the released schema; true is refused, see docs/data.md")
+    load_checkpoint: Free[bool] = Field(
+        False,
+        description="a new run starts from read_checkpoint, if that is set; a started run resumes by itself",
     )
     model_name: ModelName = Field("vit_base", description="encoder")
     pred_depth: int = Field(6, ge=1, le=64, description="blocks of the predictor")
     pred_emb_dim: int = Field(384, ge=8, description="width of the predictor")
-    read_checkpoint: str | None = Field(None, description="a .pth.tar file, by itself or below logging.folder")
+    read_checkpoint: Free[str | None] = Field(None, description="a .pth.tar file, by itself or below logging.folder")
     use_bfloat16: bool = Field(True, description="compute in bfloat16 on CUDA; see runtime.precision")
     init_std: float = Field(0.02, gt=0, le=1, description="standard deviation of the initial weights (published: 0.02)")
 
@@ -163,7 +172,7 @@ class OptimizationSettings(Section):
         None, ge=1, description="global batch the learning rates are meant for: they scale linearly with the batch"
     )
     clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient; null: not clipped")
-    max_skipped_steps: int = Field(
+    max_skipped_steps: Free[int] = Field(
         0, ge=0, description="steps with a non-finite loss or gradient that are skipped before the run stops"
     )
 
@@ -178,13 +187,17 @@ class OptimizationSettings(Section):
 
 
 class RuntimeSettings(Section):
-    """How the run is computed; none of these changes what is trained."""
+    """How the run is computed. Only seed, accumulation and teacher_precision change what is trained."""
 
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, sample order, crops and masks")
-    attention: Literal["auto", "xformers", "sdpa"] = Field("auto", description="attention backend on CUDA")
-    kernels: Literal["triton", "torch"] = Field("triton", description="operators on CUDA; a CPU always runs torch's")
-    accumulation: int = Field(1, ge=1, description="batches of a device whose gradients are summed into one step")
-    precision: Literal["auto", "bfloat16", "float32"] = Field(
+    attention: Free[Literal["auto", "xformers", "sdpa"]] = Field("auto", description="attention backend on CUDA")
+    kernels: Free[Literal["triton", "torch"]] = Field(
+        "triton", description="operators on CUDA; a CPU always runs torch's"
+    )
+    accumulation: SameGlobalBatch[int] = Field(
+        1, ge=1, description="batches of a device whose gradients are summed into one step"
+    )
+    precision: Free[Literal["auto", "bfloat16", "float32"]] = Field(
         "auto",
         description="of the computation; weights, their gradients and their updates are always float32. auto: "
         "meta.use_bfloat16 on CUDA, float32 on a CPU (bfloat16 pays on CPUs with AVX512-BF16)",
@@ -194,25 +207,35 @@ class RuntimeSettings(Section):
         description="of the matrix products in the teacher's blocks. fp8: float8_e4m3fn with a scale per row, on GPUs "
         "of compute capability 8.9 and 9.0 or later; a CPU emulates it, slowly",
     )
-    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of each block; auto: on CUDA")
-    activation_checkpointing: Literal["auto", "none", "pointwise", "blocks"] = Field(
+    compile: Free[Literal["auto", "on", "off"]] = Field(
+        "auto", description="torch.compile of each block; auto: on CUDA"
+    )
+    activation_checkpointing: Free[Literal["auto", "none", "pointwise", "blocks"]] = Field(
         "auto",
         description="what the backward pass computes again instead of keeping it: of the student's blocks, norms and "
         "GELUs (pointwise) or all (blocks); auto: pointwise where blocks are compiled, where it costs little",
     )
-    shard_size: int | None = Field(
+    shard_size: Free[int | None] = Field(
         None, ge=1, description="devices that one copy of the model is sharded over (HSDP); null: all of them (FSDP)"
     )
-    reshard_after_forward: bool = Field(
+    reshard_after_forward: Free[bool] = Field(
         True, description="free the student's gathered weights between forward and backward; false: faster, larger"
     )
-    log_every: int = Field(10, ge=1, description="steps between two reads of the losses, when rows are written")
-    save_every_steps: int | None = Field(None, ge=1, description="steps between checkpoints, besides those of epochs")
-    save_every_epochs: int = Field(1, ge=1, description="epochs between checkpoints, each with {tag}-latest.pth.tar")
-    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    keep_every_epochs: int = Field(50, ge=1, description="checkpoints kept for good, each with {tag}-ep{N}.pth.tar")
-    start_timeout: float = Field(300, gt=0, description="seconds within which all processes must have joined")
-    hang_timeout: float = Field(1800, gt=0, description="seconds without progress after which a run reports and stops")
+    log_every: Free[int] = Field(10, ge=1, description="steps between two reads of the losses, when rows are written")
+    save_every_steps: Free[int | None] = Field(
+        None, ge=1, description="steps between checkpoints, besides those of epochs"
+    )
+    save_every_epochs: Free[int] = Field(
+        1, ge=1, description="epochs between checkpoints, each with {tag}-latest.pth.tar"
+    )
+    keep_last: Free[int] = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep_every_epochs: Free[int] = Field(
+        50, ge=1, description="checkpoints kept for good, each with {tag}-ep{N}.pth.tar"
+    )
+    start_timeout: Free[float] = Field(300, gt=0, description="seconds within which all processes must have joined")
+    hang_timeout: Free[float] = Field(
+        1800, gt=0, description="seconds without progress after which a run reports and stops"
+    )
 
     @field_validator("compile", mode="before")
     @classmethod
@@ -223,8 +246,8 @@ class RuntimeSettings(Section):
 class EvaluationSettings(Section):
     """What the report measures."""
 
-    batch_size: int = Field(256, ge=1, description="images per batch of feature extraction")
-    neighbors: tuple[int, ...] = Field((5, 10, 20), description="k of the k-NN accuracies")
+    batch_size: Free[int] = Field(256, ge=1, description="images per batch of feature extraction")
+    neighbors: Free[tuple[int, ...]] = Field((5, 10, 20), description="k of the k-NN accuracies")
 
 
 class Config(Section):

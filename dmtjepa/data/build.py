@@ -23,9 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def open_images(path: str | os.PathLike[str]) -> ImageSource:
-    """The images at a path: a folder, a file list (.txt, .tsv, .lst), or tar shards (one, a folder, a pattern).
+    """Open the images at a path: a folder, a file list (.txt, .tsv, .lst), or tar shards (one, a folder, a pattern).
 
-    "shapes:train" and "shapes:val" name the drawn set (drawn now, if it is not in the cache).
+    "shapes:train" and "shapes:val" are the splits of the drawn set, which is drawn now if it is not in the cache.
+
+    Raises:
+        DataError: there are no images at this path, or they cannot be listed.
     """
     path = os.fspath(path)
     if path in ("shapes:train", "shapes:val"):
@@ -43,7 +46,7 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
 
 
 def open_source(settings: DataSettings) -> ImageSource:
-    """The images that the settings name."""
+    """Open the images that the settings name."""
     if settings.dataset == "shapes":
         return open_images("shapes:train")
     if not settings.root_path and not settings.image_folder:
@@ -52,7 +55,7 @@ def open_source(settings: DataSettings) -> ImageSource:
 
 
 def is_dali_installed() -> bool:
-    """Whether NVIDIA DALI can be imported, told without importing it."""
+    """Whether NVIDIA DALI is installed, found out without importing it."""
     return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 
 
@@ -64,9 +67,10 @@ def build_loader(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> Loader:
-    """The training loader of a rank. Batches are uint8 [batch_size,3,H,W], pinned when the device is CUDA.
+    """Build the training loader of a rank. Batches are uint8 [batch_size,3,H,W], pinned if the device is CUDA.
 
-    Raises DataError when there are no images, or fewer than a global batch, or DALI is asked for and does not work.
+    Raises:
+        DataError: there are fewer images than a global batch needs, or DALI is asked for and does not work.
     """
     source = open_source(settings)
     global_batch = settings.batch_size * world_size
@@ -78,7 +82,7 @@ def build_loader(
     device = torch.device(device)
     if settings.loader == "dali" or (settings.loader == "auto" and is_dali_installed()):
         try:
-            from dmtjepa.data.loaders.dali import DaliLoader  # takes a second, and is an extra
+            from dmtjepa.data.loaders.dali import DaliLoader  # takes a second to import, and is an extra
 
             return DaliLoader(source, settings, seed=seed, rank=rank, world_size=world_size, device=device)
         except DataError as error:
@@ -96,9 +100,11 @@ def build_eval_loader(
     *,
     num_workers: int = 0,
 ) -> EvaluationLoader:
-    """All images once, in order, for measuring features.
+    """Build a loader that gives every image once, in order, cropped at the centre.
 
-    source: a path as in `open_images`, or an opened source.
+    Args:
+        source: a path as in `open_images`, or an open source.
+        image_size: of the crop in pixels, one side or (height, width).
     """
     if isinstance(source, (str, os.PathLike)):
         source = open_images(source)

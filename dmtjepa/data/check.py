@@ -1,6 +1,6 @@
-"""Look through a data set before a long run: `python -m dmtjepa.data.check SOURCE`.
+"""Checks a data set before a long run: `python -m dmtjepa.data.check SOURCE`.
 
-Reads and decodes every image, in parallel, and reports counts, sizes, formats, corrupt files and duplicates.
+Reads and decodes every image in parallel, and reports counts, sizes, formats, corrupt files and duplicates.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from dmtjepa.data import DataError, ImageSource, open_images
 from dmtjepa.data.decode import CorruptImage, decode_image, tell_reason
 
 _CHUNK = 64
-_LISTED = 20  # groups of duplicates
-_EQUATED = 4  # names in a group
+_MAX_GROUPS = 20  # groups of duplicates that are listed
+_MAX_NAMES = 4  # names in a group that are listed
 
 
 class Finding(NamedTuple):
-    """What an image is: format and mode as PIL names them, and a digest of its bytes; or why it is corrupt."""
+    """Format and mode of an image as PIL names them, its size, and a digest of its bytes; or why it is corrupt."""
 
-    form: str = ""
+    format: str = ""
     mode: str = ""
     width: int = 0
     height: int = 0
@@ -41,18 +41,20 @@ class Finding(NamedTuple):
 
 @dataclass
 class Report:
-    """What was found in a source."""
+    """The findings of all images in a source."""
 
     num_images: int
     num_classes: int
-    sizes: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))  # (width, height) of the good ones
+    sizes: np.ndarray = field(
+        default_factory=lambda: np.empty((0, 2), np.int64)
+    )  # (width, height) of those that decode
     formats: Counter = field(default_factory=Counter)
     modes: Counter = field(default_factory=Counter)
     corrupt: list[tuple[str, str]] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"images      {self.num_images}, {self.num_images - len(self.corrupt)} of them good"]
+        lines = [f"images      {self.num_images}, {self.num_images - len(self.corrupt)} of them decode"]
         if self.num_classes:
             lines.append(f"classes     {self.num_classes}")
         if len(self.sizes):
@@ -62,23 +64,23 @@ class Report:
             lines.append(f"{name:<11} " + ", ".join(f"{key} {count}" for key, count in counts.most_common()))
         copies = sum(len(group) - 1 for group in self.duplicates)
         lines.append(f"duplicates  {copies} copies of {len(self.duplicates)} images (same bytes)")
-        lines += _list_some(["  " + _equate(group) for group in self.duplicates])
+        lines += _shorten(["  " + _join_names(group) for group in self.duplicates])
         lines.append(f"corrupt      {len(self.corrupt)}")
         lines += [f"  {name}: {reason}" for name, reason in self.corrupt]
         return "\n".join(lines)
 
 
-def _list_some(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= _LISTED else [*lines[:_LISTED], f"  and {len(lines) - _LISTED} more"]
+def _shorten(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= _MAX_GROUPS else [*lines[:_MAX_GROUPS], f"  and {len(lines) - _MAX_GROUPS} more"]
 
 
-def _equate(names: list[str]) -> str:
-    more = f" = {len(names) - _EQUATED} more" if len(names) > _EQUATED else ""
-    return " = ".join(names[:_EQUATED]) + more
+def _join_names(names: list[str]) -> str:
+    more = f" = {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return " = ".join(names[:_MAX_NAMES]) + more
 
 
 def examine(data: bytes) -> Finding:
-    """What encoded bytes are."""
+    """Decode an image and describe it."""
     try:
         decode_image(data)
         image = Image.open(io.BytesIO(data))
@@ -91,12 +93,12 @@ def examine(data: bytes) -> Finding:
 _source: ImageSource  # of this worker process
 
 
-def _begin(source: ImageSource) -> None:
+def _init_worker(source: ImageSource) -> None:
     global _source
     _source = source
 
 
-def _examine_some(start: int) -> list[Finding]:
+def _examine_chunk(start: int) -> list[Finding]:
     findings = []
     for image in range(start, min(start + _CHUNK, len(_source))):
         try:
@@ -107,25 +109,27 @@ def _examine_some(start: int) -> list[Finding]:
 
 
 def check(source: ImageSource, num_workers: int) -> Report:
-    """Read every image of a source with num_workers processes."""
+    """Read and decode every image of a source with `num_workers` processes."""
     report = Report(len(source), len(source.class_names))
     sizes, digests = [], defaultdict(list)
     starts = range(0, len(source), _CHUNK)
-    pool = ProcessPoolExecutor(num_workers, initializer=_begin, initargs=(source,))
+    pool = ProcessPoolExecutor(num_workers, initializer=_init_worker, initargs=(source,))
     with pool, tqdm(total=len(source), unit=" images", disable=None) as bar:
         try:
-            for start, findings in zip(starts, pool.map(_examine_some, starts), strict=True):
+            for start, findings in zip(starts, pool.map(_examine_chunk, starts), strict=True):
                 for image, finding in enumerate(findings, start):
                     if finding.reason:
                         report.corrupt.append((source.name(image), finding.reason))
                         continue
                     sizes.append((finding.width, finding.height))
-                    report.formats[finding.form] += 1
+                    report.formats[finding.format] += 1
                     report.modes[finding.mode] += 1
                     digests[finding.digest].append(image)
                 bar.update(len(findings))
         except BrokenProcessPool as error:
-            raise DataError("a checking process was killed, as by the system when memory runs out") from error
+            raise DataError(
+                "a worker process was killed, as when the system runs out of memory; lower --workers"
+            ) from error
     report.sizes = np.array(sizes, np.int64).reshape(-1, 2)
     report.duplicates = [[source.name(image) for image in same] for same in digests.values() if len(same) > 1]
     return report
@@ -134,10 +138,12 @@ def check(source: ImageSource, num_workers: int) -> Report:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dmtjepa.data.check",
-        description="Read and decode every image, and report what is there. The exit code is 1 when some are corrupt.",
+        description="Read and decode every image, and report what is there. The exit code is 1 if some are corrupt.",
     )
     parser.add_argument("source", help="folder of images, file list (.txt, .tsv, .lst), or tar shards")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error("--workers must be at least 1")
@@ -146,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(str(report).encode(errors="backslashreplace").decode())  # names of files can be any bytes
+    print(str(report).encode(errors="backslashreplace").decode())  # file names can be any bytes
     return 1 if report.corrupt else 0
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 
 class CorruptImage(ValueError):
-    """Bytes that are no image, or not a whole one; the message is the reason."""
+    """Bytes that are not an image, or not a complete one. The message is the reason."""
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -24,8 +24,8 @@ def decode_image(data: bytes) -> Image.Image:
         raise CorruptImage("empty file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata, many pixels: nothing to tell for each image
-            image = Image.open(io.BytesIO(data))
+            warnings.simplefilter("ignore")  # about odd metadata and many pixels: nothing to report for each image
+            image: Image.Image = Image.open(io.BytesIO(data))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I") or image.mode == "F":
@@ -39,13 +39,6 @@ def decode_image(data: bytes) -> Image.Image:
 def tell_reason(error: CorruptImage | OSError) -> str:
     """Why an image could not be read or decoded, in a few words."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def cut_crop(picture: Image.Image, box: tuple[int, int, int, int], image_size: tuple[int, int]) -> np.ndarray:
-    """Crop box (left, top, width, height) resized to (height, width), bilinear with antialiasing: uint8 [H,W,3]."""
-    left, top, width, height = box
-    picture = picture.crop((left, top, left + width, top + height))
-    return np.asarray(picture.resize(image_size[::-1], Image.Resampling.BILINEAR))
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

@@ -1,6 +1,8 @@
-"""What a JPEG file says of itself before its pixels, read without decoding."""
+"""Reads the size of a JPEG file from its header, without decoding."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 _SOI, _EOI, _SOS, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xE1, 0xEE
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, Huffman-coded
@@ -9,9 +11,9 @@ _MAX_PIXELS = 89_478_485  # PIL warns of a decompression bomb above
 
 
 def read_plain_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a plain JPEG: whole, 8 bits, grey or YCbCr, upright, of a usual size; None for all others.
+    """(width, height) of a plain JPEG: complete, 8 bits, grey or YCbCr, upright, of an ordinary size. Otherwise None.
 
-    Follows the marker segments of ITU-T T.81 annex B. None is no verdict: such bytes need a closer look by PIL.
+    Follows the marker segments of ITU-T T.81, annex B. None does not mean that the file is corrupt: PIL decides that.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -43,7 +45,7 @@ def read_plain_size(data: bytes) -> tuple[int, int] | None:
         elif marker == _APP1 and not _is_upright(data[start:stop]):
             return None
         elif marker == _APP14 and data[start : start + 5] == b"Adobe" and length >= 14 and data[start + 11] != 1:
-            return None  # RGB or CMYK in disguise; a grey image pays with a slower route
+            return None  # RGB or CMYK; grey images with this marker take the slower path through PIL
         elif marker == _SOS:
             return size if data.rfind(b"\xff\xd9", stop) > 0 else None
         elif marker in (_SOI, _EOI):
@@ -53,13 +55,13 @@ def read_plain_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _is_upright(segment: bytes) -> bool:
-    """Whether an APP1 segment holds no orientation but the usual one. Of XMP, any mention counts as another."""
+    """Whether an APP1 segment leaves the image as it is. Any mention of an orientation in XMP counts as a rotation."""
     if not segment.startswith(b"Exif\0\0"):
         return b"Orientation" not in segment
     tiff = segment[6:]
-    order = {b"II*\0": "little", b"MM\0*": "big"}.get(tiff[:4])
-    if order is None:
+    if tiff[:4] not in (b"II*\0", b"MM\0*"):
         return False
+    order: Literal["little", "big"] = "little" if tiff[:1] == b"I" else "big"
     first = int.from_bytes(tiff[4:8], order)
     for entry in range(int.from_bytes(tiff[first : first + 2], order)):
         field = tiff[first + 2 + 12 * entry : first + 14 + 12 * entry]

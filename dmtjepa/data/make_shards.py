@@ -1,8 +1,8 @@
-"""Pack images into tar shards: `python -m dmtjepa.data.make_shards SOURCE OUT --shard-size 5000`.
+"""Writes images into tar shards: `python -m dmtjepa.data.make_shards SOURCE OUT --shard-size 5000`.
 
-Shards follow webdataset's layout, each with an index for DALI and for this project's reader (shards.py). A shard is
-written beside its place and renamed when whole, and those that are there are left alone: an interrupted run goes on
-when it is started again. Images are copied as they are, without decoding.
+The shards have the layout of webdataset, and an index each. A shard is written to a temporary file that is renamed when
+it is complete, and existing shards are kept. So an interrupted call continues when it is started again. Images are
+copied without decoding.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from dmtjepa.data.sources.tar_index import read_members, write_index
 
 
 def make_shards(source: ImageSource, out: Path, shard_size: int, num_threads: int = 8) -> list[tuple[str, str]]:
-    """Write the shards of a source that are not there yet; the images that could not be read, as (name, reason).
+    """Write the shards of a source that do not exist yet. Returns (name, reason) of the images that cannot be read.
 
-    Raises DataError where the folder holds shards of other images or another size, or a shard cannot be written.
+    Raises:
+        DataError: the folder contains shards of other images or another size, or a shard cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _claim(source, out, shard_size)
+    _check_or_write_note(source, out, shard_size)
     if source.labels is not None:
         lines = "".join(name.replace("\n", " ") + "\n" for name in source.class_names)
         (out / "classes.txt").write_bytes(os.fsencode(lines))
@@ -63,26 +64,26 @@ def make_shards(source: ImageSource, out: Path, shard_size: int, num_threads: in
     return unreadable
 
 
-def _claim(source: ImageSource, out: Path, shard_size: int) -> None:
-    """Leave a note of what is written here, or compare with the one that is there."""
+def _check_or_write_note(source: ImageSource, out: Path, shard_size: int) -> None:
+    """Write a note of the images in this folder, or compare with the existing note."""
     names = hashlib.sha256()
     for image in range(len(source)):
         names.update(os.fsencode(source.name(image)) + b"\n")
     note = {"num_images": len(source), "shard_size": shard_size, "names": names.hexdigest()}
-    path, part = out / "pack.json", out / ".pack.json.part"
+    path, temporary = out / "pack.json", out / ".pack.json.part"
     if path.exists() and json.loads(path.read_text()) != note:
-        raise DataError(f"{out} holds shards of other images or of another size; write to another folder")
-    part.write_text(json.dumps(note, indent=2) + "\n")
-    part.replace(path)
+        raise DataError(f"{out} contains shards of other images or of another size; write to another folder")
+    temporary.write_text(json.dumps(note, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def _write_shard(
     source: ImageSource, path: Path, images: range, advance: Callable[[int], None]
 ) -> list[tuple[str, str]]:
-    part = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.part")
     unreadable = []
     try:
-        with tarfile.open(part, "w") as archive:
+        with tarfile.open(temporary, "w") as archive:
             for image in images:
                 advance(1)
                 try:
@@ -94,18 +95,19 @@ def _write_shard(
                 _add(archive, name, data)
                 if source.labels is not None:
                     _add(archive, name.rpartition(".")[0] + ".cls", b"%d" % source.labels[image])
-        os.replace(part, path)
+        os.replace(temporary, path)
         write_index(path.with_suffix(".idx"), read_members(str(path)))
     except OSError as error:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise DataError(
-            f"cannot write {path}: {error.strerror}. Shards that are whole stay: make room, and start again to go on"
+            f"cannot write {path}: {error.strerror}. Complete shards are kept: free some space, and start again "
+            f"to continue"
         ) from error
     return unreadable
 
 
 def _name_member(source: ImageSource, image: int) -> str:
-    """<class>/<number>-<file name without dots>.<extension>: tells where it came from, and unpacks as a folder."""
+    """<class>/<number>-<file name without dots>.<extension>: shows the original name, and unpacks as a folder."""
     stem, extension = os.path.splitext(os.path.basename(source.name(image)))
     extension = extension.lower() if extension.lower() in IMAGE_EXTENSIONS else ".jpg"
     folder = f"{source.class_names[source.labels[image]]}/" if source.labels is not None else ""
@@ -125,13 +127,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("source", help="folder of images, or a file list (.txt, .tsv, .lst)")
     parser.add_argument("out", type=Path, help="folder of the shards")
-    parser.add_argument("--shard-size", type=int, default=5000, help="images in a shard (%(default)s)")
-    parser.add_argument("--threads", type=int, default=8, help="shards written at a time (%(default)s)")
+    parser.add_argument("--shard-size", type=int, default=5000, help="images per shard (%(default)s)")
+    parser.add_argument("--threads", type=int, default=8, help="shards written in parallel (%(default)s)")
     options = parser.parse_args(arguments)
     if options.shard_size < 1 or options.threads < 1:
         parser.error("--shard-size and --threads must be at least 1")
     if options.out.resolve() == Path(options.source).resolve():
-        parser.error("write to another folder: one that holds both images and shards cannot be read")
+        parser.error("write to another folder: a folder with both images and shards cannot be read")
     try:
         source = open_images(options.source)
         unreadable = make_shards(source, options.out, options.shard_size, options.threads)
@@ -142,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, reason in unreadable:
         print(f"left out {name}: {reason}", file=sys.stderr)
     num_shards = len(list(options.out.glob("shard-*.tar")))
-    num_missing = len(source) - num_packed  # with those that an earlier, interrupted call left out
+    num_missing = len(source) - num_packed  # including those that an earlier, interrupted call left out
     missing = f" ({num_missing} could not be read and are left out)" if num_missing else ""
     print(f"{num_packed} images in {num_shards} shards in {options.out}{missing}")
     print(f"train on them with: data.root_path={options.out.absolute()}")

@@ -1,7 +1,7 @@
 """Which image is sample p of an epoch, and how it is cropped: pure functions of (seed, epoch, p).
 
-Nothing here depends on a worker, a rank or what was drawn before, so that a resumed run continues exactly and a
-global batch is the same however it is divided among ranks.
+Nothing here depends on a worker, a rank or an earlier draw. So a resumed run continues exactly, and a global batch is
+the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Streams of random numbers: each use of (seed, epoch, sample) has its own.
+# Each use of (seed, epoch, sample) has a stream of random numbers of its own.
 _ORDER, _CROP, _REPLACEMENT = 0, 1, 2
 
 CROP_ATTEMPTS = 10
-# So many corrupt images in a row mean that the data set is gone (a lost mount), not that an image is damaged.
+# This many corrupt images in a row mean that the data set is gone (a lost mount), not that an image is damaged.
 MAX_ATTEMPTS = 100
-# Uniform draws of a sample: 4 for each attempt at a crop box, then flip, colour and blur (augment.py).
+# Uniform draws of a sample: 4 for each attempt at a crop box, then those of flip, colour and blur (augment.py).
 FLIP_DRAW = 4 * CROP_ATTEMPTS
 COLOR_DRAW = FLIP_DRAW + 1
 BLUR_DRAW = COLOR_DRAW + 10
@@ -26,12 +26,12 @@ NUM_DRAWS = BLUR_DRAW + 2
 
 
 def _generator(seed: int, epoch: int, stream: int, number: int = 0) -> np.random.Generator:
-    """Counter-based generator (Philox): key (seed, epoch), and a counter range of its own per stream and number."""
+    """A counter-based generator (Philox): key (seed, epoch), a separate range of counters per stream and number."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, number, stream]))
 
 
 def permute(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of the images in an epoch: [num_images] int64 (int32 below 2**31 images), image of each position."""
+    """The image at each position of an epoch: [num_images] int32, or int64 from 2**31 images on."""
     dtype = np.int32 if num_images < 2**31 else np.int64
     return _generator(seed, epoch, _ORDER).permutation(np.arange(num_images, dtype=dtype))
 
@@ -42,7 +42,7 @@ def draw_uniforms(seed: int, epoch: int, position: int) -> np.ndarray:
 
 
 def candidate_images(image: int, seed: int, epoch: int, position: int, num_images: int) -> Iterator[int]:
-    """The image of a position, then those that take its place while it is corrupt: uniform over the data set."""
+    """The image of a position, then its replacements, drawn uniformly, for when the image is corrupt."""
     yield image
     for attempt in range(1, MAX_ATTEMPTS):
         yield int(_generator(seed, epoch, _REPLACEMENT + attempt, position).integers(num_images))
@@ -57,8 +57,9 @@ def choose_crop(
 ) -> tuple[int, int, int, int]:
     """Crop box (left, top, width, height) in pixels, distributed as in torchvision's RandomResizedCrop.
 
-    Area uniform in `scale` of the image's, aspect ratio (width over height) log-uniform in `ratio`, place uniform;
-    after CROP_ATTEMPTS boxes that do not fit, the largest central box whose aspect ratio is nearest to the image's.
+    The area is uniform in `scale` (fractions of the image's area), the aspect ratio (width / height) log-uniform in
+    `ratio`, the position uniform. If none of CROP_ATTEMPTS boxes fits, the box is the largest central one whose aspect
+    ratio is in `ratio` and nearest to the image's.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for attempt in range(CROP_ATTEMPTS):
@@ -81,7 +82,7 @@ def choose_crop(
 
 
 class BatchRequest(NamedTuple):
-    """A batch to be made: positions [B] in the order of an epoch, and the images [B] that stand there."""
+    """A batch to load: positions [B] in the order of an epoch, and the images [B] at these positions."""
 
     epoch: int
     positions: np.ndarray
@@ -89,10 +90,10 @@ class BatchRequest(NamedTuple):
 
 
 class SampleOrder:
-    """The positions and images of each step of this rank.
+    """The positions and images of each step on this rank.
 
-    Step s of an epoch covers the positions [s*W*B, (s+1)*W*B) of the epoch's permutation (W ranks, B images each);
-    rank r has the slice that starts at s*W*B + r*B. The remainder of an epoch that fills no global batch is dropped.
+    Step s of an epoch covers the positions [s*W*B, (s+1)*W*B) of the epoch's permutation (W ranks with B images each).
+    Rank r loads the B positions from s*W*B + r*B on. An incomplete global batch at the end of an epoch is dropped.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -106,7 +107,7 @@ class SampleOrder:
         return self.num_images // (self.batch_size * self.world_size)
 
     def requests(self, epoch: int, step: int) -> Iterator[BatchRequest]:
-        """The batches of this rank from a step of an epoch on, epoch after epoch without end."""
+        """The batches of this rank from a step of an epoch on, without end: the next epoch follows."""
         while True:
             yield self.request(epoch, step)
             step += 1
@@ -114,7 +115,7 @@ class SampleOrder:
                 epoch, step = epoch + 1, 0
 
     def request(self, epoch: int, step: int) -> BatchRequest:
-        """The batch of this rank in a step of an epoch."""
+        """The batch of this rank at a step of an epoch."""
         if epoch != self._epoch:
             self._permutation, self._epoch = permute(self.num_images, self.seed, epoch), epoch
         start = (step * self.world_size + self.rank) * self.batch_size

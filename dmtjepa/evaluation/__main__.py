@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from dmtjepa.config import ConfigError
-from dmtjepa.data import DataError
+from dmtjepa.errors import UserError
 from dmtjepa.evaluation.formatting import format_table, format_verdict
 from dmtjepa.evaluation.report import evaluate
 from dmtjepa.evaluation.splits import find_splits
-from dmtjepa.interop import WeightsError, open_run
+from dmtjepa.run_folder import open_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,30 +32,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    out = options.out or options.run / "report"
     if device.startswith("cuda") and not torch.cuda.is_available():
         print(f"error: --device {device}: torch finds no CUDA device here; use --device cpu", file=sys.stderr)
         return 1
     try:
-        config, latest = open_run(options.run)
+        run, config = open_run(options.run)
+        checkpoint, out = options.checkpoint or run.latest_export, options.out or run.report
         splits = find_splits(
             config.data, data=options.data, train=options.train, validation=options.val, max_images=options.max_images
         )
         print(
-            f"measuring {options.checkpoint or latest} on {device}: {len(splits.train)} training and "
+            f"measuring {checkpoint} on {device}: {len(splits.train)} training and "
             f"{len(splits.validation)} validation images of {splits.description}",
             flush=True,
         )
         report = evaluate(
-            options.run,
+            run,
             config,
-            options.checkpoint or latest,
+            checkpoint,
             splits,
             out,
             device=device,
             num_workers=options.num_workers,
         )
-    except (ConfigError, WeightsError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     table = format_table(report)

@@ -12,10 +12,11 @@ from dmtjepa.config import Config
 from dmtjepa.data import build_eval_loader
 from dmtjepa.evaluation.context import EvaluationContext
 from dmtjepa.evaluation.features import extract_patches
-from dmtjepa.evaluation.figures import FigureData, LossCurve
+from dmtjepa.evaluation.figures import FigureData
 from dmtjepa.evaluation.splits import subsample
 from dmtjepa.kernels import select_neighbors
-from dmtjepa.masks import sample_masks
+from dmtjepa.masks import MaskSampler
+from dmtjepa.step_csv import LossCurve
 
 NUM_SHOWN = 5
 """Images in a row of a figure."""
@@ -43,7 +44,7 @@ def collect_figure_data(
     patches = {
         name: extract_patches(encoder, images, device=context.device) for name, encoder in context.encoders.items()
     }
-    masks = sample_masks(config.mask, config.grid_size, len(images), config.runtime.seed, step=0, rank=0)
+    masks = MaskSampler.from_config(config, batch_size=len(images)).sample(step=0)
     query_index = neighbor_index = None
     if config.patch.local_agg_head:
         query_index = pick_queries(config.grid_size)

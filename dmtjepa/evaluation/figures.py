@@ -6,15 +6,15 @@ composite, `report.png`.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from torch import Tensor
+
+from dmtjepa.step_csv import LossCurve
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
 WIDTH = 15.0
 """Width of the composite in inches."""
 DPI = 110
-
-
-@dataclass(frozen=True)
-class LossCurve:
-    """Losses of a run: epoch as a real number (1.5 is half way through the second epoch) and loss, both [n]."""
-
-    epoch: np.ndarray
-    loss: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -55,26 +47,6 @@ class FigureData:
     loss: LossCurve | None = None
     accuracy: Mapping[str, Mapping[int, float]] | None = None
     chance: float | None = None
-
-
-def read_losses(path: Path) -> LossCurve:
-    """Read the losses from a run's CSV, whose header is epoch,itr,loss,mask-A,mask-B,time (ms).
-
-    Raises:
-        ValueError: a column is missing.
-    """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        missing = {"epoch", "itr", "loss"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; its header is {reader.fieldnames}")
-        rows = [(row["epoch"], row["itr"], row["loss"]) for row in reader]
-    # A killed run can leave a truncated last line, a resumed run a second header.
-    numbers = np.array([[float(value) for value in row] for row in rows if all(map(_is_number, row))]).reshape(-1, 3)
-    epoch, step, loss = numbers.T
-    steps_per_epoch = step.max() + 1 if len(step) else 1
-    first = epoch.min() if len(epoch) else 0
-    return LossCurve(epoch - first + step / steps_per_epoch, loss)
 
 
 def save_figures(data: FigureData, folder: Path, title: str) -> list[Path]:
@@ -157,11 +129,3 @@ def _make_panels(data: FigureData) -> list[_Panel]:
         draw_pca = partial(drawing.draw_pca_rows, images=data.images, patches=patches, grid_size=data.grid_size)
         panels.append(_Panel("pca", (1 + len(patches)) * strip + 0.6, draw_pca))
     return panels
-
-
-def _is_number(text: str | None) -> bool:
-    try:
-        float(text or "")
-    except ValueError:
-        return False
-    return True

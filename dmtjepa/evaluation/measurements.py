@@ -15,11 +15,11 @@ from dmtjepa.evaluation.collapse import CollapseNumbers, collapse_numbers
 from dmtjepa.evaluation.context import EvaluationContext
 from dmtjepa.evaluation.errors import NotMeasuredError
 from dmtjepa.evaluation.features import LAYOUT_SIDE, Features, extract_features, extract_patches, extract_pixels
-from dmtjepa.evaluation.figures import LossCurve
 from dmtjepa.evaluation.knn import knn_accuracy, standardize
 from dmtjepa.evaluation.linear import fit_linear
 from dmtjepa.evaluation.segmentation import find_mask, read_mask, score_segmentation
 from dmtjepa.evaluation.splits import subsample
+from dmtjepa.step_csv import LossCurve
 
 NUM_SEGMENTED = 300
 """Images of each split whose patches are segmented."""

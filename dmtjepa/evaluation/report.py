@@ -7,7 +7,6 @@ segmentation if there are masks, and figures.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,14 +19,17 @@ from dmtjepa.evaluation import measurements
 from dmtjepa.evaluation.context import EvaluationContext, load_teacher
 from dmtjepa.evaluation.errors import NotMeasuredError
 from dmtjepa.evaluation.figure_data import collect_figure_data
-from dmtjepa.evaluation.figures import FigureData, LossCurve, read_losses, save_figures
+from dmtjepa.evaluation.figures import FigureData, save_figures
 from dmtjepa.evaluation.formatting import Report, format_markdown
 from dmtjepa.evaluation.splits import Splits
+from dmtjepa.files import write_atomically, write_json
 from dmtjepa.interop import read_checkpoint
+from dmtjepa.run_folder import RunFolder
+from dmtjepa.step_csv import LossCurve
 
 
 def evaluate(
-    run: Path,
+    run: RunFolder,
     config: Config,
     checkpoint_path: Path,
     splits: Splits,
@@ -46,21 +48,21 @@ def evaluate(
     trained, untrained = load_teacher(config, checkpoint_path, device)
     encoders = {"trained": trained, "untrained": untrained}
     context = EvaluationContext(config, encoders, splits, device, num_workers, progress)
-    report = Report(run=describe_run(run, context, checkpoint_path), data=describe_data(splits))
+    report = Report(run=describe_run(run.path, context, checkpoint_path), data=describe_data(splits))
 
     measure_features(report, context)
     with skipping(report):
         report.segmentation = measurements.measure_segmentation(context)
     loss = None
     with skipping(report):
-        loss = read_loss_curve(run, config)
+        loss = read_loss_curve(run)
         report.loss = measurements.summarize_loss(loss)
 
     figures = collect_figure_data(
         context, loss=loss, accuracy=report.knn, chance=report.data.get("most_frequent_class")
     )
     write_report(
-        report, figures, out, f"{run.resolve().name}: {config.meta.model_name}, patch {config.mask.patch_size}"
+        report, figures, out, f"{run.path.resolve().name}: {config.meta.model_name}, patch {config.mask.patch_size}"
     )
     return report
 
@@ -127,24 +129,24 @@ def measure_features(report: Report, context: EvaluationContext) -> None:
     report.data["most_frequent_class"] = (labels.bincount().max() / len(labels)).item()
 
 
-def read_loss_curve(run: Path, config: Config) -> LossCurve:
+def read_loss_curve(run: RunFolder) -> LossCurve:
     """The losses of a run.
 
     Raises:
         NotMeasuredError: the run has no CSV.
     """
-    path = run / f"{config.logging.write_tag}_r0.csv"
-    if not path.is_file():
-        raise NotMeasuredError(f"loss curve: the run has no {path.name}")
-    return read_losses(path)
+    curve = run.read_losses()
+    if curve is None:
+        raise NotMeasuredError(f"loss curve: the run has no {run.csv_file(0).name}")
+    return curve
 
 
 def write_report(report: Report, figures: FigureData, out: Path, title: str) -> None:
     """Write report.md, report.json and the figures into `out`, and list them in `report.files`."""
     paths = save_figures(figures, out, title)
     report.files = [str(path) for path in [out / "report.md", out / "report.json", *paths]]
-    (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-    (out / "report.md").write_text(format_markdown(report, [path.name for path in paths]))
+    write_json(out / "report.json", asdict(report))
+    write_atomically(out / "report.md", format_markdown(report, [path.name for path in paths]))
 
 
 @contextlib.contextmanager

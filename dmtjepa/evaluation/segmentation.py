@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dmtjepa.data.loaders.center_crop import crop_center
+from dmtjepa.data.crop import crop_center
 from dmtjepa.evaluation.linear import fit_linear
 
 MAX_PATCHES = 20_000

@@ -11,7 +11,6 @@ from dmtjepa.interop.weights import (
     get_part,
     load_model,
     load_weights,
-    open_run,
     read_checkpoint,
 )
 
@@ -27,7 +26,6 @@ __all__ = [
     "get_part",
     "load_model",
     "load_weights",
-    "open_run",
     "read_checkpoint",
     "write_official",
 ]

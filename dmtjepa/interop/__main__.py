@@ -21,9 +21,9 @@ from dmtjepa.interop.weights import (
     build_encoder,
     describe_encoder,
     get_part,
-    open_run,
     read_checkpoint,
 )
+from dmtjepa.run_folder import open_run
 
 SOURCE = "a run folder (its latest export), a checkpoints/step-N folder, or a .pth.tar file"
 ALIASES = {"released": "official"}  # the name in earlier versions
@@ -68,14 +68,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _show(options: argparse.Namespace) -> int:
-    path, _ = _find_source(options.source)
+    path = _find_source(options.source)
     print(f"{path}\n{summarize(read_checkpoint(path))}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    path, image_size = _find_source(options.source)
-    out = options.out
+    path, out = _find_source(options.source), options.out
     if out.exists() and (options.format == "official" or any(out.iterdir())):
         raise WeightsError(f"{out} already exists; choose another --out")
     if options.format == "official" and path.is_dir():
@@ -84,7 +83,7 @@ def _export(options: argparse.Namespace) -> int:
         export_official(read_checkpoint(path), out)
     else:
         weights = get_part(read_checkpoint(path), options.part, path)
-        encoder = build_encoder(weights, path, image_size=image_size)
+        encoder = build_encoder(weights, path, image_size=_find_image_size(options.source))
         {"timm": export_timm, "hf": export_huggingface}[options.format](encoder, out)
     print(f"wrote {out}\nload it with:\n  {LOADING[options.format].format(out=out)}")
     return 0
@@ -101,17 +100,27 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _find_source(source: Path) -> tuple[Path, tuple[int, int] | None]:
-    """The file or checkpoint folder to read, and the image size if settings tell it."""
+def _find_source(source: Path) -> Path:
+    """The file or checkpoint folder to read."""
     if not source.is_dir():
-        return source, None
+        return source
     if not is_checkpoint(source):
-        config, path = open_run(source)
-        return path, config.data.image_size
+        run, _ = open_run(source)
+        return run.latest_export
     fault = find_fault(source)
     if fault is not None:
         raise CheckpointError(f"{source} is damaged: {fault}")
-    return source, parse_config(read_meta(source)["config"], source=str(source)).data.image_size
+    return source
+
+
+def _find_image_size(source: Path) -> tuple[int, int] | None:
+    """Height and width of the images that were trained on, if settings beside the weights tell them."""
+    if not source.is_dir():
+        return None
+    if is_checkpoint(source):
+        return parse_config(read_meta(source).get("config", {}), source=str(source)).data.image_size
+    _, config = open_run(source)
+    return config.data.image_size
 
 
 def summarize(checkpoint: dict[str, Any]) -> str:

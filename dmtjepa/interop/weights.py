@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from dmtjepa.checkpoint_format import is_checkpoint, load_full, read_meta
-from dmtjepa.config import Config, load_config
 from dmtjepa.errors import UserError
 from dmtjepa.models import ARCHITECTURES, VisionTransformer
 from dmtjepa.objective import DMTJEPA
@@ -51,19 +50,6 @@ class EncoderShape:
             f"{side * self.patch_size}x{side * self.patch_size} pixels" if side**2 == self.num_patches else "not square"
         )
         return f"{name} with patches of {self.patch_size} pixels and {self.num_patches} positions ({size})"
-
-
-def open_run(folder: Path) -> tuple[Config, Path]:
-    """The settings of a run folder, and the path of its latest checkpoint, which need not exist.
-
-    Raises:
-        WeightsError: it is not a run folder. ConfigError: its settings cannot be read.
-    """
-    if not (folder / "config.yaml").is_file():
-        what = "holds no config.yaml" if folder.is_dir() else "does not exist"
-        raise WeightsError(f"{folder} {what}; give a run folder, the one that logging.folder names")
-    config = load_config(folder / "config.yaml")
-    return config, folder / f"{config.logging.write_tag}-latest.pth.tar"
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,130 +1,156 @@
-"""Multi-block masks: which patches the student sees (the context) and which it predicts (M target blocks per image).
+"""The mask sampler: a pure function from (step, shard) to the masks of a batch.
 
-One target block size and one context block size hold for a whole step; positions differ per image. The context of an
-image is its context block without the patches of its target blocks, cut to the shortest context of the batch, so that
-every shape is constant over it. With `pack` nothing is cut, and contexts of different lengths lie one after the other.
-Two samplers:
+All images of a step have target blocks of one size and context blocks of one size; the positions differ. The context
+of an image is its context block without its target blocks, cut to the shortest context of the batch, so that tensors
+have one shape. With `mask.pack` no context is cut; contexts of different lengths are concatenated. There are two
+samplers:
 
-`released`   the distribution of the published I-JEPA and DMT-JEPA code, which published results were trained with: one
-             random number sets both area and aspect of a block; a block is smaller than the grid and never touches the
-             last row or column; contexts keep their first patches in raster order; after 20 context blocks in a row
-             that left too few patches, the last target block is no longer kept out of the context, and so on until one
-             fits.
-`corrected`  area and aspect are independent; a block can be anywhere and as large as the grid; contexts keep a random
-             subset; an image whose context is too short gets new targets too, so that no context ever holds a target.
+`released`   reproduces the official I-JEPA and DMT-JEPA code, with which the published results were trained. One random
+             number sets both area and aspect ratio of a target block. A block is smaller than the grid and never covers
+             the last row or column. Contexts keep their first patches in raster order. After 20 consecutive context
+             blocks that leave too few patches, the context may overlap the last target block; after 20 more, the last
+             two; and so on.
+`corrected`  draws area and aspect ratio independently. Blocks can be anywhere and as large as the grid. Contexts keep a
+             random subset of their patches. An image whose context is too short gets new target blocks, too, so that a
+             context never overlaps a target.
 
-All randomness comes from a counter-based generator, addressed by (seed, step, attempt, image): nothing is raced or
-carried from step to step, and an image of the global batch has the same blocks on whichever rank it is.
+Random numbers come from a counter-based generator that is addressed by (seed, step, attempt, image). No state is
+carried from step to step, and an image of the global batch has the same blocks on any rank.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
-from dmtjepa.config import MaskSettings
+from dmtjepa.config import Config, MaskSettings
 from dmtjepa.masks.batch import MaskBatch
 from dmtjepa.masks.geometry import overlay_blocks
 from dmtjepa.masks.placement import CUT, draw_sizes, place_blocks, random_words
-from dmtjepa.packing import pack, pack_predictions
+from dmtjepa.packing import PackedSequences, Packing, pack, pack_predictions
 
 
-def sample_masks(
-    settings: MaskSettings,
-    grid_size: tuple[int, int],
-    batch_size: int,
-    seed: int,
-    step: int,
-    rank: int,
-    world_size: int = 1,
-    *,
-    window: int = 3,
-    border: Literal["wrap", "clip"] = "wrap",
-) -> MaskBatch:
-    """The masks of one rank at one step: a pure function of its arguments.
+@dataclass(frozen=True)
+class MaskSampler:
+    """Samples the masks of a run.
 
     Args:
         settings: the `mask` section.
         grid_size: rows and columns of the patch grid.
-        batch_size: images of this rank, B. Image b is number rank * B + b of the global batch, and draws by that.
-        seed, step: of the run; block sizes depend on these alone, so they agree on all ranks.
-        rank, world_size: which slice of the global batch. world_size matters for context_cut "global" alone, which cuts
-            contexts to the shortest of all world_size * B images instead of this rank's. With `pack` none is cut.
-        window: side of the neighbourhood around a target patch, odd.
-        border: "wrap" takes windows round the grid, "clip" leaves out what is outside of it.
-
-    Returns:
-        MaskBatch on the CPU.
-
-    Raises:
-        MaskError: the blocks of this step are too small for min_keep, or the corrected sampler found no valid blocks in
-            MAX_ATTEMPTS attempts. `check_masks` tells beforehand.
+        batch_size: images per shard, B.
+        seed: seed of the run.
+        window: side of the window around a target patch from which its neighbours are chosen; odd. The aggregation
+            head of the model must have the same window and border.
+        border: `wrap` continues windows at the opposite edge of the grid, `clip` ends them at the edge.
     """
-    if window < 1 or window % 2 == 0:
-        raise ValueError(f"window: {window} is not a positive odd number")
-    if border not in ("wrap", "clip"):
-        raise ValueError(f"border: {border!r} is neither 'wrap' nor 'clip'")
-    everyone = settings.context_cut == "global" and not settings.pack
-    if rank < 0 or (everyone and rank >= world_size):
-        raise ValueError(f"rank: {rank} is outside of a world of {world_size}")
 
-    num_targets = settings.num_pred_masks
-    num_patches = grid_size[0] * grid_size[1]
-    # The images whose contexts are compared, and those of this rank among them.
-    first, count = (0, world_size * batch_size) if everyone else (rank * batch_size, batch_size)
-    mine = slice(rank * batch_size - first, (rank + 1) * batch_size - first)
+    settings: MaskSettings
+    grid_size: tuple[int, int]
+    batch_size: int
+    seed: int = 0
+    window: int = 3
+    border: Literal["wrap", "clip"] = "wrap"
 
-    target_size, context_size = draw_sizes(settings, grid_size, seed, step)
-    sizes = [target_size] * num_targets + [context_size]
-    top, left, overlay, context = place_blocks(settings, grid_size, sizes, seed, step, first, count)
-    top, left, overlay = top[:num_targets, mine], left[:num_targets, mine], overlay[mine]
-    num_kept = int(np.count_nonzero(context, axis=1).min())
-    context = context[mine]
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.window % 2 == 0:
+            raise ValueError(f"window: {self.window} is not a positive odd number")
+        if self.border not in ("wrap", "clip"):
+            raise ValueError(f"border: {self.border!r} is neither 'wrap' nor 'clip'")
 
-    packings = ()
-    if settings.pack:
-        context_index = np.flatnonzero(context)[None]
-        length = np.count_nonzero(context, axis=1)
-        packings = pack(length), pack_predictions(length, num_targets, math.prod(target_size))
-    elif settings.sampler == "released":
-        context_index = first_patches(context, num_kept)
-    else:
-        words = random_words(seed, step, CUT, 0, rank * batch_size * num_patches, batch_size * num_patches)
-        context_index = random_patches(context, num_kept, words.reshape(batch_size, num_patches))
+    @classmethod
+    def from_config(cls, config: Config, *, batch_size: int | None = None, seed: int | None = None) -> MaskSampler:
+        """Build the sampler of a run. `batch_size` and `seed` replace those of the configuration."""
+        return cls(
+            config.mask,
+            config.grid_size,
+            config.data.batch_size if batch_size is None else batch_size,
+            config.runtime.seed if seed is None else seed,
+            config.patch.patch_k_size,
+            config.patch.border,
+        )
 
-    offset = np.arange(target_size[0])[:, None] * grid_size[1] + np.arange(target_size[1])
-    corner = np.ascontiguousarray((top * grid_size[1] + left).T)  # [B, M]
-    target_index = corner[:, :, None] + offset.ravel()
-    target_unique = np.flatnonzero((overlay & ((1 << num_targets) - 1)) != 0)
-    slot = np.empty(batch_size * num_patches, np.int64)
-    slot[target_unique] = np.arange(len(target_unique))
-    target_slot = slot[target_index + np.arange(0, batch_size * num_patches, num_patches)[:, None, None]]
+    def sample(self, step: int, shard: int = 0, num_shards: int = 1) -> MaskBatch:
+        """Sample the masks of one shard of the global batch at one step. A pure function of its arguments.
 
-    # The union of the windows around the patches of a block is that block, enlarged by half a window on all sides.
-    margin = window // 2
-    size = (target_size[0] + 2 * margin, target_size[1] + 2 * margin)
-    enlarged = overlay_blocks(top - margin, left - margin, [size] * num_targets, grid_size, wrap=border == "wrap")
-    neighborhood = np.flatnonzero(enlarged != 0)
+        Args:
+            step: block sizes depend on seed and step only, so that they are the same for all shards.
+            shard: which B images of the global batch: image b is number shard * B + b. With W ranks, micro-batch a on
+                rank r is shard a * W + r.
+            num_shards: shards of the global batch. The masks depend on it only with `mask.context_cut: global`, which
+                cuts contexts to the shortest of the global batch instead of the shard.
 
-    arrays = (context_index, target_index, target_unique, target_slot, neighborhood)
-    return MaskBatch(*map(torch.from_numpy, arrays), *packings)
+        Returns:
+            MaskBatch on the CPU.
+
+        Raises:
+            MaskError: the blocks of this step are too small for min_keep, or the corrected sampler found no valid
+                blocks. `check_masks` finds out before training.
+        """
+        if not 0 <= shard < num_shards:
+            raise ValueError(f"shard: {shard} is not in the range of {num_shards} shards")
+        num_targets, num_patches = self.settings.num_pred_masks, math.prod(self.grid_size)
+        # The images whose contexts are compared, and the images of this shard among them.
+        first, count = shard * self.batch_size, self.batch_size
+        if self.settings.context_cut == "global" and not self.settings.pack:
+            first, count = 0, num_shards * self.batch_size
+        own = slice(shard * self.batch_size - first, (shard + 1) * self.batch_size - first)
+
+        target_size, context_size = draw_sizes(self.settings, self.grid_size, self.seed, step)
+        sizes = [target_size] * num_targets + [context_size]
+        top, left, overlay, context = place_blocks(self.settings, self.grid_size, sizes, self.seed, step, first, count)
+        num_kept = int(np.count_nonzero(context, axis=1).min())
+        top, left, overlay, context = top[:num_targets, own], left[:num_targets, own], overlay[own], context[own]
+        context_index, packings = self._index_context(context, num_kept, math.prod(target_size), step, shard)
+
+        offset = np.arange(target_size[0])[:, None] * self.grid_size[1] + np.arange(target_size[1])
+        corner = np.ascontiguousarray((top * self.grid_size[1] + left).T)  # [B, M]
+        target_index = corner[:, :, None] + offset.ravel()
+        target_unique = np.flatnonzero((overlay & ((1 << num_targets) - 1)) != 0)
+        slot = np.empty(self.batch_size * num_patches, np.int64)
+        slot[target_unique] = np.arange(len(target_unique))
+        target_slot = slot[target_index + np.arange(0, self.batch_size * num_patches, num_patches)[:, None, None]]
+
+        # The union of the windows around the patches of a block is the block, enlarged by half a window on all sides.
+        margin = self.window // 2
+        enlarged_size = (target_size[0] + 2 * margin, target_size[1] + 2 * margin)
+        enlarged = overlay_blocks(
+            top - margin, left - margin, [enlarged_size] * num_targets, self.grid_size, wrap=self.border == "wrap"
+        )
+        neighborhood = np.flatnonzero(enlarged != 0)
+
+        arrays = (context_index, target_index, target_unique, target_slot, neighborhood)
+        return MaskBatch(*map(torch.from_numpy, arrays), self.window, self.border, *packings)
+
+    def _index_context(
+        self, context: np.ndarray, num_kept: int, target_area: int, step: int, shard: int
+    ) -> tuple[np.ndarray, tuple[Packing | None, PackedSequences | None]]:
+        """Return `context_index` and the two packings of context [B, N], bool."""
+        if self.settings.pack:
+            length = np.count_nonzero(context, axis=1)
+            packings = pack(length), pack_predictions(length, self.settings.num_pred_masks, target_area)
+            return np.flatnonzero(context)[None], packings
+        if self.settings.sampler == "released":
+            return _first_patches(context, num_kept), (None, None)
+        words = random_words(self.seed, step, CUT, 0, shard * context.size, context.size)
+        return _random_patches(context, num_kept, words.reshape(context.shape)), (None, None)
 
 
-def first_patches(context: np.ndarray, num_kept: int) -> np.ndarray:
-    """[B, num_kept] int64: the first True places of each row of context [B, N]."""
+def _first_patches(context: np.ndarray, num_kept: int) -> np.ndarray:
+    """Return the first num_kept True places of each row of context [B, N]: [B, num_kept] int64."""
     num_images, num_patches = context.shape
     start = np.arange(num_images)[:, None] * num_patches
     flat = np.flatnonzero(context)
     return flat[np.searchsorted(flat, start) + np.arange(num_kept)] - start
 
 
-def random_patches(context: np.ndarray, num_kept: int, words: np.ndarray) -> np.ndarray:
-    """[B, num_kept] int64: a uniformly random subset of the True places of each row of context [B, N], ascending.
+def _random_patches(context: np.ndarray, num_kept: int, words: np.ndarray) -> np.ndarray:
+    """Return num_kept uniformly random True places of each row of context [B, N], ascending: [B, num_kept] int64.
 
-    words: [B, N] uint64, random. Those places are kept whose words are smallest.
+    `words` [B, N] are random uint64. The places with the smallest words are kept.
     """
     num_images, num_patches = context.shape
     # The place itself in the lowest bits makes all words of a row different.

@@ -130,6 +130,21 @@ class AggregationHead(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         initialize_weights(self, init_std)
 
+    def check_window(self, window: int, border: str) -> None:
+        """Check that neighbourhoods were computed for the window and border of this head.
+
+        Otherwise `aggregate_neighbors` would treat neighbours outside of `neighborhood` as missing.
+
+        Raises:
+            ValueError: they were computed for another window or border.
+        """
+        if (window, border) != (self.window, self.border):
+            raise ValueError(
+                f"the masks were sampled for windows of {window}x{window} patches and border {border!r}, but the "
+                f"aggregation head has windows of {self.window}x{self.window} and border {self.border!r}; build both "
+                f"from one configuration (MaskSampler.from_config, build_model)"
+            )
+
     def aggregate_context(self, z: Tensor, packing: Packing | None = None) -> Tensor:
         """Aggregate the encoded context over each image: [B, C, D] -> [B, C, D]; [1, L, D] with a packing."""
         for block in self.cls_blocks:

@@ -1,8 +1,7 @@
 """Linear layers on a CPU, by oneDNN.
 
-PyTorch sends products in float32 to MKL, and writes the bias into the result before it adds the product to it. oneDNN
-adds the bias to what it is about to write, and needs less time for x @ weight.T and grad @ weight
-(docs/performance.md).
+PyTorch computes float32 products by MKL: it copies the bias into the output, then adds the product. oneDNN adds the
+bias when it writes the output, and is faster for `x @ weight.T` and `grad @ weight` (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -15,27 +14,42 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from dmtjepa.models.layers import Linear
+from dmtjepa.models.replace_method import replace_method
+from dmtjepa.models.signal_stack import protect_from_signals
+
+_protected = False  # whether this process has called `protect_from_signals`
 
 
 def compute_by_onednn(model: nn.Module) -> None:
-    """Let the linear layers of `model` multiply by oneDNN where PyTorch has it, in place; for a model on a CPU."""
-    if torch.backends.mkldnn.is_available():
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.multiply = onednn_linear
+    """Let the linear layers of a model on a CPU multiply by oneDNN, in place. No effect if PyTorch has no oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    protect_from_signals()
+    for module in model.modules():
+        if isinstance(module, Linear):
+            replace_method(module, "multiply", onednn_linear)
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias: [..., K], [N, K], [N] -> [..., N], of one dtype.
+    """Compute `x @ weight.T + bias`: [..., K], [N, K], [N] -> [..., N].
 
-    oneDNN takes float32, and bfloat16 where the CPU multiplies in it; PyTorch computes what it does not take.
+    oneDNN computes float32, and bfloat16 if the CPU has instructions for it. PyTorch's own `linear` computes other
+    dtypes, and everything under `torch.autocast`, which decides about dtypes itself.
     """
+    if torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
     return _onednn_linear(x, weight, bias)
 
 
 @torch.library.custom_op("dmtjepa::onednn_linear", mutates_args=(), device_types="cpu")
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    global _protected
+    if not _protected:  # a process that received a model instead of building it
+        protect_from_signals()
+        _protected = True
+    if x.dtype == weight.dtype and (
+        x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    ):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -52,11 +66,11 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    rows = grad.flatten(0, -2)
+    flat_grad = grad.flatten(0, -2)
     for_x = onednn_linear(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
-    # oneDNN is slower than MKL here.
-    for_weight = rows.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-    return for_x, for_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+    # MKL is faster than oneDNN here.
+    for_weight = flat_grad.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+    return for_x, for_weight, flat_grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
 _onednn_linear.register_autograd(_differentiate, setup_context=_save)

@@ -93,7 +93,7 @@ class CheckpointWriter:
                 f"earlier checkpoints are untouched: {root_cause(error)}"
             ) from error
         if self._rank == 0:
-            prune(self._folder, self._keep_last)
+            prune(final, self._keep_last)
             if then is not None:
                 try:
                     then(final)

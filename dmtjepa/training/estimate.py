@@ -14,7 +14,7 @@ import torch
 
 from dmtjepa.config import Config
 from dmtjepa.errors import UserError
-from dmtjepa.masks import sample_masks
+from dmtjepa.masks import MaskSampler
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
 from dmtjepa.training.parallelize import UNIT_PARAMETERS, compute_dtype, recomputation
@@ -38,17 +38,9 @@ def measure_masks(config: Config, num_steps: int = 32) -> tuple[MaskShapes, Mask
     """Mean and largest shapes over the first steps of a run."""
     rows = []
     batch = config.data.batch_size
+    sampler = MaskSampler.from_config(config)
     for step in range(num_steps):
-        masks = sample_masks(
-            config.mask,
-            config.grid_size,
-            batch,
-            config.runtime.seed,
-            step,
-            rank=0,
-            window=config.patch.patch_k_size,
-            border=config.patch.border,
-        )
+        masks = sampler.sample(step)
         sizes = masks.context_size, masks.target_index.shape[2]
         rows.append((*sizes, len(masks.target_unique) / batch, len(masks.neighborhood) / batch))
     columns = list(zip(*rows, strict=True))

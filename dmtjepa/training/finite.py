@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -52,9 +51,7 @@ class FiniteCheck:
             if self._world.rank == 0:
                 logger.warning("skipped, %d of at most %d: %s", skipped, allowed, text)
             return
-        folder = self._saver.save_not_finite()
-        if self._world.rank == 0:
-            (folder / "steps.json").write_text(json.dumps(rows, indent=1))
+        folder = self._saver.save_not_finite(rows)
         raise NonFiniteLoss(
             f"{text}. {skipped} steps were skipped in all and optimization.max_skipped_steps is {allowed}. "
             f"The student never took these steps; the state after them and a description are in {folder}. To go on "

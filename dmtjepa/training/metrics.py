@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.batches import StepBatch
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.stopwatch import Event, Stopwatch
@@ -27,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 # A run that waits for data for a larger share of its time, over so many steps, warns and says what can be done.
 MAX_WAIT, WAIT_STEPS = 0.05, 100
-COLUMNS = ("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)")
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,7 @@ class Metrics:
     a progress bar (without a terminal: lines).
 
     Args:
-        folder: where `{tag}_r{rank}.csv`, with the official columns, and `tensorboard/` are written.
-        tag: first part of the file names (`logging.write_tag`).
+        folder: of the run.
         rank, device: of this process.
         schedules: of the run.
         first_step: the step to continue from. Rows of later steps, which a killed run had written, are removed.
@@ -78,8 +75,7 @@ class Metrics:
 
     def __init__(
         self,
-        folder: Path,
-        tag: str,
+        folder: RunFolder,
         rank: int,
         device: torch.device,
         *,
@@ -93,18 +89,13 @@ class Metrics:
         self._previous = self.stopwatch.record_event()
         self._rate: float | None = None  # images per second, a moving average
         self._waits: list[tuple[float, float]] | None = []  # (seconds, seconds without data) of steps; None: has warned
-        path = folder / f"{tag}_r{rank}.csv"
-        rows = _rows_before(path, first_step, schedules.steps_per_epoch)
-        self._file = path.open("w", newline="")
-        self._csv = csv.writer(self._file, lineterminator="\n")
-        self._csv.writerows([COLUMNS, *rows])
-        self._file.flush()
+        self._csv = folder.open_csv(rank, first_step=first_step, steps_per_epoch=schedules.steps_per_epoch)
         self._board: SummaryWriter | None = None
         self._bar: tqdm | None = None
         if rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
             if sys.stderr.isatty():
                 self._bar = tqdm(
                     total=schedules.num_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1
@@ -160,7 +151,7 @@ class Metrics:
         return steps
 
     def close(self) -> None:
-        self._file.close()
+        self._csv.close()
         if self._board is not None:
             self._board.close()
         if self._bar is not None:
@@ -170,10 +161,9 @@ class Metrics:
     def _write(self, steps: Sequence[StepValues]) -> None:
         for value in steps:
             record = value.record
-            loss = f"{value.loss:.9g}"  # 9 digits tell any two float32 apart
-            sizes = (f"{record.context_size:.5f}", f"{record.target_size:.5f}")
-            self._csv.writerow((record.epoch + 1, record.step_in_epoch, loss, *sizes, round(1000 * value.seconds)))
-        self._file.flush()
+            sizes = (record.context_size, record.target_size)
+            self._csv.write(record.epoch, record.step_in_epoch, value.loss, *sizes, value.seconds)
+        self._csv.flush()
         self._warn_of_waiting(steps)
         if self._board is None:
             return
@@ -235,18 +225,3 @@ class Metrics:
             board.add_scalar(name.replace("_", " "), getattr(record, name), record.step)
         board.add_scalar("images per second", rate, record.step)
         board.add_scalar("data wait share", wait_share, record.step)
-
-
-def _rows_before(path: Path, first_step: int, steps_per_epoch: int) -> list[list[str]]:
-    """The rows of an earlier start that remain valid when training continues from `first_step`."""
-    if first_step == 0 or not path.is_file():
-        return []
-    kept = []
-    with path.open(newline="") as file:
-        for row in csv.reader(file):
-            # A killed process can leave half a row at the end.
-            if len(row) != len(COLUMNS) or not (row[0].isdigit() and row[1].isdigit()):
-                continue
-            if (int(row[0]) - 1) * steps_per_epoch + int(row[1]) < first_step:
-                kept.append(row)
-    return kept

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
+from typing import Any
 
 from dmtjepa.config import Config
+from dmtjepa.files import link_or_copy
 from dmtjepa.interop import export_checkpoint
+from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.checkpoint_writer import CheckpointWriter
 from dmtjepa.training.distributed import DistributedError, World, new_gloo_group
 from dmtjepa.training.schedules import Schedules
@@ -23,10 +24,12 @@ class Saver:
         state: what is saved.
     """
 
-    def __init__(self, config: Config, world: World, folder: Path, schedules: Schedules, state: TrainingState) -> None:
+    def __init__(
+        self, config: Config, world: World, folder: RunFolder, schedules: Schedules, state: TrainingState
+    ) -> None:
         self._config, self._world, self._folder, self._schedules, self._state = config, world, folder, schedules, state
         self._writer = CheckpointWriter(
-            folder / "checkpoints", new_gloo_group(world), config.runtime.keep_last, world.device
+            folder.checkpoints, new_gloo_group(world), config.runtime.keep_last, world.device
         )
 
     def is_due(self) -> bool:
@@ -47,18 +50,19 @@ class Saver:
         epoch_done = step_in_epoch == 0
         last = self._state.step == self._schedules.num_steps
         keep = epoch_done and (epoch % self._config.runtime.keep_every_epochs == 0 or last)
-        names = ["latest"] * epoch_done + [f"ep{epoch}"] * keep
-        paths = [self._folder / f"{self._config.logging.write_tag}-{name}.pth.tar" for name in names]
+        paths = [self._folder.latest_export] * epoch_done + [self._folder.epoch_export(epoch)] * keep
         then = (lambda checkpoint: _export(checkpoint, paths)) if paths else None
         self._writer.save(self._state.tensors(), self._state.meta(keep=keep), then)
 
-    def save_not_finite(self) -> Path:
-        """Write the current state into `not_finite/` and wait for it. Returns that folder."""
+    def save_not_finite(self, steps: list[dict[str, Any]]) -> Path:
+        """Write the current state and a description of the steps into `not_finite/`, and wait. Returns that folder."""
         self._writer.wait()
-        folder = self._folder / "not_finite"
+        folder = self._folder.not_finite
         writer = CheckpointWriter(folder, new_gloo_group(self._world), keep_last=1, device=self._world.device)
         writer.save(self._state.tensors(), self._state.meta(keep=False))
         writer.close()
+        if self._world.rank == 0:
+            self._folder.write_not_finite(steps)
         return folder
 
     def failed(self) -> bool:
@@ -84,8 +88,4 @@ def _export(checkpoint: Path, paths: list[Path]) -> None:
     first, *others = paths
     export_checkpoint(checkpoint, first)
     for path in others:
-        path.unlink(missing_ok=True)
-        try:
-            os.link(first, path)
-        except OSError:
-            shutil.copyfile(first, path)
+        link_or_copy(first, path)

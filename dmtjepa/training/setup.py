@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from dmtjepa.checkpoint_format import newest_whole, remove_leftovers
+from dmtjepa.checkpoint_format import newest_whole
 from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import Loader, build_loader
 from dmtjepa.interop import load_model
-from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA, build_model
-from dmtjepa.run_folder import check_folder, locked, write_environment, write_settings
+from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.batches import BatchStream
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
 from dmtjepa.training.finite import FiniteCheck
@@ -46,24 +46,24 @@ class Run:
     batches: BatchStream
 
 
-def open_folder(config: Config, world: World, stack: contextlib.ExitStack) -> Path:
+def open_folder(config: Config, world: World, stack: contextlib.ExitStack) -> RunFolder:
     """Lock the run folder for as long as `stack` is open, check it, and write the settings into it.
 
     Raises:
         RunFolderError: the folder holds another run, or another process uses it.
     """
-    folder = Path(config.logging.folder)
+    folder = RunFolder.from_config(config)
 
     def open_on_rank_0() -> None:
-        stack.enter_context(locked(folder))
-        check_folder(folder, config, config.global_batch(world.world_size))
-        write_settings(folder, config)
+        stack.enter_context(folder.locked())
+        folder.check(config, config.global_batch(world.world_size))
+        folder.write_config(config)
 
     run_on_rank_0(world, open_on_rank_0)
     return folder
 
 
-def build_run(config: Config, world: World, folder: Path, watchdog: Watchdog, stack: contextlib.ExitStack) -> Run:
+def build_run(config: Config, world: World, folder: RunFolder, watchdog: Watchdog, stack: contextlib.ExitStack) -> Run:
     """Build the parts of a run and restore its newest checkpoint, if there is one.
 
     Args:
@@ -105,9 +105,9 @@ def build_run(config: Config, world: World, folder: Path, watchdog: Watchdog, st
     if resume_from is not None:
         state.restore(resume_from)
     if world.rank == 0:
-        write_environment(folder, world.world_size, world.device, global_batch, state.step)
+        folder.add_start(world.device, world_size=world.world_size, global_batch=global_batch, step=state.step)
     metrics = Metrics(
-        folder, config.logging.write_tag, world.rank, world.device,
+        folder, world.rank, world.device,
         schedules=schedules, first_step=state.step, global_batch=global_batch,
     )  # fmt: skip
     stack.callback(metrics.close)
@@ -128,20 +128,12 @@ def _count_steps_per_epoch(config: Config, world: World, loader: Loader) -> int:
 
 def _build_batches(config: Config, world: World, loader: Loader, schedules: Schedules, metrics: Metrics) -> BatchStream:
     accumulation = config.runtime.accumulation
+    sampler = MaskSampler.from_config(config)
 
     def sample(step: int, micro_batch: int) -> MaskBatch:
         """Image b of micro-batch a on rank r of W is image (a*W + r)*B + b of the global batch."""
-        return sample_masks(
-            config.mask,
-            config.grid_size,
-            config.data.batch_size,
-            config.runtime.seed,
-            step,
-            micro_batch * world.world_size + world.rank,
-            accumulation * world.world_size,
-            window=config.patch.patch_k_size,
-            border=config.patch.border,
-        )
+        shard = micro_batch * world.world_size + world.rank
+        return sampler.sample(step, shard, accumulation * world.world_size)
 
     return BatchStream(
         loader,
@@ -153,28 +145,32 @@ def _build_batches(config: Config, world: World, loader: Loader, schedules: Sche
     )
 
 
-def find_checkpoint(folder: Path, world: World) -> Path | None:
-    """The newest whole checkpoint of a run folder, if there is one. Removes what a killed run left half written."""
+def find_checkpoint(folder: RunFolder, world: World) -> Path | None:
+    """The newest whole checkpoint of a run folder, if there is one. Removes what a killed run left half written.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
 
     def find() -> Path | None:
-        remove_leftovers(folder / "checkpoints")
-        return newest_whole(folder / "checkpoints")
+        folder.remove_leftovers()
+        return newest_whole(folder.checkpoints)
 
     return run_on_rank_0(world, find)
 
 
-def load_initial_weights(model: DMTJEPA, config: Config, folder: Path, world: World) -> None:
+def load_initial_weights(model: DMTJEPA, config: Config, folder: RunFolder, world: World) -> None:
     """Load the weights that `meta.read_checkpoint` names into the model of a new run. Every rank reads the file."""
     meta = config.meta
     if not meta.load_checkpoint:
         return
     if meta.read_checkpoint is None:
         if world.rank == 0:
-            logger.info("meta.load_checkpoint: %s holds no checkpoint yet; the run starts afresh", folder)
+            logger.info("meta.load_checkpoint: %s holds no checkpoint yet; the run starts afresh", folder.path)
         return
     path = Path(os.path.expandvars(meta.read_checkpoint)).expanduser()
     if not path.exists():
-        path = folder / meta.read_checkpoint
+        path = folder.path / meta.read_checkpoint
     absent = load_model(model, path)
     if world.rank == 0:
         kept = f"; it holds no {' and no '.join(absent)}: newly drawn" if absent else ""

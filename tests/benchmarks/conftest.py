@@ -12,8 +12,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # plain pytest does not look for `benchmarks` in this folder
-from benchmarks.step.providers import Workload
+from benchmarks.workloads import Workload
 from dmtjepa.training.distributed import World, process_group
+from tests.helpers.images import image_folder
 
 TINY = ("data.crop_size=96", "mask.min_keep=2", "meta.pred_depth=1", "meta.pred_emb_dim=16")
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check
+from benchmarks import goals, gpu_check
 from benchmarks.data import data_wait
 from benchmarks.data import loader as loader_speed
 from dmtjepa.data import is_dali_installed
-from tests.helpers.images import image_folder  # noqa: F401
 
 needs_dali = pytest.mark.skipif(not is_dali_installed(), reason="NVIDIA DALI is not installed")
 
@@ -22,9 +21,10 @@ def run(monkeypatch, program, *options: object) -> None:
     program.main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=needs_dali)])
-def test_the_trainers_own_share_of_waiting(image_folder: Path, tmp_path: Path, tiny, monkeypatch, capsys, loader: str):  # noqa: F811
-    options = ("--model", "vit_nano:2", "--loader", loader, "--workers", 1, "--device", "cpu")
+def test_the_trainers_own_share_of_waiting(image_folder: Path, tmp_path: Path, tiny, monkeypatch, capsys, loader: str):
+    options = ("--workload", "vit_nano:2", "--loader", loader, "--workers", 1, "--device", "cpu")
     options += ("--steps", 20, "--warmup", 10, "--out", tmp_path, "--set", *tiny)
     run(monkeypatch, data_wait, image_folder, *options)
     (path,) = tmp_path.glob("cpu-*-data-wait.json")
@@ -36,7 +36,7 @@ def test_the_trainers_own_share_of_waiting(image_folder: Path, tmp_path: Path, t
 
 
 @needs_dali
-def test_rates_beside_what_training_needs(image_folder: Path, tmp_path: Path, monkeypatch, capsys):  # noqa: F811
+def test_rates_beside_what_training_needs(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
     options = ("--workers", 1, "--batch-size", 4, "--images", 40, "--batches", 20, "--rounds", 1)
     run(monkeypatch, loader_speed, image_folder, *options, "--json", tmp_path / "loader.json")
     document = json.loads((tmp_path / "loader.json").read_text())
@@ -55,14 +55,14 @@ def test_goals_of_the_data():
     rows = [
         {"loader": "dali, folder", "images_per_second": 3100.0, "images_per_core_second": 400.0},
         {"loader": "torchvision, folder", "images_per_second": 900.0, "images_per_core_second": 300.0},
-        {"loader": "dali", "model": "ViT-large/16 B=256", "data_wait_share": 0.031},
+        {"loader": "dali", "workload": "ViT-large/16 B=256", "data_wait_share": 0.031},
     ]
-    assert gpu_check.data_goals(rows) == {
+    assert goals.data_goals(rows) == {
         "dali, folder: at least 2x the images/s of training ViT-L (1.9x)": False,  # of the prediction
         "ViT-large/16 B=256: waits for data in less than 2% of the time (3.1%)": False,
     }
-    rows.append({"model": "ViT-large/16 B=256", "images_per_s": 1500.0, "mfu": 0.5})
-    assert gpu_check.data_goals(rows)["dali, folder: at least 2x the images/s of training ViT-L (2.1x)"]
+    rows.append({"workload": "ViT-large/16 B=256", "images_per_s": 1500.0, "mfu": 0.5})
+    assert goals.data_goals(rows)["dali, folder: at least 2x the images/s of training ViT-L (2.1x)"]
 
 
 def test_a_gpu_check_with_images_measures_both(tmp_path: Path):

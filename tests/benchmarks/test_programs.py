@@ -11,19 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, machine
-from benchmarks.operators import cases
+from benchmarks import goals, gpu_check, machine
 from benchmarks.operators import speed as operators_speed
-from benchmarks.operators.cases import Shape
 from benchmarks.step import host, memory, profile, runs, scaling
-from benchmarks.step.providers import parse_workload
+from benchmarks.workloads import parse_workload
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_memory_beside_its_estimate(run_program, tiny):
     document, printed = run_program(
-        memory, "memory", "--models", "vit_nano", "--batches", "2", "4", "--set", *tiny,
+        memory, "memory", "--workloads", "vit_nano:2", "vit_nano:4", "--set", *tiny,
         "--providers", "project", "reference",
     )  # fmt: skip
     rows = document["rows"]
@@ -60,13 +59,11 @@ def test_peak_memory_counts_what_a_call_holds():
     assert machine.peak_memory(call, "cpu") == 3000
 
 
-def test_operators_in_one_table(run_program, monkeypatch):
-    tiny = Shape("base", dim=32, num_heads=2, patch_size=16, batch_size=2)
-    monkeypatch.setitem(cases.SHAPES, "base", tiny)
+def test_operators_in_one_table(run_program, tiny, monkeypatch):
     monkeypatch.setattr(operators_speed, "milliseconds", lambda function, device: 2.0)
     machine.copy_bandwidth.cache_clear()
 
-    document, printed = run_program(operators_speed, "operators", "--shapes", "base", "--batch", "2")
+    document, printed = run_program(operators_speed, "operators", "--workloads", "vit_nano:2", "--set", *tiny)
     machine.copy_bandwidth.cache_clear()
     operators = {row["operator"].split()[0] for row in document["rows"]}
     assert operators == {
@@ -79,9 +76,10 @@ def test_operators_in_one_table(run_program, monkeypatch):
         assert row["operator"] in printed
 
 
+@pytest.mark.slow
 def test_profile_names_operators(run_program, tmp_path, tiny):
     document, printed = run_program(
-        profile, "profile", "--model", "vit_nano:2", "--set", *tiny, "--steps", "1", "--threads", "1"
+        profile, "profile", "--workload", "vit_nano:2", "--set", *tiny, "--steps", "1", "--threads", "1"
     )
     rows = {row["operator"]: row for row in document["rows"]}
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
@@ -125,8 +123,9 @@ def test_bytes_of_a_copy():
     assert profile.num_bytes("aten::copy_", [[5], [5], []], ["float", "c10::BFloat16", ""]) == 20 + 10 + 20
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path, tiny):
-    command = [sys.executable, "-m", "benchmarks.step.scaling", "--processes", "2", "--model", "vit_nano:2"]
+    command = [sys.executable, "-m", "benchmarks.step.scaling", "--processes", "2", "--workload", "vit_nano:2"]
     done = subprocess.run(
         [*command, "--scaling", "strong", "--set", *tiny, "--steps", "2", "--out", tmp_path],
         cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
@@ -155,20 +154,20 @@ def test_union_of_spans():
 
 
 def test_goals_of_the_step(tmp_path):
-    shared = {"model": "ViT-huge/14 B=128", "batch": 128, "speed_vs_reference": 9.0, "memory_vs_reference": 0.1}
+    shared = {"workload": "ViT-huge/14 B=128", "batch": 128, "speed_vs_reference": 9.0, "memory_vs_reference": 0.1}
     rows = [
-        shared | {"provider": "published bfloat16", "mfu": 0.2, "images_per_s": 300.0},
+        shared | {"provider": "official bfloat16", "mfu": 0.2, "images_per_s": 300.0},
         shared | {"provider": "project bfloat16 compiled", "mfu": 0.5, "images_per_s": 630.0}
-        | {"speed_vs_published": 2.1, "memory_vs_published": 0.6},
+        | {"speed_vs_official": 2.1, "memory_vs_official": 0.6},
         shared | {"provider": "project bfloat16 compiled fp8", "mfu": 0.53, "images_per_s": 670.0},
     ]  # fmt: skip
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "h200-step.json").write_text(json.dumps({"commit": "a", "rows": rows}))
     (tmp_path / "h200-memory.json").write_text(json.dumps({"commit": "b", "rows": [rows[1] | {"mfu": 0.1}]}))
-    assert gpu_check.goals(tmp_path, "a") == {
+    assert goals.goals(tmp_path, "a") == {
         "ViT-huge/14 B=128: float8 teacher at least 10% faster (+6%)": False,
-        "ViT-huge/14 B=128: at least 2.0x the published step (2.10x)": True,
-        "ViT-huge/14 B=128: at most 0.5x the memory of the published step (0.60x)": False,
+        "ViT-huge/14 B=128: at least 2.0x the official step (2.10x)": True,
+        "ViT-huge/14 B=128: at most 0.5x the memory of the official step (0.60x)": False,
         "ViT-huge/14 B=128: MFU of at least 48% (50.0%)": True,
     }
 
@@ -195,6 +194,7 @@ def step(name, text, seconds=60.0):
     return gpu_check.Step(name, (sys.executable, "-c", text), seconds)
 
 
+@pytest.mark.slow
 def test_gpu_check_goes_on_after_a_failure_and_says_what_it_had_no_time_for(gpu_check_on_a_cpu):
     steps = [step("bad", "import sys; print('why'); sys.exit(3)"), step("slow", "import time; time.sleep(60)", 6.0)]
     code, summary, printed = gpu_check_on_a_cpu([*steps, step("good", "print('table')")])

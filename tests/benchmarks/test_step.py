@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.machine import product_rate
 from benchmarks.step import runs, speed
-from benchmarks.step.providers import Workload, open_published, parse_provider, parse_workload
+from benchmarks.step.providers import open_official, parse_provider
+from benchmarks.workloads import Workload, parse_workload
 from dmtjepa.models import AggregationHead
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.estimate import measure_masks, step_flops
@@ -22,9 +22,10 @@ def measured(workload: Workload, world, *providers: str) -> list[dict]:
     return runs.measure_steps(workload, parsed, world, warmup=0, steps=3, seconds=60)
 
 
+@pytest.mark.slow
 def test_program_measures_every_provider(run_program, tiny):
     document, printed = run_program(
-        speed, "step", "--models", "vit_nano:2", "--set", *tiny, "--steps", "3", "--threads", "1",
+        speed, "step", "--workloads", "vit_nano:2", "--set", *tiny, "--steps", "3", "--threads", "1",
         "--providers", "reference", "project", "project:recompute",
     )  # fmt: skip
     names = ["reference float32", "project float32 eager", "project float32 eager recompute"]
@@ -84,7 +85,8 @@ def test_lack_of_memory_is_a_result(workload, world, monkeypatch):
     assert not runs.failed([row])
 
 
-def test_median_percentile_and_mfu(workload):
+def test_median_percentile_and_mfu(workload, monkeypatch):
+    monkeypatch.setattr(runs, "peak_rate", lambda device, dtype: (2e12, "data sheet"))
     provider = parse_provider("project:bfloat16", "cpu")
     seconds = [{"step": s, "head": s / 4} for s in (0.1, 0.2, 0.3, 0.4, 1.0)]
     row = runs.summarize(workload, provider, "cpu", [7] * 5, seconds)
@@ -92,7 +94,7 @@ def test_median_percentile_and_mfu(workload):
     assert row["ms_p95"] == pytest.approx(880)  # 0.4 + 0.8 * (1.0 - 0.4): the point 0.95 * 4 of the sorted times
     assert row["images_per_s"] == pytest.approx(2 / 0.3)
     assert row["phases_ms"] == {"head": pytest.approx(75)}
-    assert row["mfu"] == pytest.approx(workload.flops(7) / 0.3 / product_rate("cpu", torch.bfloat16))
+    assert row["mfu"] == pytest.approx(workload.flops(7) / 0.3 / 2e12)
 
 
 def test_flops_are_the_estimates_at_the_masks_of_the_step():
@@ -113,15 +115,15 @@ def test_provider_texts():
     for wrong in ("reference:compiled", "project:fast", "ours"):
         with pytest.raises(SystemExit, match=wrong.partition(":")[0]):
             parse_provider(wrong, "cpu")
-    with pytest.raises(SystemExit, match="--published PATH"):
-        open_published(None, ["published:float32"])
+    with pytest.raises(SystemExit, match="--official PATH"):
+        open_official(None, ["official:float32"])
 
 
-@pytest.mark.skipif("PUBLISHED" not in os.environ, reason="PUBLISHED names no checkout of the published code")
-def test_published_step_agrees_with_the_reference(world, tiny):
-    open_published(Path(os.environ["PUBLISHED"]), [])
+@pytest.mark.skipif("OFFICIAL" not in os.environ, reason="OFFICIAL names no checkout of the official code")
+def test_official_step_agrees_with_the_reference(world, tiny):
+    open_official(Path(os.environ["OFFICIAL"]), [])
     workload = Workload("vit_tiny", 2, (*tiny, "meta.pred_emb_dim=48"))
-    (row,) = measured(workload, world, "published")
+    (row,) = measured(workload, world, "official")
     assert row["correct"]
     assert row["checked_batch"] == 1
     assert set(row["phases_ms"]) == {"targets", "head", "predictions", "loss", "backward", "update", "teacher"}

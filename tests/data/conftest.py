@@ -1,4 +1,4 @@
-"""Fixtures of the data tests."""
+"""Folders of images for the data tests, drawn once per session."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dmtjepa.config import DataSettings
+from dmtjepa.data import make_shards
 from tests.helpers.images import image_folder
 
 
@@ -16,3 +17,17 @@ def settings(image_folder: Path) -> DataSettings:
     return DataSettings(
         root_path=str(image_folder), batch_size=4, crop_size=32, num_workers=0, loader="torchvision", max_broken=0.2
     )
+
+
+@pytest.fixture(scope="session")
+def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of that folder in four shards."""
+    out = tmp_path_factory.mktemp("shards")
+    assert make_shards.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
+    return out
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch) -> None:
+    """No test reads or writes the cache of the user."""
+    monkeypatch.setenv("DMTJEPA_CACHE", str(tmp_path / "cache"))

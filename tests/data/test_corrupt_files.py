@@ -16,9 +16,7 @@ from dmtjepa.data.decode import CorruptImage, decode_image
 from dmtjepa.data.jpeg_header import read_plain_size
 from dmtjepa.data.sources.folder import FolderSource
 from tests.helpers.image_kinds import list_kinds
-from tests.helpers.images import encode, flip_bytes, needs_dali, smooth_image
-
-LOADERS = ["torchvision", pytest.param("dali", marks=needs_dali)]
+from tests.helpers.images import LOADERS, encode, flip_bytes, needs_dali, smooth_image
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +120,7 @@ def test_a_thousand_fuzzed_files_decode_or_are_refused():
     assert outcomes == {"decoded", "refused"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader_name", LOADERS)
 def test_a_thousand_fuzzed_files_neither_crash_nor_hang_a_loader(tmp_path: Path, loader_name: str):
     for number, data in enumerate(fuzzed(1000, seed=2)):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmtjepa.evaluation.figures import FigureData, LossCurve
+from dmtjepa.evaluation.figures import FigureData
+from dmtjepa.step_csv import LossCurve
 from tests.helpers.run_folders import write_images, write_masks, write_run
 
 

@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from dmtjepa.evaluation import figures
-from dmtjepa.evaluation.figures import FigureData, LossCurve
+from dmtjepa.evaluation.figures import FigureData
+from dmtjepa.step_csv import LossCurve
 
 GRID = (4, 6)
 
@@ -40,20 +41,3 @@ def test_loss_of_one_step_and_of_nan_is_drawn(tmp_path):
     for loss in ([0.5], [0.5, float("nan"), 0.4]):
         curve = LossCurve(np.arange(len(loss)) / 10, np.array(loss))
         assert figures.save_figures(FigureData(grid_size=GRID, loss=curve), tmp_path, "")
-
-
-def test_losses_are_read_from_the_released_csv(tmp_path):
-    path = tmp_path / "jepa_r0.csv"
-    header = "epoch,itr,loss,mask-A,mask-B,time (ms)\n"
-    # As after a kill: a line cut short, then a second header.
-    path.write_text(
-        header + "1,0,0.50000,50,30,9\n1,1,0.40000,50,30,9\n2,0,0.3\n2,1,\n" + header + "2,1,0.20000,50,30,9\n"
-    )
-    curve = figures.read_losses(path)
-    assert curve.epoch.tolist() == [0, 0.5, 1, 1.5]
-    assert curve.loss.tolist() == [0.5, 0.4, 0.3, 0.2]
-    path.write_text(header)
-    assert len(figures.read_losses(path).loss) == 0
-    path.write_text("step,value\n1,2\n")
-    with pytest.raises(ValueError, match="no column epoch, itr, loss"):
-        figures.read_losses(path)

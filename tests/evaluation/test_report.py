@@ -8,8 +8,8 @@ import torch
 from dmtjepa.evaluation.__main__ import main
 from dmtjepa.evaluation.context import load_teacher
 from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
-from dmtjepa.interop import open_run
 from dmtjepa.objective import build_model
+from dmtjepa.run_folder import open_run
 from tests.helpers.run_folders import write_images, write_run
 
 LATEST = "tiny-latest.pth.tar"
@@ -106,7 +106,8 @@ def test_plain_ijepa_has_no_neighbours_and_unlabelled_data_no_knn(tmp_path, caps
 
 def test_the_untrained_network_is_the_one_the_run_started_from(run):
     """Drawn with the run's seed; the caller's random numbers are left as they were."""
-    config, checkpoint = open_run(run)
+    folder, config = open_run(run)
+    checkpoint = folder.latest_export
     state = torch.random.get_rng_state()
     trained, untrained = load_teacher(config, checkpoint)
     assert torch.equal(torch.random.get_rng_state(), state)

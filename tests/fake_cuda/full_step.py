@@ -8,8 +8,9 @@ import json
 import torch
 
 from benchmarks.step.host import count_calls
-from benchmarks.step.providers import Workload, parse_provider
+from benchmarks.step.providers import parse_provider
 from benchmarks.step.runs import Run
+from benchmarks.workloads import Workload
 from dmtjepa.training.distributed import check_device, process_group
 from dmtjepa.training.estimate import memory_bytes
 

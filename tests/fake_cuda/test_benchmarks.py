@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
 TINY = ("--set", "data.crop_size=96", "mask.min_keep=2", "meta.pred_depth=1", "meta.pred_emb_dim=16")
 PROGRAMS = {
-    "step.host": ("--models", "vit_nano:2", *TINY, "--providers", "project:eager", "--warmup", "2", "--steps", "3"),
-    "step.target_head": ("--shapes", "base:2", "--repeats", "3"),
-    "step.speed": ("--models", "vit_nano:2", *TINY, "--providers", "reference", "project:eager", "--steps", "3"),
-    "operators.speed": ("--shapes", "base", "--batch", "2"),
-    "step.profile": ("--model", "vit_nano:2", *TINY, "--provider", "project:eager", "--steps", "1"),
-    "step.memory": ("--models", "vit_nano", "--batches", "2", "4", *TINY, "--providers", "project:eager"),
+    "step.host": ("--workloads", "vit_nano:2", *TINY, "--providers", "project:eager", "--warmup", "2", "--steps", "3"),
+    "step.target_head": ("--workloads", "vit_base:2", "--repeats", "3"),
+    "step.speed": ("--workloads", "vit_nano:2", *TINY, "--providers", "reference", "project:eager", "--steps", "3"),
+    "operators.speed": ("--workloads", "vit_base:2"),
+    "step.profile": ("--workload", "vit_nano:2", *TINY, "--provider", "project:eager", "--steps", "1"),
+    "step.memory": ("--workloads", "vit_nano:2", "vit_nano:4", *TINY, "--providers", "project:eager"),
     "data.data_wait": (
-        "--model", "vit_nano:2", *TINY, "runtime.compile=off", "--loader", "torchvision", "--workers", "0",
+        "--workload", "vit_nano:2", *TINY, "runtime.compile=off", "--loader", "torchvision", "--workers", "0",
         "--steps", "20", "--warmup", "10",
     ),
 }  # fmt: skip
@@ -28,7 +30,7 @@ def results(start_on, image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     programs = {name: [*options, "--out", str(folder / name)] for name, options in PROGRAMS.items()}
     programs["data.data_wait"].insert(0, str(image_folder))
-    ended = start_on(sys.executable, HERE / "run_benchmarks.py", json.dumps(programs)).end()
+    ended = start_on(sys.executable, Path(__file__).with_name("run_benchmarks.py"), json.dumps(programs)).end()
     assert ended.code == 0, ended.output
     faults = json.loads(ended.output.splitlines()[-1])
     return {name: (folder / name, faults[name]) for name in PROGRAMS}

@@ -10,6 +10,7 @@ import pytest
 from dmtjepa import checkpoint_format
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow  # each test starts a process that imports torch and trains
 
 
 def test_no_step_between_two_logged_ones_waits_for_the_device(start_on):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmtjepa.data import is_dali_installed
+from dmtjepa.data import ImageSource, is_dali_installed
 
 needs_dali = pytest.mark.skipif(not is_dali_installed(), reason="NVIDIA DALI is not installed")
+LOADERS = ["torchvision", pytest.param("dali", marks=needs_dali)]
 
 
 def smooth_image(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -20,7 +21,7 @@ def smooth_image(rng: np.random.Generator, width: int, height: int) -> Image.Ima
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def encode(image: Image.Image, form: str, **options: object) -> bytes:
+def encode(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     """The bytes of a file of this form."""
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
@@ -46,3 +47,8 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         width, height = rng.integers(40, 160, 2).tolist()
         smooth_image(rng, width, height).save(place / f"{number:03d}.jpg", quality=90)
     return folder
+
+
+def contents(source: ImageSource) -> list[bytes]:
+    """The encoded bytes of all images."""
+    return [source.read(image) for image in range(len(source))]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dmtjepa.config import MaskSettings
-from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
 from dmtjepa.objective import DMTJEPA
 
@@ -47,9 +47,7 @@ def make_model(case: Case, dtype: torch.dtype, seed: int = 0) -> DMTJEPA:
 
 def make_masks(case: Case, step: int = 0) -> MaskBatch:
     settings = MaskSettings(patch_size=PATCH, min_keep=case.min_keep)
-    return sample_masks(
-        settings, case.grid, case.batch, seed=1, step=step, rank=0, window=case.window, border=case.border
-    )
+    return MaskSampler(settings, case.grid, case.batch, 1, case.window, case.border).sample(step)
 
 
 def make_images(case: Case, dtype: torch.dtype) -> torch.Tensor:

@@ -11,18 +11,18 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Kernels whose loads of tokens are all 16 bytes wide. (The patches of huge, 14 bytes wide, allow 2 bytes.)
 WIDE_KERNELS = {
-    "base": {"gather_tokens", "scatter_tokens", "embed_patches"},
-    "huge": {"gather_tokens", "scatter_tokens", "select_neighbors", "aggregate_neighbors", "pool_neighbors"}
+    "vit_base": {"gather_tokens", "scatter_tokens", "embed_patches"},
+    "vit_huge": {"gather_tokens", "scatter_tokens", "select_neighbors", "aggregate_neighbors", "pool_neighbors"}
     | {"smooth_l1", "smooth_l1_backward"},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "architectures"), [("huge", ["80", "90", "100"]), ("base", ["90"])])
-def test_compiles_without_spills(shape, architectures, tmp_path):
+@pytest.mark.parametrize(("model", "architectures"), [("vit_huge", ["80", "90", "100"]), ("vit_base", ["90"])])
+def test_compiles_without_spills(model, architectures, tmp_path):
     # A process of its own, since the interpreter may be on in this one.
     command = [sys.executable, "-m", "benchmarks.operators.compiled_code"]
-    command += ["--shapes", shape, "--architectures", *architectures]
+    command += ["--workloads", f"{model}:16", "--architectures", *architectures]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--out", tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
@@ -35,6 +35,6 @@ def test_compiles_without_spills(shape, architectures, tmp_path):
     for row in rows:
         assert row["spill_bytes"] == 0, row
         assert row["shared_bytes"] <= 163 * 1024, row
-        if row["kernel"] in WIDE_KERNELS[shape] and "channels last" not in row["case"]:
+        if row["kernel"] in WIDE_KERNELS[model] and "channels last" not in row["case"]:
             assert row["load_bytes"].get("16", 0) >= 2, row
             assert set(row["load_bytes"]) <= {"16", "8", "4", "2"}, row

@@ -33,6 +33,8 @@ def count_step(config, shapes, device_type):
             target_unique=index(round(BATCH * shapes.unique)),
             target_slot=index(BATCH, num_blocks, num_targets),
             neighborhood=index(round(BATCH * shapes.neighborhood)),
+            window=config.patch.patch_k_size,
+            border=config.patch.border,
         )
         with FlopCounterMode(display=False) as counter:
             model(images, masks).backward()
@@ -40,6 +42,7 @@ def count_step(config, shapes, device_type):
 
 
 # GFLOP per image: ViT-H/14, L/16 and B/16 at the mean shape of the released sampler and the published batch per device.
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["xformers", "sdpa"])
 @pytest.mark.parametrize(
     ("name", "most"), [("in1k_vith14_ep300", 680), ("in1k_vitl16_ep600", 267), ("in1k_vitb16_ep600", 89)]

@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dmtjepa.config import MaskSettings
-from dmtjepa.masks import MaskBatch, MaskError, check_masks, sample_masks
+from dmtjepa.config import MaskSettings, parse_config
+from dmtjepa.masks import MaskBatch, MaskError, MaskSampler, check_masks
 from dmtjepa.masks.geometry import reachable_sizes
 from dmtjepa.reference.masks import index_targets_reference, sample_masks_reference
 
@@ -24,8 +24,14 @@ CROWDED = {"pred_mask_scale": (0.3, 0.4), "enc_mask_scale": (0.4, 0.6), "min_kee
 RARE = {"pred_mask_scale": (0.3, 0.4), "enc_mask_scale": (0.1, 0.1), "min_keep": 10}
 
 
+def sample_masks(settings, grid_size, batch_size, seed, step, shard, num_shards=None, **window) -> MaskBatch:
+    sampler = MaskSampler(settings, grid_size, batch_size, seed, **window)
+    return sampler.sample(step, shard, num_shards or shard + 1)
+
+
 def tensors(masks: MaskBatch) -> list[torch.Tensor]:
-    return [getattr(masks, field.name) for field in fields(masks) if not field.name.endswith("packing")]
+    values = [getattr(masks, field.name) for field in fields(masks)]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def same(first: MaskBatch, second: MaskBatch) -> bool:
@@ -44,7 +50,7 @@ def block_size(masks: MaskBatch, cols: int) -> tuple[int, int]:
 def test_shapes_and_meaning(sampler, grid_size, batch_size):
     num_patches = math.prod(grid_size)
     for step in range(20):
-        masks = sample_masks(MaskSettings(sampler=sampler), grid_size, batch_size, seed=1, step=step, rank=0)
+        masks = sample_masks(MaskSettings(sampler=sampler), grid_size, batch_size, seed=1, step=step, shard=0)
         assert all(tensor.dtype == torch.int64 for tensor in tensors(masks))
         assert all(tensor.is_contiguous() for tensor in tensors(masks))
         num_context, (num_targets, size) = masks.context_index.shape[1], masks.target_index.shape[1:]
@@ -71,51 +77,51 @@ def test_shapes_and_meaning(sampler, grid_size, batch_size):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_pure_function_of_seed_step_and_rank(sampler):
+def test_pure_function_of_seed_step_and_shard(sampler):
     mask = MaskSettings(sampler=sampler)
-    first = sample_masks(mask, (14, 14), 4, seed=3, step=5, rank=2)
+    first = sample_masks(mask, (14, 14), 4, seed=3, step=5, shard=2)
     np.random.seed(1)  # noqa: NPY002
     torch.manual_seed(1)
     random.seed(1)
-    sample_masks(mask, (14, 14), 4, seed=9, step=9, rank=9)
-    assert same(first, sample_masks(mask, (14, 14), 4, seed=3, step=5, rank=2))
-    for other in ({"seed": 4}, {"step": 6}, {"rank": 3}):
-        assert not same(first, sample_masks(mask, (14, 14), 4, **{"seed": 3, "step": 5, "rank": 2, **other}))
+    sample_masks(mask, (14, 14), 4, seed=9, step=9, shard=9)
+    assert same(first, sample_masks(mask, (14, 14), 4, seed=3, step=5, shard=2))
+    for other in ({"seed": 4}, {"step": 6}, {"shard": 3}):
+        assert not same(first, sample_masks(mask, (14, 14), 4, **{"seed": 3, "step": 5, "shard": 2, **other}))
 
 
 def test_masks_of_a_step_never_change():
     """A resumed run must find the masks of the run it continues, also under a later version of this code or NumPy."""
-    released = sample_masks(MaskSettings(), (14, 14), 2, seed=7, step=100, rank=1)
+    released = sample_masks(MaskSettings(), (14, 14), 2, seed=7, step=100, shard=1)
     assert released.target_index[:, :, 0].tolist() == [[59, 88, 29, 5], [113, 20, 33, 72]]
     assert released.context_index.shape == (2, 84)
-    corrected = sample_masks(MaskSettings(sampler="corrected"), (14, 14), 2, seed=7, step=100, rank=1)
+    corrected = sample_masks(MaskSettings(sampler="corrected"), (14, 14), 2, seed=7, step=100, shard=1)
     assert corrected.target_index[:, :, 0].tolist() == [[60, 89, 29, 7], [113, 22, 35, 73]]
     assert corrected.context_index[:, :8].tolist() == [[0, 1, 2, 3, 4, 5, 6, 12], [0, 1, 2, 3, 5, 7, 8, 9]]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("grid_size", [(14, 14), (8, 9)])
-def test_global_cut_does_not_depend_on_the_division_among_ranks(sampler, grid_size):
+def test_global_cut_does_not_depend_on_the_number_of_shards(sampler, grid_size):
     mask = MaskSettings(sampler=sampler, context_cut="global", **(CROWDED if grid_size == (8, 9) else {}))
     for step in range(10):
-        whole = sample_masks(mask, grid_size, 12, seed=0, step=step, rank=0, world_size=1)
-        for world_size in (2, 3, 12):
-            batch_size = 12 // world_size
-            parts = [sample_masks(mask, grid_size, batch_size, 0, step, rank, world_size) for rank in range(world_size)]
+        whole = sample_masks(mask, grid_size, 12, seed=0, step=step, shard=0, num_shards=1)
+        for num_shards in (2, 3, 12):
+            batch_size = 12 // num_shards
+            shards = [sample_masks(mask, grid_size, batch_size, 0, step, n, num_shards) for n in range(num_shards)]
             for name in ("context_index", "target_index"):
-                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+                assert torch.equal(torch.cat([getattr(shard, name) for shard in shards]), getattr(whole, name))
             for name in ("target_unique", "neighborhood"):
                 shift = batch_size * math.prod(grid_size)
-                flat = torch.cat([getattr(part, name) + rank * shift for rank, part in enumerate(parts)])
+                flat = torch.cat([getattr(shard, name) + n * shift for n, shard in enumerate(shards)])
                 assert torch.equal(flat, getattr(whole, name))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_rank_cut_differs_from_the_global_cut_in_the_context_alone(sampler):
+def test_rank_cut_differs_from_the_global_cut_in_the_context_only(sampler):
     lengths = []
-    for step, rank in itertools.product(range(5), range(4)):
+    for step, shard in itertools.product(range(5), range(4)):
         cut = {
-            name: sample_masks(MaskSettings(sampler=sampler, context_cut=name), (14, 14), 8, 0, step, rank, 4)
+            name: sample_masks(MaskSettings(sampler=sampler, context_cut=name), (14, 14), 8, 0, step, shard, 4)
             for name in ("rank", "global")
         }
         assert torch.equal(cut["rank"].target_index, cut["global"].target_index)
@@ -133,8 +139,25 @@ def test_wrong_arguments():
         sample_masks(MaskSettings(), (14, 14), 2, 0, 0, 0, window=4)
     with pytest.raises(ValueError, match="border: 'mirror'"):
         sample_masks(MaskSettings(), (14, 14), 2, 0, 0, 0, border="mirror")
-    with pytest.raises(ValueError, match="rank: 2 is outside of a world of 2"):
-        sample_masks(MaskSettings(context_cut="global"), (14, 14), 2, 0, 0, 2, world_size=2)
+    for shard in (-1, 2):
+        with pytest.raises(ValueError, match=f"shard: {shard} is not in the range of 2 shards"):
+            MaskSampler(MaskSettings(), (14, 14), 2).sample(0, shard, num_shards=2)
+
+
+def test_the_sampler_of_a_configuration():
+    values = {
+        "data": {"crop_size": 72, "batch_size": 3},
+        "mask": {"patch_size": 8, "min_keep": 2},
+        "patch": {"patch_k_size": 5, "border": "clip"},
+        "runtime": {"seed": 7},
+    }
+    config = parse_config(values)
+    expected = MaskSampler(config.mask, (9, 9), 3, seed=7, window=5, border="clip")
+    assert MaskSampler.from_config(config) == expected
+    assert MaskSampler.from_config(config, batch_size=2, seed=0) == replace(expected, batch_size=2, seed=0)
+    masks = expected.sample(step=4)
+    assert (masks.window, masks.border) == (5, "clip")
+    assert same(masks, sample_masks(config.mask, (9, 9), 3, 7, 4, 0, window=5, border="clip"))
 
 
 def test_to_moves_every_tensor():

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dmtjepa.config import MaskSettings, parse_config
 from dmtjepa.evaluation.context import load_teacher
-from dmtjepa.masks import sample_masks
+from dmtjepa.masks import MaskSampler
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer, fp8
 from dmtjepa.models.layers import Linear
 from dmtjepa.objective import DMTJEPA, build_model
@@ -41,7 +41,7 @@ def make_inputs():
     torch.manual_seed(1)
     coarse = F.interpolate(torch.rand(4, 3, 9, 9), size=(32, 32), mode="bilinear")
     images = (255 * (0.8 * coarse + 0.2 * torch.rand(4, 3, 32, 32))).to(torch.uint8)
-    return images, sample_masks(MaskSettings(patch_size=4, min_keep=2), GRID, 4, seed=0, step=0, rank=0)
+    return images, MaskSampler(MaskSettings(patch_size=4, min_keep=2), GRID, 4).sample(step=0)
 
 
 def with_fp8_teacher(model: DMTJEPA) -> DMTJEPA:

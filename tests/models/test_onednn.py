@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmtjepa.config import parse_config
+from dmtjepa.masks import MaskSampler
 from dmtjepa.models.layers import Linear
 from dmtjepa.models.onednn import compute_by_onednn, onednn_linear
 from dmtjepa.objective import build_model
@@ -60,20 +61,59 @@ def test_a_gradient_that_is_not_needed_is_not_computed():
     assert counter.get_total_flops() == 2 * (2 * 5 * 16 * 8)  # outputs and the gradient of the weight
 
 
+SMALL = {
+    "data": {"crop_size": 32, "batch_size": 2},
+    "mask": {"patch_size": 8, "min_keep": 0},
+    "meta": {"model_name": "vit_tiny", "pred_emb_dim": 48, "pred_depth": 1},
+    "patch": {"local_agg_head": True},
+    "runtime": {"attention": "sdpa"},
+}
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 def test_models_on_a_cpu_take_it_and_others_do_not():
-    config = parse_config(
-        {
-            "data": {"crop_size": 32},
-            "mask": {"patch_size": 8, "min_keep": 0},
-            "meta": {"model_name": "vit_tiny", "pred_emb_dim": 48, "pred_depth": 1},
-            "runtime": {"attention": "sdpa"},
-        }
-    )
-
     def products(device_type):
-        model = copy.deepcopy(build_model(config, device_type))
+        model = copy.deepcopy(build_model(parse_config(SMALL), device_type))
         return {module.multiply for module in model.modules() if isinstance(module, Linear)}
 
     assert products("cpu") == {onednn_linear}
     assert products("cuda") == {torch.nn.functional.linear}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_for_a_cpu_trains_under_autocast(dtype):
+    config = parse_config(SMALL)
+    torch.manual_seed(0)
+    model, masks = build_model(config, "cpu"), MaskSampler.from_config(config).sample(step=0)
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    losses, gradients = [], []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = model(images, masks)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    exact, rounded = gradients
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert rounded.keys() == exact.keys()
+    assert all(gradient.dtype == torch.float32 for gradient in rounded.values())
+    for name in ("encoder.blocks.0.attn.qkv.weight", "predictor.predictor_proj.weight"):
+        assert (rounded[name] - exact[name]).norm() < 0.1 * exact[name].norm()
+
+
+def test_a_compiled_layer_computes_under_autocast():
+    torch._dynamo.reset()
+    layer = Linear(16, 8)
+    compute_by_onednn(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(compiled(x), layer(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(x).dtype == torch.bfloat16
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_different_dtypes_are_refused_as_pytorch_does():
+    with pytest.raises(RuntimeError, match="dtype"):
+        onednn_linear(torch.randn(2, 16), torch.randn(8, 16, dtype=torch.float64), None)

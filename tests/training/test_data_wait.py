@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dmtjepa.config import MaskSettings
 from dmtjepa.data.loaders.torchvision import TorchvisionLoader
-from dmtjepa.masks import MaskBatch, sample_masks
+from dmtjepa.masks import MaskBatch, MaskSampler
+from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.batches import BatchStream
 from dmtjepa.training.launch import launch
 from dmtjepa.training.metrics import WAIT_STEPS, Metrics, StepRecord, StepValues
@@ -32,7 +33,9 @@ def steps(count: int, waited: float) -> list[StepValues]:
 def warnings_of(folder: Path, caplog, blocks: list[list[StepValues]], rank: int = 0) -> list[str]:
     folder.mkdir()
     schedules = Schedules(100, 10, 0, 0.0, 1.0, 0.0, 0.0, 0.0, (1.0, 1.0))
-    metrics = Metrics(folder, "jepa", rank, torch.device("cpu"), schedules=schedules, first_step=0, global_batch=8)
+    metrics = Metrics(
+        RunFolder(folder, "jepa"), rank, torch.device("cpu"), schedules=schedules, first_step=0, global_batch=8
+    )
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         for block in blocks:
@@ -124,7 +127,7 @@ def test_every_tensor_that_was_copied_aside_is_kept_for_the_main_stream(monkeypa
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append((id(tensor), stream)))
 
     def sample(step: int, micro_batch: int) -> MaskBatch:
-        return sample_masks(MaskSettings(min_keep=2, pack=packed), (6, 6), 2, 0, step, 0)
+        return MaskSampler(MaskSettings(min_keep=2, pack=packed), (6, 6), 2).sample(step)
 
     class Loader:
         def epoch(self, epoch, start_step):

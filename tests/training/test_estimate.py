@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmtjepa.config import load_config
-from dmtjepa.masks import sample_masks
+from dmtjepa.masks import MaskSampler
 from dmtjepa.objective import build_model
 from dmtjepa.training.estimate import (
     MaskShapes,
@@ -47,7 +47,7 @@ def test_mean_mask_shapes_are_those_of_the_published_sampler():
 
 def test_flops_agree_with_a_counted_step(settings):
     config = settings()
-    masks = sample_masks(config.mask, config.grid_size, 16, seed=0, step=0, rank=0)
+    masks = MaskSampler.from_config(config, batch_size=16, seed=0).sample(step=0)
     shapes = MaskShapes(
         masks.context_index.shape[1],
         masks.target_index.shape[2],

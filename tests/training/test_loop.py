@@ -16,7 +16,7 @@ import torch.distributed as dist
 import yaml
 
 from dmtjepa import checkpoint_format
-from dmtjepa.run_folder import RunFolderError, locked
+from dmtjepa.run_folder import RunFolder, RunFolderError
 from dmtjepa.training import launch as launcher
 from dmtjepa.training import parallelize
 from dmtjepa.training.finite import NonFiniteLoss
@@ -252,7 +252,7 @@ def test_folder_of_another_program_is_refused(settings, tmp_path):
 
 def test_folder_in_use_is_refused(settings):
     config = settings()
-    with locked(Path(config.logging.folder)), pytest.raises(RunFolderError, match=r"being written by another run"):
+    with RunFolder.from_config(config).locked(), pytest.raises(RunFolderError, match=r"being written by another run"):
         launch(config, ["cpu"])
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmtjepa.training.parallelize
 from dmtjepa.config import MaskSettings
-from dmtjepa.masks import sample_masks
+from dmtjepa.masks import MaskSampler
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
 from dmtjepa.models.onednn import compute_by_onednn
 from dmtjepa.objective import DMTJEPA, build_model
@@ -59,7 +59,7 @@ def test_at_most_two_graphs_per_kind_of_block_over_100_mask_shapes(settings):
     shapes = set()
     step = 0
     while len(shapes) < 100:
-        masks = sample_masks(config.mask, config.grid_size, 2, seed=0, step=step, rank=0)
+        masks = MaskSampler.from_config(config, seed=0).sample(step)
         step += 1
         shape = (masks.context_index.shape[1], masks.target_index.shape[2], len(masks.target_unique))
         if shape in shapes:
@@ -87,7 +87,7 @@ def report_bytes(folder, shard_size):
         mesh = build_mesh("cpu", world.world_size, shard_size)
         model = parallelize(DMTJEPA(encoder, predictor, head), mesh, dtype=torch.float32)
         optimizer = build_optimizer([model.encoder, model.predictor, model.head])
-        masks = sample_masks(MaskSettings(patch_size=8, min_keep=0), (4, 4), 1, seed=0, step=0, rank=world.rank)
+        masks = MaskSampler(MaskSettings(patch_size=8, min_keep=0), (4, 4), 1).sample(0, world.rank, world.world_size)
         images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
         model.loss(model.predict_targets(images, masks), model.compute_targets(images, masks), masks).backward()
         optimizer.step()
@@ -138,7 +138,7 @@ def train_casting(folder, at_once, reshard, recompute):
         with _Called() as called:
             for step in range(4):
                 images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-                masks = sample_masks(MaskSettings(patch_size=8, min_keep=0), (4, 4), 2, seed=0, step=step, rank=0)
+                masks = MaskSampler(MaskSettings(patch_size=8, min_keep=0), (4, 4), 2).sample(step)
                 loss = model.loss(model.predict_targets(images, masks), model.compute_targets(images, masks), masks)
                 loss.backward()
                 if step % 2:

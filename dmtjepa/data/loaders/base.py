@@ -1,10 +1,11 @@
-"""What the two loaders share: the order of samples, resuming, and the account of corrupt images."""
+"""What the training loaders share: the order of samples, resuming, corrupt images, and the watch on their workers."""
 
 from __future__ import annotations
 
 import signal
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,6 +14,8 @@ from dmtjepa.config import DataSettings
 from dmtjepa.data.corrupt import CorruptImages
 from dmtjepa.data.sampling import SampleOrder
 from dmtjepa.data.sources.base import ImageSource
+
+_POLL_SECONDS = 1  # how often a waiting loader checks that its workers make progress
 
 
 class Loader(ABC):
@@ -24,7 +27,7 @@ class Loader(ABC):
         self._source, self._settings, self._seed = source, settings, seed
         self._order = SampleOrder(len(source), settings.batch_size, seed, rank, world_size)
         self._corrupt = CorruptImages(source, settings.max_broken, world_size)
-        self._next: tuple[int, int] | None = None  # epoch and step of the batch that comes next, once one has come
+        self._next: tuple[int, int] | None = None  # epoch and step of the next batch, once `_start` was called
 
     @property
     def num_images(self) -> int:
@@ -40,7 +43,11 @@ class Loader(ABC):
         return self._corrupt.entries
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[torch.Tensor]:
-        """The batches of an epoch from a step on. Skipped steps are not decoded. One epoch runs at a time."""
+        """The batches of an epoch from a step on. Skipped steps are not decoded. Iterate over one epoch at a time.
+
+        Raises:
+            DataError: too many images are corrupt, or the workers died or stalled.
+        """
         if start_step >= self.steps_per_epoch:
             return
         if self._next != (epoch, start_step):
@@ -52,25 +59,40 @@ class Loader(ABC):
             self._next = (epoch + 1, 0) if last else (epoch, step + 1)
             self._corrupt.record(self._settings.batch_size, corrupt)
             if images is None:
-                self._corrupt.stop_lost()
+                self._corrupt.stop_without_replacement()
             yield images
 
     def close(self) -> None:
-        """End what works ahead."""
+        """Stop loading ahead."""
         self._stop()
         self._next = None
 
     @abstractmethod
     def _start(self, epoch: int, step: int) -> None:
-        """Begin to work ahead from a step on, epoch after epoch."""
+        """Start loading ahead from a step on, epoch after epoch."""
 
     @abstractmethod
     def _receive(self) -> tuple[torch.Tensor | None, list[tuple[int, str]]]:
-        """The next batch, None where all candidates for a place of it are corrupt; [(corrupt image, reason), ...]."""
+        """The next batch and its [(corrupt image, reason), ...]; no batch where a place has no readable candidate."""
 
     @abstractmethod
     def _stop(self) -> None:
-        """End what `_start` began, if it did."""
+        """Stop what `_start` started, if it was called."""
+
+
+def wait_for_progress(done: threading.Event, count_progress: Callable[[], int], timeout: float) -> bool:
+    """Wait until `done` is set. Returns False when `count_progress()` has not changed for `timeout` seconds.
+
+    The seconds are counted and not read from a clock, because a clock goes on while a cluster suspends the whole job.
+    """
+    progress, seconds = count_progress(), 0
+    while not done.wait(_POLL_SECONDS):
+        seconds += _POLL_SECONDS
+        if count_progress() != progress:
+            progress, seconds = count_progress(), 0
+        elif seconds > timeout:
+            return False
+    return True
 
 
 def start_workers(loader: DataLoader) -> Iterator:

@@ -1,4 +1,4 @@
-"""Images for measuring features: each once, in order, resized and cut at the centre."""
+"""The evaluation loader: every image once, in order, resized and cropped at the centre."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import logging
 import os
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from dmtjepa.data.crop import crop_center
 from dmtjepa.data.decode import CorruptImage, decode_image, tell_reason
 from dmtjepa.data.loaders.base import start_workers
 from dmtjepa.data.sources.base import ImageSource
@@ -19,8 +18,8 @@ from dmtjepa.processes import enter_worker
 logger = logging.getLogger(__name__)
 
 
-class _Center(Dataset):
-    """Image -> (uint8 [3,S,S] or None where corrupt, number, reason)."""
+class _CenterCrops(Dataset):
+    """Image number -> (uint8 [3,H,W], or None if it is corrupt; the number; the reason)."""
 
     def __init__(self, source: ImageSource, image_size: tuple[int, int]) -> None:
         self._source, self._size = source, image_size
@@ -30,25 +29,10 @@ class _Center(Dataset):
 
     def __getitem__(self, image: int) -> tuple[torch.Tensor | None, int, str]:
         try:
-            picture = decode_image(self._source.read(image))
+            decoded = decode_image(self._source.read(image))
         except (CorruptImage, OSError) as error:
             return None, image, tell_reason(error)
-        return torch.from_numpy(crop_center(picture, self._size)).permute(2, 0, 1), image, ""
-
-
-def crop_center(picture: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
-    """Shorter side to 256/224 of the crop's, then the central crop: uint8 [H,W,3].
-
-    An image too small for the margin is only enlarged to the crop itself: its borders are not cut off.
-    """
-    height, width = image_size
-    fit = max(width / picture.width, height / picture.height)
-    scale = fit * min(256 / 224, max(1.0, 1 / fit))
-    resized_width = max(width, round(picture.width * scale))
-    resized_height = max(height, round(picture.height * scale))
-    left, top = round((resized_width - width) / 2), round((resized_height - height) / 2)
-    picture = picture.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
-    return np.array(picture.crop((left, top, left + width, top + height)))
+        return torch.from_numpy(crop_center(decoded, self._size)).permute(2, 0, 1), image, ""
 
 
 def _collate(samples: list) -> tuple[torch.Tensor, list[int], list[tuple[int, str]]]:
@@ -59,7 +43,7 @@ def _collate(samples: list) -> tuple[torch.Tensor, list[int], list[tuple[int, st
 
 
 class EvaluationLoader:
-    """Iterates (images uint8 [B,3,S,S], labels [B] int64 or None, names [B]); the last batch may be smaller.
+    """Iterates over (images uint8 [B,3,H,W], labels [B] int64 or None, names [B]). The last batch may be smaller.
 
     Corrupt images are left out, named in the log, and listed in `corrupt` as (name, reason).
     """
@@ -67,11 +51,12 @@ class EvaluationLoader:
     def __init__(
         self, source: ImageSource, image_size: tuple[int, int], batch_size: int, *, num_workers: int = 0
     ) -> None:
-        self.source, self.corrupt = source, []
+        self.source = source
+        self.corrupt: list[tuple[str, str]] = []
         self.class_names = source.class_names
         parent = os.getpid()
         self._loader = DataLoader(
-            _Center(source, image_size),
+            _CenterCrops(source, image_size),
             batch_size,
             num_workers=num_workers,
             collate_fn=_collate,

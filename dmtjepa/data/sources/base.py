@@ -15,44 +15,47 @@ IMAGE_EXTENSIONS = (
 )  # fmt: skip
 IMAGE_EXTENSIONS_BYTES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 LIST_EXTENSIONS = (".txt", ".tsv", ".lst")
-_MAX_CLASSES = 1_000_000  # larger numbers are names (ImageNet's 1440764), not places in a list of classes
+_MAX_CLASSES = 1_000_000  # larger numbers are names (1440764 of ImageNet), not class indices
 
 
 class DataError(UserError, RuntimeError):
-    """Images that cannot be trained on; the message names them and the remedy."""
+    """The images cannot be used. The message says why, and what to do."""
 
 
 class ImageSource(Protocol):
-    """Encoded images by number. `labels` is [num_images] int64, or None where images have none."""
+    """Encoded images by number. `labels` is [num_images] int64, or None if the images have no labels."""
 
-    labels: np.ndarray | None
-    class_names: list[str]
+    @property
+    def labels(self) -> np.ndarray | None: ...
+
+    @property
+    def class_names(self) -> list[str]: ...
 
     def __len__(self) -> int: ...
 
     def name(self, image: int) -> str:
-        """What to call an image in messages."""
+        """The name of an image in messages."""
         ...
 
     def read(self, image: int) -> bytes:
-        """The encoded bytes; raises OSError where they cannot be read."""
+        """The encoded bytes. Raises OSError if they cannot be read."""
         ...
 
 
 class Names:
-    """Many strings in two arrays, which worker processes share without copying: [i] -> bytes."""
+    """A list of byte strings, stored in two arrays that worker processes share without copying."""
 
     def __init__(self, names: list[bytes]) -> None:
         self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         self._bytes = np.frombuffer(b"".join(names), dtype=np.uint8)
 
     @classmethod
-    def join(cls, parts: list[Names]) -> Names:
-        """All strings of several, one after the other."""
+    def join(cls, lists: list[Names]) -> Names:
+        """The concatenation of several lists."""
         joined = cls([])
-        starts = np.cumsum([0] + [len(part._bytes) for part in parts])
-        joined._ends = np.concatenate([part._ends + start for part, start in zip(parts, starts, strict=False)])
-        joined._bytes = np.concatenate([part._bytes for part in parts])
+        starts = np.cumsum([0] + [len(names._bytes) for names in lists])
+        joined._ends = np.concatenate([names._ends + start for names, start in zip(lists, starts, strict=False)])
+        joined._bytes = np.concatenate([names._bytes for names in lists])
         return joined
 
     def __len__(self) -> int:
@@ -64,14 +67,14 @@ class Names:
 
 
 def label_names(names: list[bytes]) -> tuple[np.ndarray, list[str]]:
-    """([num_images] int64 index into the sorted names, the sorted names) of a name for each image."""
+    """From the name of the class of each image to ([num_images] int64 labels, the class names, sorted)."""
     order = {name: label for label, name in enumerate(sorted(set(names)))}
     labels = np.array([order[name] for name in names], dtype=np.int64)
     return labels, [os.fsdecode(name) for name in order]
 
 
 def number_labels(numbers: list[bytes]) -> tuple[np.ndarray, list[str]]:
-    """As label_names, for whole numbers: they keep their values, unless they are too large for class numbers."""
+    """Like `label_names`, for whole numbers: they are the labels, unless they are too large to be class indices."""
     values = [int(number) for number in numbers]
     if max(values) >= _MAX_CLASSES:
         return label_names(numbers)
@@ -79,6 +82,6 @@ def number_labels(numbers: list[bytes]) -> tuple[np.ndarray, list[str]]:
 
 
 def read_file(path: bytes) -> bytes:
-    """The bytes of a file; of a pipe without a writer, which would be waited for without the flag, none."""
+    """The bytes of a file. Without the flag, opening a pipe that has no writer would block."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         return file.read() or b""

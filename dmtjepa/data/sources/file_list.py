@@ -6,17 +6,19 @@ import codecs
 import os
 from pathlib import Path
 
+import numpy as np
+
 from dmtjepa.data.sources.base import IMAGE_EXTENSIONS_BYTES, DataError, Names, label_names, number_labels, read_file
 
-_TRIED = 20  # files of a list that are looked for at the start
+_NUM_CHECKED = 20  # files of a list that are checked at the start
 
 
 class ListSource:
-    """A text file that names an image per line, with a label or without.
+    """A text file with the path of an image on each line, and optionally its label.
 
-    Paths are relative to the file's folder, or absolute. A label follows a tab (any name), or a space (a whole number,
-    on every line, as in DALI's file lists). Empty lines and lines that begin with # are skipped, and so are blanks at
-    the end of a line and the mark that Windows puts at the beginning of UTF-8.
+    Paths are absolute, or relative to the folder of the file. A label follows a tab (any name) or a space (a whole
+    number on every line, as in the file lists of DALI). Empty lines, lines that start with #, blanks at the end of a
+    line, and a byte order mark are ignored.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -32,17 +34,18 @@ class ListSource:
         if not lines:
             raise DataError(f"the list of images {path} is empty; it should hold a path per line")
         names, labels = _split_labels(lines, path)
-        self.labels, self.class_names = None, []
+        self.labels: np.ndarray | None = None
+        self.class_names: list[str] = []
         if labels:
             numbers = all(label.isdigit() for label in labels)
             self.labels, self.class_names = (number_labels if numbers else label_names)(labels)
         self._names = Names(names)
         self._folder = os.fsencode(path.parent)
-        tried = [self.name(image) for image in range(min(len(names), _TRIED))]
-        if not any(os.path.lexists(name) for name in tried):
+        checked = [self.name(image) for image in range(min(len(names), _NUM_CHECKED))]
+        if not any(os.path.lexists(name) for name in checked):
             raise DataError(
-                f"{path}: none of its first {len(tried)} files exists, such as {tried[0]!r}. Paths are relative to the "
-                f"list's folder; a label follows a tab, or, if all are whole numbers, a space"
+                f"{path}: none of its first {len(checked)} files exists, such as {checked[0]!r}. Paths are relative to "
+                f"the list's folder; a label follows a tab, or, if all are whole numbers, a space"
             )
 
     def __len__(self) -> int:
@@ -56,20 +59,20 @@ class ListSource:
 
 
 def _split_labels(lines: list[bytes], path: Path) -> tuple[list[bytes], list[bytes]]:
-    """(paths, labels), no labels where the lines have none."""
-    parts = [line.split(b"\t") for line in lines]
-    if all(len(part) == 1 for part in parts):
-        parts = [line.rsplit(b" ", 1) for line in lines]
-        numbered = [len(part) == 2 and part[1].isdigit() for part in parts]
+    """(paths, labels). The labels are empty if the lines have none."""
+    fields = [line.split(b"\t") for line in lines]
+    if all(len(pair) == 1 for pair in fields):
+        fields = [line.rsplit(b" ", 1) for line in lines]
+        numbered = [len(pair) == 2 and pair[1].isdigit() for pair in fields]
         if not all(numbered):
-            images = [part[0].lower().endswith(IMAGE_EXTENSIONS_BYTES) for part in parts]
+            images = [pair[0].lower().endswith(IMAGE_EXTENSIONS_BYTES) for pair in fields]
             if not any(number and image for number, image in zip(numbered, images, strict=True)):
                 return lines, []
-            parts = [part if number else [] for part, number in zip(parts, numbered, strict=True)]
-    for line, part in zip(lines, parts, strict=True):
-        if len(part) != 2 or not part[0] or not part[1]:
+            fields = [pair if number else [] for pair, number in zip(fields, numbered, strict=True)]
+    for line, pair in zip(lines, fields, strict=True):
+        if len(pair) != 2 or not pair[0] or not pair[1]:
             raise DataError(
                 f"{path}: some lines have a label after a tab, or a number after a space, but this one is not a path "
                 f"and a label: {os.fsdecode(line)!r}"
             )
-    return [part[0] for part in parts], [part[1] for part in parts]
+    return [pair[0] for pair in fields], [pair[1] for pair in fields]

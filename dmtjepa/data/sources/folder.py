@@ -18,19 +18,19 @@ from dmtjepa.data.sources.base import (
     read_file,
 )
 
-# The released configs name the folder above `train`; a folder that holds nothing but splits is entered.
+# The official configurations name the folder above `train`; a folder of splits alone is entered.
 _SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 
 def list_images(folder: Path) -> list[bytes]:
-    """Paths of all image files below a folder, relative to it, sorted by their bytes. Links are followed."""
+    """The paths of all image files below a folder, relative to it, sorted by their bytes. Links are followed."""
     return sorted(_walk(os.fsencode(folder), b"", frozenset()))
 
 
 def _walk(folder: bytes, prefix: bytes, above: frozenset[tuple[int, int]]) -> Iterator[bytes]:
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
-    if identity in above:  # a link to a folder that it lies in
+    if identity in above:  # a link to a folder that contains it
         return
     above = above | {identity}
     with os.scandir(folder) as entries:
@@ -40,13 +40,13 @@ def _walk(folder: bytes, prefix: bytes, above: frozenset[tuple[int, int]]) -> It
             link_target_gone = entry.is_symlink() and not os.path.exists(entry.path)
             if not link_target_gone and entry.is_dir():
                 yield from _walk(entry.path, prefix + entry.name + b"/", above)
-            # A link to nowhere will be told of as corrupt; a pipe is left out, as it would be read for ever.
+            # A dangling link is reported as corrupt later. A pipe is left out.
             elif entry.name.lower().endswith(IMAGE_EXTENSIONS_BYTES) and (link_target_gone or entry.is_file()):
                 yield prefix + entry.name
 
 
 def find_images(path: Path) -> Path:
-    """The folder that is read for `path`: its `train` folder where it holds splits alone, else itself."""
+    """The folder to read for `path`: its `train` folder if it contains only splits, otherwise itself."""
     if (path / "train").is_dir():
         folders = {entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")}
         if folders <= _SPLIT_NAMES:
@@ -55,7 +55,7 @@ def find_images(path: Path) -> Path:
 
 
 class FolderSource:
-    """A folder of images, however deeply nested. Its first-level folders are the classes, when all images have one."""
+    """A folder of images at any depth. Its first-level folders are the classes, if every image is in one."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)

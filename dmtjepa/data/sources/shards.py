@@ -1,10 +1,9 @@
 """Images in tar files, in the layout of webdataset: the files of a sample share a name and differ in extension.
 
-The image is the member with an image extension: where a sample has one with a plain extension (`jpg`), what is beside
-it (`seg.png`) is not read. The label is the whole number in the member with the extension `cls`; where there is none,
-the first folder in the members' names is the class. Images are read in any order by their place in the tar file. An
-index beside a shard (`<shard>.idx`, DALI's wds2idx format) saves reading its headers at start; without one, the headers
-are read, and an index is kept in the cache folder.
+The image is the member with an image extension. If a sample has a member with a plain extension (`jpg`), those with
+longer ones (`seg.png`) are not read. The label is the whole number in the member with the extension `cls`. Without one,
+the first folder in the names of the members is the class. Images are read in any order by their offsets in the tar
+file, which tar_index.py finds.
 """
 
 from __future__ import annotations
@@ -31,15 +30,17 @@ _EXTENSIONS = frozenset(extension[1:].encode() for extension in IMAGE_EXTENSIONS
 
 
 class Folder(NamedTuple):
-    """What lies in a folder, hidden files apart: tar files, compressed ones, and whether images or folders do, too."""
+    """The contents of a folder without hidden files: tar files, compressed ones, and whether there are others."""
 
     shards: list[str]
     compressed: list[str]
-    others: bool
+    has_images_or_folders: bool
 
 
-def look_into(folder: str) -> Folder:
-    shards, compressed, others = [], [], False
+def _list_folder(folder: str) -> Folder:
+    shards: list[str] = []
+    compressed: list[str] = []
+    others = False
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -52,21 +53,21 @@ def look_into(folder: str) -> Folder:
 
 
 def is_shards(path: str) -> bool:
-    """Whether a path names tar shards: one, a pattern of several, or a folder of them."""
+    """Whether a path names tar shards: one, a pattern, or a folder of them."""
     if os.path.isdir(path):
-        shards, compressed, others = look_into(path)
+        shards, compressed, others = _list_folder(path)
         return bool(shards) or (bool(compressed) and not others)
     return path.endswith((".tar", *_COMPRESSED)) or (".tar" in path and re.search(r"[*?{\[]", path) is not None)
 
 
 def find_shards(path: str) -> list[str]:
-    """The shards that a path names, sorted: a tar file, a folder of them, or a pattern (* ? [..] {000..127} {a,b})."""
+    """The shards at a path, sorted: a tar file, a folder of them, or a pattern (* ? [..] {000..127} {a,b})."""
     if os.path.isdir(path):
-        shards, compressed, others = look_into(path)
+        shards, compressed, others = _list_folder(path)
         if others:
             raise DataError(
-                f"{path} holds tar files, and images or folders too: name the shards as {path}/*.tar, or move what is "
-                f"not to be read to another folder"
+                f"{path} contains tar files, and images or folders too: name the shards as {path}/*.tar, or move the "
+                f"other files to another folder"
             )
         shards = shards or compressed
     else:
@@ -79,7 +80,9 @@ def find_shards(path: str) -> list[str]:
         if not os.path.isfile(shard):
             raise DataError(f"the shard {shard} does not exist")
         if not shard.endswith(".tar"):
-            raise DataError(f"{shard} is compressed; shards are read at random places: unpack it to a plain .tar first")
+            raise DataError(
+                f"{shard} is compressed, and shards are read in random order: decompress it to a plain .tar first"
+            )
     return sorted(shards)
 
 
@@ -88,16 +91,18 @@ def _is_glob(pattern: str) -> bool:
 
 
 def _expand(pattern: str) -> list[str]:
-    """{000..012} and {a,b} in a pattern, as in a shell."""
+    """Expand {000..012} and {a,b} in a pattern, like a shell."""
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)
     if match is None:
         return [pattern]
     if match[1] is not None:
         width = len(match[1])
-        parts = [f"{number:0{width}d}" for number in range(int(match[1]), int(match[2]) + 1)]
+        choices = [f"{number:0{width}d}" for number in range(int(match[1]), int(match[2]) + 1)]
     else:
-        parts = match[3].split(",")
-    return [whole for part in parts for whole in _expand(pattern[: match.start()] + part + pattern[match.end() :])]
+        choices = match[3].split(",")
+    return [
+        whole for choice in choices for whole in _expand(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
 
 
 class ShardImages(NamedTuple):
@@ -112,9 +117,9 @@ def _list_images(shard: str) -> ShardImages:
     labels: dict[tuple[bytes, int], int] = {}
     seen: Counter[tuple[bytes, bytes]] = Counter()
     for member in list_members(shard):
-        if member.key.endswith(b"/") or not member.key:  # a hidden file, such as those that macOS puts beside others
+        if member.key.endswith(b"/") or not member.key:  # a hidden file, such as those of macOS
             continue
-        # A name and extension that come again begin another sample of the name.
+        # A name and extension that appear again start another sample of that name.
         sample = member.key, seen[member.key, member.extension]
         seen[member.key, member.extension] += 1
         if member.extension == b"cls":
@@ -123,7 +128,7 @@ def _list_images(shard: str) -> ShardImages:
             images[sample].append(member)
     place, names = [], []
     for sample, group in images.items():
-        # Names of files can have dots: of a.1.jpg and a.2.jpg none is the plain one, and both are images.
+        # File names can contain dots: neither a.1.jpg nor a.2.jpg has a plain extension, and both are images.
         for image in [member for member in group if b"." not in member.extension][:1] or group:
             place.append((image.offset, image.size, labels.get(sample, -1)))
             names.append(image.key + b"." + image.extension)
@@ -131,7 +136,7 @@ def _list_images(shard: str) -> ShardImages:
 
 
 class ShardSource:
-    """The images of tar shards, shard after shard."""
+    """The images of tar shards, in the order of the shards."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._shards = find_shards(os.fspath(path))
@@ -139,13 +144,13 @@ class ShardSource:
             listed = list(pool.map(_list_images, self._shards))
         if not any(len(images.keys) for images in listed):
             raise DataError(
-                f"no images in {len(self._shards)} shards of {path}; members with these extensions are looked for: "
+                f"no images in {len(self._shards)} shards of {path}; members with these extensions are images: "
                 f"{' '.join(IMAGE_EXTENSIONS)}"
             )
         self._shard = np.repeat(np.arange(len(listed), dtype=np.int32), [len(images.keys) for images in listed])
         self._place = np.concatenate([images.place for images in listed])
         self._keys = Names.join([images.keys for images in listed])
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the least recently used first
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -165,7 +170,7 @@ class ShardSource:
 
     @cached_property
     def _labelled(self) -> tuple[np.ndarray | None, list[str]]:
-        """Read when first asked for: training needs no labels, and they lie all over the shards."""
+        """Read at the first use, because training needs no labels, and they are all over the shards."""
         label_offset = self._place[:, 2]
         if (label_offset >= 0).all():
             texts = [
@@ -174,13 +179,13 @@ class ShardSource:
             ]
             matches = [re.match(rb"\s*(\d+)", text) for text in texts]
             if all(matches):
-                labels, numbers = number_labels([match[1] for match in matches])
+                labels, numbers = number_labels([match[1] for match in matches if match])
                 return labels, self._name_classes(numbers)
         keys = [self._keys[image] for image in range(len(self))]
         return label_names([key.split(b"/", 1)[0] for key in keys]) if all(b"/" in key for key in keys) else (None, [])
 
     def _name_classes(self, numbers: list[str]) -> list[str]:
-        """From classes.txt beside the shards, where pack.py puts it, else the numbers."""
+        """The names in classes.txt, which make_shards.py writes beside the shards; without it, the numbers."""
         path = Path(self._shards[0]).parent / "classes.txt"
         names = os.fsdecode(path.read_bytes()).split("\n")[:-1] if path.is_file() else []
         return names if len(names) >= len(numbers) else numbers
@@ -194,7 +199,7 @@ class ShardSource:
         return self._labelled[1]
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        """Thread-safe, and of no file position: worker processes may share the descriptor."""
+        """Read without a file position: threads and worker processes share the descriptors."""
         with self._lock:
             descriptor = self._open.pop(shard, None)
             if descriptor is None:
@@ -202,7 +207,7 @@ class ShardSource:
             self._open[shard] = descriptor
             if len(self._open) > _MAX_OPEN:
                 os.close(self._open.popitem(last=False)[1])
-            descriptor = os.dup(descriptor)  # another thread may close the original meanwhile
+            descriptor = os.dup(descriptor)  # another thread may close the original
         try:
             return os.pread(descriptor, size, offset)
         finally:

@@ -1,4 +1,8 @@
-"""The files in a tar shard and where their data lie: read from its headers, or from an index file."""
+"""The files in a tar shard and the offsets of their data: read from its headers, or from an index file.
+
+An index beside a shard (`<shard>.idx`, the wds2idx format of DALI) saves reading the headers at the start. Without one,
+the headers are read, and an index is kept in the cache folder.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ _BLOCK = 512  # of a tar file
 
 
 class Member(NamedTuple):
-    """A file in a shard: extension without the dot, place and size of its data in bytes, name without extension."""
+    """A file in a shard: extension without the dot, offset and size of its data in bytes, name without extension."""
 
     extension: bytes
     offset: int
@@ -29,7 +33,7 @@ class Member(NamedTuple):
 
 
 def read_members(shard: str) -> list[Member]:
-    """The files in a shard, in its order, from its headers alone."""
+    """The files in a shard, in order, from its headers alone."""
     members = []
     try:
         with tarfile.open(shard, "r:", errorlevel=1) as archive:
@@ -43,16 +47,16 @@ def read_members(shard: str) -> list[Member]:
         if (size - end) % _BLOCK:
             raise tarfile.ReadError("ends within a header")
         if size == end:
-            logger.warning("the shard %s has no end mark: some of its last files may be missing", shard)
+            logger.warning("the shard %s has no end-of-archive mark: some of its last files may be missing", shard)
     except tarfile.TarError as error:
-        raise DataError(f"the shard {shard} is no whole tar file: {error}; make it or copy it again") from error
+        raise DataError(f"the shard {shard} is not a complete tar file: {error}; create or copy it again") from error
     except OSError as error:
         raise DataError(f"cannot read the shard {shard}: {error.strerror or error}") from error
     return members
 
 
 def _split_name(name: bytes, offset: int, size: int) -> Member:
-    """webdataset's rule: the key ends at the first dot of the file's own name, the extension is all after it."""
+    """The rule of webdataset: the extension is all that follows the first dot of the file name, the key the rest."""
     name = name.removeprefix(b"./")
     folder, _, file = name.rpartition(b"/")
     stem, _, extension = file.partition(b".")
@@ -60,7 +64,7 @@ def _split_name(name: bytes, offset: int, size: int) -> Member:
 
 
 def write_index(path: Path, members: list[Member]) -> None:
-    """An index in DALI's format: a line per sample, `extension offset size name` for each of its files."""
+    """Write an index in the format of DALI: per sample a line of `extension offset size name` for each file."""
     lines: list[list[Member]] = []
     for member in members:
         if not lines or lines[-1][-1].key != member.key:
@@ -80,7 +84,7 @@ def write_index(path: Path, members: list[Member]) -> None:
 
 
 def read_index(path: Path, shard: str) -> list[Member] | None:
-    """What an index says of its shard; None where it is older than the shard, not whole, or of another format."""
+    """The files that an index lists; None if it is older than the shard, incomplete, or in another format."""
     if path.stat().st_mtime < os.path.getmtime(shard):
         return None
     lines = path.read_bytes().splitlines()
@@ -105,6 +109,7 @@ def read_index(path: Path, shard: str) -> list[Member] | None:
 
 
 def list_members(shard: str) -> list[Member]:
+    """The files in a shard: from its index if there is one, otherwise from its headers."""
     beside = Path(shard + ".idx") if os.path.exists(shard + ".idx") else Path(shard).with_suffix(".idx")
     status = os.stat(shard)
     identity = f"{os.path.realpath(shard)} {status.st_size} {status.st_mtime_ns}"
@@ -115,6 +120,6 @@ def list_members(shard: str) -> list[Member]:
     members = read_members(shard)
     try:
         write_index(cached, members)
-    except OSError as error:  # a full or read-only home: the next start reads the headers again
-        logger.info("no index of %s is kept: %s", shard, error)
+    except OSError as error:  # a full or read-only disk: the next start reads the headers again
+        logger.info("the index of %s is not kept: %s", shard, error)
     return members

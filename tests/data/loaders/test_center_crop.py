@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from dmtjepa.data import build_eval_loader
-from dmtjepa.data.loaders.center_crop import crop_center
+from dmtjepa.data.crop import crop_center
 
 
 def test_all_images_in_order_with_labels(image_folder: Path):

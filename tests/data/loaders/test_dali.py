@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import os
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_loader
 from dmtjepa.data.jpeg_header import read_plain_size
+from dmtjepa.data.loaders.base import wait_for_progress
 from tests.helpers.images import encode, flip_bytes, needs_dali, smooth_image
 
 pytestmark = needs_dali
@@ -55,14 +56,14 @@ def test_pixels_agree_with_torchvision(settings: DataSettings, changes: dict):
 
 def test_the_pipeline_of_a_gpu_stays_on_it(settings: DataSettings, monkeypatch):
     """It can be defined without a GPU, not built: nothing but encoded bytes and boxes comes from the host."""
-    from dmtjepa.data.loaders import dali
+    from dmtjepa.data.loaders import dali_pipeline
 
     outputs, decoders = [], []
-    decode = dali.fn.decoders.image_slice
-    monkeypatch.setattr(dali.fn.decoders, "image_slice", lambda *a, **k: decoders.append(k) or decode(*a, **k))
-    monkeypatch.setattr(dali.Pipeline, "set_outputs", lambda self, *nodes: outputs.append((self, *nodes)))
-    monkeypatch.setattr(dali.Pipeline, "build", lambda self: None)
-    dali.Decoder(use(settings, hw_decoder_load=0.55), torch.device("cuda", 3), in_flight=2).close()
+    decode = dali_pipeline.fn.decoders.image_slice
+    monkeypatch.setattr(dali_pipeline.fn.decoders, "image_slice", lambda *a, **k: decoders.append(k) or decode(*a, **k))
+    monkeypatch.setattr(dali_pipeline.Pipeline, "set_outputs", lambda self, *nodes: outputs.append((self, *nodes)))
+    monkeypatch.setattr(dali_pipeline.Pipeline, "build", lambda self: None)
+    dali_pipeline.Decoder(use(settings, hw_decoder_load=0.55), torch.device("cuda", 3), in_flight=2).close()
     ((pipeline, images),), (options,) = outputs, decoders
     assert pipeline.device_id == 3
     assert pipeline.exec_dynamic  # what makes outputs that live as long as they are held
@@ -187,7 +188,7 @@ def test_a_refused_image_that_is_in_the_batch_twice(tmp_path: Path, monkeypatch)
     def candidates(image: int, *rest: int) -> list[int]:
         return {5: [5, 4, 0], 4: [4, 1]}.get(image, [image])
 
-    monkeypatch.setattr("dmtjepa.data.loaders.dali.candidate_images", candidates)
+    monkeypatch.setattr("dmtjepa.data.loaders.reader.candidate_images", candidates)
     settings = DataSettings(root_path=str(tmp_path), batch_size=6, crop_size=32, loader="dali", max_broken=1)
     (images,) = batches(settings)
     assert len(images) == 6
@@ -201,21 +202,27 @@ def test_a_stalled_read_ends_the_run_with_its_cause(settings: DataSettings, monk
             return super().read(image)
 
     monkeypatch.setattr("dmtjepa.data.build.FolderSource", Stall)
-    loader = build_loader(use(settings, worker_timeout=1), seed=0)
-    started = time.monotonic()
+    loader = build_loader(use(settings, worker_timeout=1, num_workers=2), seed=0)
+
+    def wait(done: threading.Event, count_progress: Callable[[], int], timeout: float) -> bool:
+        """No second is counted before a thread is stuck, however slow the machine is."""
+        while 11 not in loader._reader.current and not done.wait(0.01):
+            pass
+        return wait_for_progress(done, count_progress, timeout)
+
+    monkeypatch.setattr("dmtjepa.data.loaders.dali.wait_for_progress", wait)
     with pytest.raises(DataError, match="no thread has finished an image") as error:
         list(loader.epoch(0))
     assert Stall(settings.path).name(11) in str(error.value)
-    assert time.monotonic() - started < 60
 
 
 def test_where_dali_does_not_work_auto_takes_torchvision(settings: DataSettings, monkeypatch, caplog):
-    from dmtjepa.data.loaders import dali
+    from dmtjepa.data.loaders import dali_pipeline
 
     def fail(self: object) -> None:
         raise RuntimeError("CUDA driver version is insufficient")
 
-    monkeypatch.setattr(dali.Pipeline, "build", fail)
+    monkeypatch.setattr(dali_pipeline.Pipeline, "build", fail)
     with pytest.raises(DataError, match=r"DALI cannot start on cpu, set data\.loader: torchvision \(CUDA driver"):
         build_loader(use(settings), seed=0)
     loader = build_loader(use(settings, loader="auto", num_workers=0), seed=0)
@@ -236,30 +243,6 @@ def test_an_error_that_is_no_images_fault_is_raised(settings: DataSettings, monk
     monkeypatch.setattr(FolderSource, "read", fail)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         next(build_loader(use(settings), seed=0).epoch(0))
-
-
-def test_plain_jpegs_are_told_from_others():
-    image = smooth_image(np.random.default_rng(0), 31, 17)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert read_plain_size(encode(image, "JPEG")) == (31, 17)
-    assert read_plain_size(encode(image, "JPEG", progressive=True)) == (31, 17)
-    assert read_plain_size(encode(image.convert("L"), "JPEG")) == (31, 17)
-    assert read_plain_size(encode(image, "JPEG", quality=50, comment=b"x" * 999)) == (31, 17)
-    for data in (
-        encode(image.convert("CMYK"), "JPEG"),
-        encode(image, "JPEG", exif=exif),
-        encode(image, "PNG"),
-        encode(image, "JPEG")[:-2],
-        encode(image, "JPEG")[:300],
-        b"",
-        b"\xff\xd8",
-    ):
-        assert read_plain_size(data) is None
-    exif[0x0112] = 1
-    assert read_plain_size(encode(image, "JPEG", exif=exif)) == (31, 17)
-    buffer = io.BytesIO(encode(image, "JPEG"))
-    assert Image.open(buffer).size == (31, 17)
 
 
 @pytest.mark.gpu

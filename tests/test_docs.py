@@ -1,0 +1,94 @@
+"""What the documentation names exists: files, tests, modules, functions, make targets and links."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOP = "benchmarks|configs|dmtjepa|docs|kernels|tests|tools"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.md")])
+# Code names files too, in comments, docstrings and messages.
+SOURCES = sorted(path for top in TOP.split("|") for path in (ROOT / top).rglob("*.py")) + [ROOT / "Makefile"]
+
+# `path/file.py`, `file.py::test_name`, `::test_name` of the file named before; a placeholder is no name.
+FILE = re.compile(rf"(?<![\w/.<])((?:{TOP})/[\w./-]+\.(?:py|md|yaml|json|c|h|png))(?![\w*{{<])")
+TEST = re.compile(r"([\w/]*test_\w+\.py)?::(test_\w+)")
+BARE_TEST = re.compile(r"(?<![\w/])(test_\w+\.py)")
+MODULE = re.compile(r"python -m ([\w.]+)")
+DOTTED = re.compile(r"`((?:dmtjepa|benchmarks)(?:\.\w+)+)`")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+TARGET = re.compile(r"(?:`|^)make ([a-z][a-z-]*)", re.MULTILINE)
+FOREIGN = {"pytest", "pip", "torch.distributed.run", "venv", "mypy", "module"}
+
+
+def find_test_file(name: str) -> Path:
+    """The test file of this name or path."""
+    direct = ROOT / name
+    found = [direct] if direct.is_file() else sorted((ROOT / "tests").rglob(name))
+    assert len(found) == 1, f"{name}: {len(found)} such test files"
+    return found[0]
+
+
+def functions_of(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_named_files_exist():
+    missing = {
+        f"{name_of(path)}: {name}"
+        for path in [*DOCUMENTS, *SOURCES]
+        for name in FILE.findall(path.read_text())
+        if not (ROOT / name).exists()
+    }
+    assert not missing
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_named_tests_exist(path):
+    text = path.read_text()
+    for name in BARE_TEST.findall(text):
+        find_test_file(name)
+    file = None
+    for name, test in TEST.findall(text):
+        file = find_test_file(name) if name else file
+        assert file is not None, f"::{test} follows no file"
+        assert test in functions_of(file), f"{name_of(file)} has no {test}"
+
+
+def test_named_programs_exist():
+    for path in [*DOCUMENTS, *SOURCES]:
+        for name in set(MODULE.findall(path.read_text())) - FOREIGN:
+            place = ROOT.joinpath(*name.rstrip(".").split("."))
+            exists = place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()
+            assert exists, f"{name_of(path)}: python -m {name}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_named_functions_and_modules_exist(path):
+    for name in set(DOTTED.findall(path.read_text())):
+        owner, _, attribute = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(owner), attribute), name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(path):
+    missing = [target for target in LINK.findall(path.read_text()) if not (path.parent / target).exists()]
+    assert not missing
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {target for path in DOCUMENTS for target in TARGET.findall(path.read_text())}
+    assert named <= targets
