@@ -1,4 +1,4 @@
-"""Encoders for `torch.hub.load`: the architectures of the published runs, with weights from a file that you give.
+"""Encoders for `torch.hub.load`: the architectures of the official runs, with weights from a file that you give.
 
 encoder = torch.hub.load("PATH/OF/THIS/REPOSITORY", "dmtjepa_vitb16", weights="RUN/jepa-latest.pth.tar", source="local")
 features = encoder(images).mean(1)          # images: uint8 [B,3,224,224], or float normalised as ImageNet's

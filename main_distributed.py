@@ -13,9 +13,16 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-USAGE = "any setting can follow as section.key=value, e.g. data.batch_size=64 logging.folder=runs/mine"
+from dmtjepa.arguments import USAGE, parse_with_overrides
+
+if TYPE_CHECKING:
+    import submitit
+
+    from dmtjepa.config import Config
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,12 +49,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--signal-delay", type=int, default=120, help="seconds before the time limit at which the job saves")
     add("--max-timeouts", type=int, default=1000, help="time limits after which the job is not requeued any more")
     add("--dry-run", action="store_true", help="print what SLURM would be asked for and submit nothing")
-    options, overrides = parser.parse_known_args(arguments)
-    options.overrides = overrides + [name for name in options.fname if "=" in name]
-    options.fname = [name for name in options.fname if "=" not in name]
-    wrong = [text for text in options.overrides if "=" not in text or text.startswith("-")]
-    if wrong:
-        parser.error(f"unknown arguments: {' '.join(wrong)}; {USAGE}")
+    options = parse_with_overrides(parser, arguments, list_option="fname")
+    if options.fname is None:
+        parser.error("--fname names no settings file")
     gpus = options.tasks_per_node if options.gpus_per_node is None else options.gpus_per_node
     options.gpus_per_node = gpus or None  # SLURM gets no number of GPUs rather than 0
     return options
@@ -87,47 +91,76 @@ def describe_job(options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    # Imported late: a mistyped command line is answered at once.
-    import submitit
-    import yaml
+def read_configs(options: argparse.Namespace) -> dict[str, Config]:
+    """The settings of each job by the name of its file.
 
-    from dmtjepa.config import ConfigError, load_config
-    from dmtjepa.errors import UserError
-    from dmtjepa.training.slurm import Job
+    Raises:
+        ConfigError: a file cannot be used, or two jobs would write into the same folder.
+    """
+    from dmtjepa.config import ConfigError, expand_path, load_config, read_yaml
 
     names = options.fname
     if options.batch_launch:
-        names = [name for path in names for name in yaml.safe_load(Path(path).read_text())]
+        lists = [read_yaml(expand_path(name, "--fname")) for name in names]
+        if not all(isinstance(item, list) and all(isinstance(name, str) for name in item) for item in lists):
+            raise ConfigError(f"--batch-launch: {', '.join(names)} must hold a YAML list of names of settings files")
+        names = [name for item in lists for name in item]
+    configs = [(name, load_config(expand_path(name, "--fname"), options.overrides)) for name in names]
+    folders = {os.path.realpath(config.logging.path) for _, config in configs}
+    if len(folders) < len(configs):
+        raise ConfigError("two of the settings files write into the same logging.folder")
+    return dict(configs)
+
+
+def submit(options: argparse.Namespace, configs: Sequence[Config]) -> list[submitit.Job]:
+    """Submit one job for each run.
+
+    Raises:
+        SubmissionError: sbatch refuses them, or the folder of the logs cannot be written.
+    """
+    import submitit
+
+    from dmtjepa.config import expand_path
+    from dmtjepa.training.slurm import Job, SubmissionError
+
+    folder = Path(expand_path(options.folder, "--folder"))
     try:
-        configs = [load_config(name, options.overrides) for name in names]
-        folders = {os.path.realpath(config.logging.folder) for config in configs}
-        if len(folders) < len(configs):
-            raise ConfigError("two of the settings files write into the same logging.folder")
+        executor = submitit.AutoExecutor(
+            folder=folder / "job_%j", cluster="slurm", slurm_max_num_timeout=options.max_timeouts
+        )
+        executor.update_parameters(
+            stderr_to_stdout=True,
+            slurm_array_parallelism=options.array_parallelism,
+            slurm_additional_parameters=ALWAYS,
+            **{DIRECTIVES[name][0]: value for name, value in select_directives(options).items()},
+        )
+        with executor.batch():
+            return [executor.submit(Job(config, "cuda" if options.gpus_per_node else "cpu")) for config in configs]
+    except submitit.core.utils.FailedJobError as error:
+        raise SubmissionError(f"sbatch refused the job; nothing was submitted: {str(error).strip()}") from error
+    except OSError as error:
+        raise SubmissionError(f"the job could not be submitted: {error}; its logs go to --folder {folder}") from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    # Imported late: a mistyped command line is answered at once.
+    from dmtjepa.errors import UserError
+
+    try:
+        configs = read_configs(options)
+        if options.dry_run:
+            print(describe_job(options))
+            return 0
+        if shutil.which("srun") is None:
+            print("SLURM (srun) is not on this machine: run this on a login node, or use main.py", file=sys.stderr)
+            return 1
+        jobs = submit(options, list(configs.values()))
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    if options.dry_run:
-        print(describe_job(options))
-        return 0
-    if shutil.which("srun") is None:
-        print("SLURM (srun) is not on this machine: run this on a login node, or use main.py", file=sys.stderr)
-        return 1
-
-    executor = submitit.AutoExecutor(
-        folder=Path(options.folder) / "job_%j", cluster="slurm", slurm_max_num_timeout=options.max_timeouts
-    )
-    executor.update_parameters(
-        stderr_to_stdout=True,
-        slurm_array_parallelism=options.array_parallelism,
-        slurm_additional_parameters=ALWAYS,
-        **{DIRECTIVES[name][0]: value for name, value in select_directives(options).items()},
-    )
-    with executor.batch():
-        jobs = [executor.submit(Job(config, "cuda" if options.gpus_per_node else "cpu")) for config in configs]
-    for name, config, job in zip(names, configs, jobs, strict=True):
-        print(f"{job.job_id}  {name}  run: {config.logging.folder}  logs: {job.paths.folder}")
+    for (name, config), job in zip(configs.items(), jobs, strict=True):
+        print(f"{job.job_id}  {name}  run: {config.logging.path}  logs: {job.paths.folder}")
     return 0
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dmtjepa.checkpoint_reader import CheckpointError, TensorReader
 from dmtjepa.files import WRITING
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 FOLDER = "checkpoints"
-"""Of a run, where its checkpoints are."""
+"""Name of the folder of a run that holds its checkpoints."""
 MANIFEST, META, TENSORS = "manifest.json", "meta.json", ".metadata"
 REMOVING = ".removing-"
 
@@ -58,7 +59,7 @@ def step_of(folder: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints in `folder`, newest first; not yet verified."""
+    """Checkpoints in `folder`, newest first. They are not verified."""
     found = [path for path in folder.glob("step-*") if path.is_dir() and is_checkpoint(path)]
     return sorted(found, key=step_of, reverse=True)
 
@@ -120,7 +121,7 @@ def newest_whole(folder: Path) -> Path | None:
         fault = find_fault(checkpoint)
         if fault is None:
             return checkpoint
-        logger.warning("checkpoint %s is damaged and passed over: %s", checkpoint, fault)
+        logger.warning("checkpoint %s is damaged and skipped: %s", checkpoint, fault)
         faults.append(f"  {checkpoint.name}: {fault}")
     if faults:
         raise CheckpointError(
@@ -188,7 +189,11 @@ def load_full(checkpoint: Path) -> dict[str, Tensor]:
     reader = TensorReader(checkpoint)
     rows = reader.read_metadata().state_dict_metadata
     try:
-        state = {name: torch.empty(row.size, dtype=row.properties.dtype) for name, row in rows.items()}
+        state = {
+            name: torch.empty(row.size, dtype=row.properties.dtype)
+            for name, row in rows.items()
+            if isinstance(row, TensorStorageMetadata)  # the reader admits no others
+        }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended here
             dcp.load(state, storage_reader=reader, no_dist=True)
@@ -198,7 +203,7 @@ def load_full(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def discard(checkpoint: Path) -> None:
-    """Remove a checkpoint such that a crash midway leaves no torn one under its name."""
+    """Remove a checkpoint. A crash midway does not leave a part of it under its name."""
     trash = checkpoint.with_name(f"{REMOVING}{checkpoint.name}")
     shutil.rmtree(trash, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dmtjepa import kernels as operators
-from dmtjepa.config import Config
+from dmtjepa.config import Config, ConfigError
 from dmtjepa.masks import MaskBatch
 from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictor, VisionTransformer
 from dmtjepa.models.fp8 import compute_in_fp8
 from dmtjepa.models.onednn import compute_by_onednn
 from dmtjepa.models.signal_stack import protect_from_signals
+from dmtjepa.tensors import local_tensors
 
 
 class DMTJEPA(nn.Module):
@@ -95,14 +96,21 @@ class DMTJEPA(nn.Module):
         pairs = [(self.teacher_encoder, self.encoder)]
         if self.teacher_head is not None:
             pairs.append((self.teacher_head, self.head))
-        teacher = [_local(p) for module, _ in pairs for p in module.parameters()]
-        student = [_local(p) for _, module in pairs for p in module.parameters()]
+        teacher = local_tensors(p for module, _ in pairs for p in module.parameters())
+        student = local_tensors(p for _, module in pairs for p in module.parameters())
         torch._foreach_lerp_(teacher, student, 1.0 - momentum)
 
 
-def _local(parameter: Tensor) -> Tensor:
-    """This rank's shard of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def _check_predictor_width(config: Config, num_heads: int) -> None:
+    """Refuse a width that the heads or the position embedding do not divide."""
+    width, step = config.meta.pred_emb_dim, math.lcm(num_heads, 4)
+    if width % step:
+        below, above = width // step * step, (width // step + 1) * step
+        raise ConfigError(
+            f"meta.pred_emb_dim: {width} is not a multiple of {step}; the predictor of {config.meta.model_name} has "
+            f"{num_heads} heads, and its position embedding has 4 parts. The nearest are "
+            + (f"{below} and {above}" if below else f"{above} and {above + step}")
+        )
 
 
 def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
@@ -111,10 +119,15 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
     Args:
         config: the run's settings.
         device_type: `cuda` or `cpu`, where it will train; chooses the attention backend.
+
+    Raises:
+        ConfigError: the width of the predictor does not suit its heads.
+        ValueError, ModuleNotFoundError: the device or its software cannot compute what the settings ask for.
     """
     if device_type == "cpu":
         protect_from_signals()  # before the weights are drawn: that starts OpenMP's workers
     architecture = ARCHITECTURES[config.meta.model_name]
+    _check_predictor_width(config, architecture["num_heads"])
     kernels = config.runtime.kernels
     init_std = config.meta.init_std
     build = {"attention": config.runtime.attention, "device_type": device_type, "init_std": init_std}

@@ -57,7 +57,7 @@ class RunFolder:
     @classmethod
     def from_config(cls, config: Config) -> RunFolder:
         """The folder that the settings name. It need not exist."""
-        return cls(Path(config.logging.folder), config.logging.write_tag)
+        return cls(config.logging.path, config.logging.write_tag)
 
     @property
     def config_file(self) -> Path:

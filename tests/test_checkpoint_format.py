@@ -76,14 +76,14 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint_is_recognised_and_passed_over(checkpoints, damage, caplog):
+def test_damaged_checkpoint_is_recognised_and_skipped(checkpoints, damage, caplog):
     work, message = DAMAGES[damage]
     newest = checkpoints / "step-00000024"
     assert checkpoint_format.newest_whole(checkpoints) == newest
     work(newest)
     assert message in checkpoint_format.find_fault(newest)
     assert checkpoint_format.newest_whole(checkpoints) == checkpoints / "step-00000016"
-    assert "step-00000024 is damaged and passed over" in caplog.text
+    assert "step-00000024 is damaged and skipped" in caplog.text
 
 
 def test_flipped_bits_in_the_manifest_are_faults(checkpoints):

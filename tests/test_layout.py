@@ -19,6 +19,7 @@ ALLOWED = {
     "kernels": set(),
     "errors": set(),
     "processes": set(),
+    "arguments": set(),
     "files": set(),
     "checkpoint_reader": {"errors"},
     "checkpoint_format": {"checkpoint_reader", "files"},
@@ -27,13 +28,14 @@ ALLOWED = {
     "run_folder": {"checkpoint_format", "config", "environment", "errors", "files", "processes", "step_csv"},
     "config": {"errors"},
     "packing": set(),
+    "tensors": set(),
     "masks": {"config", "errors", "packing"},
     "data": {"config", "errors", "processes"},
     "models": {"kernels", "packing"},
-    "objective": {"kernels", "config", "masks", "models"},
+    "objective": {"kernels", "config", "masks", "models", "tensors"},
     "reference": {"config", "masks"},
     "interop": RUNS | {"models", "objective"},
-    "training": RUNS | {"data", "masks", "models", "objective", "interop", "kernels", "processes"},
+    "training": RUNS | {"data", "masks", "models", "objective", "interop", "kernels", "processes", "tensors"},
     "evaluation": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},
 }
 
@@ -87,3 +89,85 @@ def test_import_touches_neither_gpu_nor_processes():
         "assert not torch.cuda.is_initialized(); assert threading.active_count() == 1"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=600)
+
+
+# ---- Sizes and cycles
+
+CODE = ("dmtjepa", "kernels", "benchmarks", "tools")
+MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
+# Longer functions, and why.
+LONG_FUNCTIONS: dict[str, str] = {}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project by its dotted name; kernels under its own, not under dmtjepa.kernels."""
+    found = {}
+    for top in CODE:
+        for path in sorted((ROOT / top).rglob("*.py")):
+            if not path.is_relative_to(ROOT / "dmtjepa" / "kernels"):
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def needed_at_import(module: str, path: Path, known: set[str]) -> set[str]:
+    """The modules of the project that a module imports when it is imported itself: not in functions, not for types."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            found.update({base, *(f"{base}.{alias.name}" for alias in node.names)})
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            pass
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            for child in ast.iter_child_nodes(node):
+                visit(child)
+
+    visit(ast.parse(path.read_text()))
+    found = {name.removeprefix("dmtjepa.") if name.startswith("dmtjepa.kernels") else name for name in found}
+    # `from package import module` needs the module; the package itself is what is being imported already.
+    ancestors = {module.rsplit(".", depth)[0] for depth in range(1, module.count(".") + 1)}
+    return (found & known) - {module} - ancestors
+
+
+def test_modules_are_short():
+    lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    assert not {name: length for name, length in lengths.items() if length > MAX_MODULE_LINES}
+
+
+def test_functions_are_short():
+    too_long = {}
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = node.end_lineno - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    too_long[f"{name}.{node.name}"] = length
+    assert too_long.keys() == LONG_FUNCTIONS.keys(), too_long
+
+
+def test_no_import_cycle():
+    paths = modules()
+    needs = {name: needed_at_import(name, path, set(paths)) for name, path in paths.items()}
+    finished: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in finished:
+            for needed in sorted(needs[name]):
+                visit(needed, (*trail, name))
+            finished.add(name)
+
+    for name in needs:
+        visit(name, ())
+
+
+def test_tests_share_code_in_helpers_alone():
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        used = {name for name in imported(path) if name.split(".")[0] == "tests"}
+        assert all(name.split(".")[1:2] in ([], ["helpers"]) for name in used), f"{path.relative_to(ROOT)}: {used}"

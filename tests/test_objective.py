@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmtjepa.config import load_config, parse_config
+from dmtjepa.config import ConfigError, load_config, parse_config
 from dmtjepa.models import VisionTransformer
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.reference import step as reference
@@ -112,6 +112,7 @@ def test_patches_outside_the_context_never_reach_the_student():
     assert torch.equal(model.predict_targets(images, masks), model.predict_targets(changed, masks))
 
 
+@pytest.mark.slow
 def test_eight_training_steps_follow_the_reference():
     case = Case(4, (6, 6), 4, 3, "wrap")
     model = make_model(case, torch.float32)
@@ -227,3 +228,17 @@ def test_a_published_configuration_builds(name, request):
     assert {n: p.shape for n, p in model.encoder.named_parameters()} == {
         n: p.shape for n, p in encoder.named_parameters()
     }
+
+
+@pytest.mark.parametrize(
+    ("model_name", "width", "words"),
+    [
+        ("vit_nano", 30, "30 is not a multiple of 4; the predictor of vit_nano has 2 heads, .* are 28 and 32"),
+        ("vit_base", 100, "100 is not a multiple of 12; the predictor of vit_base has 12 heads, .* are 96 and 108"),
+        ("vit_large", 12, "12 is not a multiple of 16; .* are 16 and 32"),
+    ],
+)
+def test_a_width_that_does_not_suit_the_predictor_names_its_setting(model_name, width, words):
+    config = parse_config({"meta": {"model_name": model_name, "pred_emb_dim": width, "pred_depth": 1}})
+    with pytest.raises(ConfigError, match=rf"meta\.pred_emb_dim: {words}"):
+        build_model(config)

@@ -14,6 +14,7 @@ from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.models.attention import choose_attention, cpu_attention, sdpa_attention
 from dmtjepa.packing import Packing, pack, pack_predictions
 from dmtjepa.reference import step as reference
+from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.estimate import measure_masks
 from dmtjepa.training.parallelize import compile_blocks, parallelize
 from tests.helpers.models import PATCH, Case, make_images, make_model, relative_error, student_gradients
@@ -163,6 +164,7 @@ def test_attention_of_a_cpu(dtype):
         torch.testing.assert_close(actual[:, first:end].float(), sdpa_attention(*one), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_compiled_once_for_many_shapes_and_sharded():
     model, images = make_model(CASE, torch.float32), make_images(CASE, torch.float32)
     masks = [packed_masks(CASE, step) for step in range(4)]
@@ -183,7 +185,7 @@ def test_compiled_once_for_many_shapes_and_sharded():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
-        parallelize(model, mesh, dtype=torch.float32, recompute="blocks")
+        parallelize(model, mesh, ComputePlan(recompute="blocks"))
         for m, loss in zip(masks[:2], expected, strict=False):
             actual = model.loss(model.predict_targets(images, m), model.compute_targets(images, m), m)
             torch.testing.assert_close(actual, loss)

@@ -34,7 +34,7 @@ from benchmarks.predictions import PREDICTIONS
 from benchmarks.workloads import parse_workload
 from dmtjepa.objective import build_model
 from dmtjepa.training.estimate import measure_masks, step_flops
-from dmtjepa.training.parallelize import gathered_together
+from dmtjepa.training.parallelize import group_fsdp_units
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def published_model(name: str) -> Model:
     with torch.device("meta"):
         model = build_model(config)
     encoders = (model.teacher_encoder.blocks, model.encoder.blocks, model.predictor.predictor_blocks)
-    num_block_units = sum(len(gathered_together(blocks, EightGpus())) for blocks in encoders)
+    num_block_units = sum(len(group_fsdp_units(blocks, EightGpus())) for blocks in encoders)
     return Model(
         name,
         workload.batch_size,

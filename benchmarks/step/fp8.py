@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ from dmtjepa.evaluation.features import extract_features
 from dmtjepa.evaluation.knn import knn_accuracy, standardize
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.models import fp8
+from dmtjepa.models.replace_method import replace_method
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.training.optimizer import build_optimizer, set_schedules
 from dmtjepa.training.schedules import build_schedules
@@ -93,8 +95,8 @@ def compare_targets(name: str, weights: str, model: DMTJEPA, images: Tensor, mas
             fp8.compute_in_fp8(other.blocks, "cpu")
         if variant == "fp8, scale per matrix":
             for module in other.modules():
-                if isinstance(module, fp8.Fp8Linear):
-                    module.product = product_per_matrix
+                if fp8.computes_in_fp8(module):
+                    replace_method(module, "multiply", functools.partial(fp8.fp8_linear, product=product_per_matrix))
         h, neighbors, targets = compute(other)
         kept = (neighbors[:, :, None] == expected_chosen[:, None]).any(dim=2)
         yield {

@@ -27,10 +27,12 @@ from benchmarks.official import OfficialStep, open_checkout
 from benchmarks.workloads import Workload
 from dmtjepa.config import Config
 from dmtjepa.masks import MaskBatch
+from dmtjepa.models.replace_method import replace_method
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.reference import step as reference
+from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World
-from dmtjepa.training.parallelize import build_mesh, parallelize, recomputation
+from dmtjepa.training.parallelize import build_mesh, parallelize
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.step import TrainStep
 
@@ -107,13 +109,8 @@ class ProjectStep:
     def __init__(self, workload: Workload, provider: Provider, world: World, on_phase: Callable[[str], None]) -> None:
         config = workload.config(*provider.settings)
         mesh = build_mesh(world.device.type, world.world_size)
-        model = parallelize(
-            draw_model(config, world.device),
-            mesh,
-            dtype=provider.dtype,
-            compiled=config.runtime.compile == "on",
-            recompute=recomputation(config, world.device.type),
-        )
+        plan = ComputePlan.from_config(config, world.device.type)
+        model = parallelize(draw_model(config, world.device), mesh, plan)
         self.step = TrainStep(model, config.optimization, SCHEDULES, mesh, world.device, on_phase)
         aggregate = model.teacher_head.aggregate_neighbors
 
@@ -121,7 +118,7 @@ class ProjectStep:
             on_phase("head")
             return aggregate(*arguments)
 
-        model.teacher_head.aggregate_neighbors = aggregate_in_phase
+        replace_method(model.teacher_head, "aggregate_neighbors", aggregate_in_phase)
         self.optimizer = self.step.optimizer
 
     def __call__(self, images: Tensor, masks: MaskBatch, step: int) -> tuple[Tensor, Tensor]:

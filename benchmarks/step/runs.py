@@ -26,8 +26,8 @@ from benchmarks.step.providers import PHASES, Provider, ReferenceStep, build_ste
 from benchmarks.workloads import Workload
 from dmtjepa.masks import MaskBatch
 from dmtjepa.reference import step as reference
+from dmtjepa.tensors import local_tensors
 from dmtjepa.training.distributed import World
-from dmtjepa.training.optimizer import local_tensors
 from dmtjepa.training.stopwatch import Stopwatch
 
 # ---- The gate: losses and gradient norms of the first steps must agree with those of the reference in float32.

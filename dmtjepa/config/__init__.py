@@ -1,7 +1,8 @@
-"""The settings of a run: their schema (`settings`), how they are read (`loading`), the texts of faults (`errors`)."""
+"""The settings of a run: their schema (`settings`), how they are read (`loading`), the texts of faults (`faults`)."""
 
 from dmtjepa.config.errors import ConfigError
-from dmtjepa.config.loading import load_config, parse_config
+from dmtjepa.config.loading import load_config, parse_config, read_yaml
+from dmtjepa.config.paths import expand_path
 from dmtjepa.config.resume import Resume, changed_settings, resume_rules
 from dmtjepa.config.settings import (
     Config,
@@ -28,7 +29,9 @@ __all__ = [
     "Resume",
     "RuntimeSettings",
     "changed_settings",
+    "expand_path",
     "load_config",
     "parse_config",
+    "read_yaml",
     "resume_rules",
 ]

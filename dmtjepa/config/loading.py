@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dmtjepa.config.errors import ConfigError, explain_fault
+from dmtjepa.config.errors import ConfigError
+from dmtjepa.config.faults import explain_fault
 from dmtjepa.config.settings import Config
 
 
@@ -23,22 +24,33 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         ConfigError: the file is missing or not YAML, or keys are unknown (the nearest valid name is given),
             or values have a wrong type or lie out of range (the range is given). All faults are listed at once.
     """
-    path = Path(path)
-    try:
-        text = path.read_text()
-    except OSError as error:
-        similar = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.with_stem(similar[0])}?" if similar else ""
-        raise ConfigError(f"cannot read the settings file {path}: {error.strerror}{hint}") from None
-    try:
-        values = yaml.load(text, Loader=_Loader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of settings")
     for override in overrides:
         _apply(values, override)
     return parse_config(values, source=str(path))
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """The values in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or holds a key twice.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file in UTF-8: {error}") from None
+    except OSError as error:
+        similar = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.with_stem(similar[0])}?" if similar else ""
+        raise ConfigError(f"cannot read the settings file {path}: {error.strerror}{hint}") from None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
 
 
 def parse_config(values: dict[str, Any], source: str = "settings") -> Config:
@@ -51,7 +63,21 @@ def parse_config(values: dict[str, Any], source: str = "settings") -> Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that also reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`)."""
+    """YAML's safe loader that refuses a key twice, and reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`)."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(
+                    f"{key.value} is given twice, on lines {lines[key.value]} and {line}; remove one of them"
+                )
+            lines[key.value] = line
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {key: list(rules) for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}

@@ -6,13 +6,13 @@ A released I-JEPA or DMT-JEPA file runs unchanged: its sections `data`, `logging
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dmtjepa.config.paths import expand_path
 from dmtjepa.config.resume import Resume
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -42,17 +42,31 @@ class DataSettings(Section):
     image_folder: str = Field("", description="folder of the images, below root_path")
     num_workers: Free[int] = Field(10, ge=0, le=512, description="loader processes (or DALI threads) of each device")
     pin_mem: Free[bool] = Field(True, description="copy batches to CUDA devices from pinned memory")
-    root_path: Free[str] = Field("", description="folder that holds image_folder; ~ and $VARIABLES are expanded")
+    root_path: Free[str] = Field("", description="folder that holds image_folder")
     use_color_distortion: bool = Field(False, description="random colour jitter and greyscale")
     use_gaussian_blur: bool = Field(False, description="random Gaussian blur")
     use_horizontal_flip: bool = Field(False, description="random horizontal flip")
     dataset: Literal["folder", "shapes"] = Field("folder", description="a folder of images, or the drawn set `shapes`")
     loader: Literal["auto", "torchvision", "dali"] = Field("auto", description="auto: DALI when it is installed")
     max_broken: Free[float] = Field(0.01, ge=0, le=1, description="share of unreadable images above which a run stops")
+    max_megapixels: float = Field(
+        100, gt=0, le=178, description="larger images, by the size that they declare, count as unreadable"
+    )
     hw_decoder_load: float = Field(0.7, ge=0, le=1, description="DALI on a GPU: JPEGs decoded in hardware")
     worker_timeout: Free[float] = Field(
         50, gt=0, description="seconds without an image until a loader counts as stalled"
     )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        for name in ("root_path", "image_folder"):
+            value = getattr(self, name)
+            if self.dataset == "shapes" and value:
+                raise ValueError(
+                    f"{name}: {value!r} has no effect with data.dataset: shapes; set data.dataset: folder to train on "
+                    f"these images, or leave {name} empty"
+                )
+        return self
 
     @field_validator("crop_size")
     @classmethod
@@ -74,8 +88,9 @@ class DataSettings(Section):
 
     @property
     def path(self) -> Path:
-        """The folder of the images, with ~ and environment variables expanded."""
-        return Path(os.path.expandvars(self.root_path)).expanduser() / os.path.expandvars(self.image_folder)
+        """The folder of the images, with ~ and environment variables expanded. Raises `ConfigError` for unset ones."""
+        root = Path(expand_path(self.root_path, "data.root_path"))
+        return root / expand_path(self.image_folder, "data.image_folder")
 
 
 class LoggingSettings(Section):
@@ -83,6 +98,11 @@ class LoggingSettings(Section):
 
     folder: Free[str] = Field("runs/dmtjepa", description="the run folder; created when missing")
     write_tag: str = Field("jepa", pattern=r"^[\w.-]+$", description="first part of the file names in it")
+
+    @property
+    def path(self) -> Path:
+        """The run folder, with ~ and environment variables expanded. Raises `ConfigError` for unset ones."""
+        return Path(expand_path(self.folder, "logging.folder"))
 
 
 class MaskSettings(Section):
@@ -151,6 +171,15 @@ class MetaSettings(Section):
                 "well (python -m dmtjepa.data.make_shards), and leave this false"
             )
         return value
+
+    @model_validator(mode="after")
+    def _weights_are_used(self) -> MetaSettings:
+        if self.read_checkpoint is not None and not self.load_checkpoint:
+            raise ValueError(
+                f"read_checkpoint: {self.read_checkpoint!r} has no effect without meta.load_checkpoint; set "
+                "meta.load_checkpoint: true to start from these weights, or meta.read_checkpoint: null"
+            )
+        return self
 
 
 class OptimizationSettings(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -13,7 +14,7 @@ from dmtjepa.config import DataSettings
 from dmtjepa.data.loaders.base import Loader
 from dmtjepa.data.loaders.center_crop import EvaluationLoader
 from dmtjepa.data.loaders.torchvision import TorchvisionLoader
-from dmtjepa.data.sources.base import LIST_EXTENSIONS, DataError, ImageSource
+from dmtjepa.data.sources.base import LIST_EXTENSIONS, DataError, ImageSource, make_printable
 from dmtjepa.data.sources.file_list import ListSource
 from dmtjepa.data.sources.folder import FolderSource, find_images
 from dmtjepa.data.sources.shapes import find_shapes
@@ -22,7 +23,7 @@ from dmtjepa.data.sources.shards import ShardSource, is_shards
 logger = logging.getLogger(__name__)
 
 
-def open_images(path: str | os.PathLike[str]) -> ImageSource:
+def open_images(path: str | os.PathLike[str]) -> FolderSource | ListSource | ShardSource:
     """Open the images at a path: a folder, a file list (.txt, .tsv, .lst), or tar shards (one, a folder, a pattern).
 
     "shapes:train" and "shapes:val" are the splits of the drawn set, which is drawn now if it is not in the cache.
@@ -30,7 +31,10 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
     Raises:
         DataError: there are no images at this path, or they cannot be listed.
     """
+    # In a locale that is ASCII, Python can open a file only by the name that its bytes have there.
     path = os.fspath(path)
+    with contextlib.suppress(UnicodeEncodeError):
+        path = os.fsdecode(path.encode(errors="surrogateescape"))
     if path in ("shapes:train", "shapes:val"):
         return FolderSource(find_shapes() / path.split(":")[1])
     try:
@@ -45,7 +49,7 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
     return FolderSource(path)
 
 
-def open_source(settings: DataSettings) -> ImageSource:
+def open_source(settings: DataSettings) -> FolderSource | ListSource | ShardSource:
     """Open the images that the settings name."""
     if settings.dataset == "shapes":
         return open_images("shapes:train")
@@ -73,6 +77,8 @@ def build_loader(
         DataError: there are fewer images than a global batch needs, or DALI is asked for and does not work.
     """
     source = open_source(settings)
+    if rank == 0:
+        logger.info("%s", make_printable(source.describe()))
     global_batch = settings.batch_size * world_size
     if len(source) < global_batch:
         raise DataError(

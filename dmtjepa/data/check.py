@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import os
 import sys
 from collections import Counter, defaultdict
@@ -17,11 +16,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dmtjepa.data import DataError, ImageSource, open_images
-from dmtjepa.data.decode import CorruptImage, decode_image, tell_reason
+from dmtjepa.data.decode import CorruptImage, decode_image, read_header, tell_reason
 
 _CHUNK = 64
 _MAX_GROUPS = 20  # groups of duplicates that are listed
@@ -83,7 +81,7 @@ def examine(data: bytes) -> Finding:
     """Decode an image and describe it."""
     try:
         decode_image(data)
-        image = Image.open(io.BytesIO(data))
+        image = read_header(data)
         digest = hashlib.blake2b(data, digest_size=16).digest()
         return Finding(image.format or "", image.mode, image.width, image.height, digest)
     except CorruptImage as error:

@@ -6,7 +6,7 @@ import logging
 from typing import NoReturn
 
 from dmtjepa.data.sampling import MAX_ATTEMPTS
-from dmtjepa.data.sources.base import DataError, ImageSource
+from dmtjepa.data.sources.base import DataError, ImageSource, make_printable
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ class CorruptImages:
             if image not in self._seen:
                 self._seen.add(image)
                 self.entries.append((self._source.name(image), reason))
-                logger.warning("skipped a corrupt image (%d so far): %s: %s", len(self.entries), *self.entries[-1])
+                name = make_printable(self._source.name(image))
+                logger.warning("skipped a corrupt image (%d so far): %s: %s", len(self.entries), name, reason)
         num_met = min(len(self._source), max(self._num_per_epoch, self._num_drawn))
         if len(self.entries) > self._max_broken * num_met:
             self._stop(f"more than data.max_broken = {self._max_broken:g} of the {num_met} images read so far")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from PIL import Image
+
+_MAX_RATIO = 8  # resized side over that of the crop, from which on an image is cut before it is resized
 
 
 def crop_and_resize(image: Image.Image, box: tuple[int, int, int, int], image_size: tuple[int, int]) -> np.ndarray:
@@ -17,12 +21,35 @@ def crop_center(image: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
     """Resize the shorter side to 256/224 of that of the crop, then take the central crop: uint8 [H,W,3].
 
     An image that is too small for this margin is enlarged only as far as the crop needs, so that its borders are kept.
+    A very long image is cut before it is resized, with a margin for the filter.
     """
     height, width = image_size
     fit = max(width / image.width, height / image.height)
     scale = fit * min(256 / 224, max(1.0, 1 / fit))
     resized_width = max(width, round(image.width * scale))
     resized_height = max(height, round(image.height * scale))
+    image, resized_width, resized_height = _cut_ends(image, resized_width, resized_height, image_size)
     left, top = round((resized_width - width) / 2), round((resized_height - height) / 2)
     image = image.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
     return np.array(image.crop((left, top, left + width, top + height)))
+
+
+def _cut_ends(
+    image: Image.Image, resized_width: int, resized_height: int, image_size: tuple[int, int]
+) -> tuple[Image.Image, int, int]:
+    """Cut what is far from the central crop from an image whose resized side is over 8 times that of the crop.
+
+    Returns the image and the size to which the rest is resized.
+    """
+    height, width = image_size
+    if resized_width > _MAX_RATIO * width:
+        kept = min(image.width, max(1, math.ceil(2 * width * image.width / resized_width)) + 8)
+        left = (image.width - kept) // 2
+        resized_width = max(width, round(resized_width * kept / image.width))
+        image = image.crop((left, 0, left + kept, image.height))
+    if resized_height > _MAX_RATIO * height:
+        kept = min(image.height, max(1, math.ceil(2 * height * image.height / resized_height)) + 8)
+        top = (image.height - kept) // 2
+        resized_height = max(height, round(resized_height * kept / image.height))
+        image = image.crop((0, top, image.width, top + kept))
+    return image, resized_width, resized_height

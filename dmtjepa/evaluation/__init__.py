@@ -1,1 +1,1 @@
-"""What a trained teacher is worth: k-NN, linear probe, collapse numbers, segmentation, figures, a report."""
+"""Measuring a trained teacher: k-NN, linear probe, collapse numbers, segmentation, figures, and a report of them."""

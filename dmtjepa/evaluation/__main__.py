@@ -21,19 +21,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m dmtjepa.evaluation", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder (logging.folder of its settings)")
-    parser.add_argument("--data", type=Path, help="folder with train/ and val/ or test/ (default: the run's own data)")
-    parser.add_argument("--train", type=Path, help="folder of labelled images to compare with; needs --val")
-    parser.add_argument("--val", type=Path, help="folder of labelled images to classify; needs --train")
+    parser.add_argument("--data", type=Path, help="images: a folder, a list or tar shards (default: those of the run)")
+    parser.add_argument("--train", type=Path, help="labelled images to compare with; needs --val")
+    parser.add_argument("--val", type=Path, help="labelled images to classify; needs --train")
     parser.add_argument("--checkpoint", type=Path, help="file to measure (default: the run's latest)")
     parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
-    parser.add_argument("--max-images", type=int, help="measure on at most so many images of each split")
+    parser.add_argument("--max-images", type=int, help="upper limit for the images of each split")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that load images")
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is a GPU)")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"error: --device {device}: torch finds no CUDA device here; use --device cpu", file=sys.stderr)
+        print(f"error: --device {device}: torch finds no CUDA device; use --device cpu", file=sys.stderr)
         return 1
     try:
         run, config = open_run(options.run)

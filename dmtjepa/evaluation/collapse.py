@@ -1,7 +1,7 @@
-"""Signs of collapse: features that hardly differ from image to image, or that fill few dimensions.
+"""Signs of collapse: features that are nearly the same for all images, or that vary in few dimensions.
 
-The numbers need no labels and are cheap: they can be taken of a batch of targets during training as of a data set's
-features afterwards.
+The numbers need no labels and are cheap to compute, for a batch of targets during training as for the features of a
+data set.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ MIN_RANK = 2.0
 
 @dataclass(frozen=True)
 class CollapseNumbers:
-    """Of n features of D dimensions.
+    """Numbers of n features of D dimensions.
 
     effective_rank: RankMe, from 1 (a single direction) to min(n, D).
-    effective_rank_centered: the same less the mean feature: directions in which features differ.
-    feature_std: mean over dimensions of the standard deviation over features.
-    feature_std_min: its smallest dimension.
-    mean_cosine: mean cosine similarity of two different features; 1 when all point the same way.
+    effective_rank_centered: the same after the mean feature is subtracted: directions in which features differ.
+    feature_std, feature_std_min: standard deviation over features, its mean and minimum over dimensions.
+    mean_cosine: mean cosine similarity of two different features; 1 if all features have the same direction.
     """
 
     num_features: int
@@ -37,16 +36,16 @@ class CollapseNumbers:
 
     @property
     def collapsed(self) -> bool:
-        """Whether features are all but the same: mean cosine above 0.99, or fewer than 2 directions of difference."""
+        """Whether features are nearly the same: mean cosine above 0.99, or a centred effective rank below 2."""
         return self.mean_cosine > MAX_COSINE or self.effective_rank_centered < MIN_RANK
 
 
 @torch.no_grad()
 def collapse_numbers(features: Tensor) -> CollapseNumbers:
-    """Collapse numbers of features [n,D] of any float type and device, n at least 2; float64 inside.
+    """Collapse numbers of features [n,D], n at least 2, of any floating dtype and device; computed in float64.
 
     Raises:
-        ValueError: fewer than two features, or one that is not finite.
+        ValueError: there are fewer than two features, or values are not finite.
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"collapse numbers need features [n,D] with n at least 2, not {list(features.shape)}")
@@ -69,8 +68,8 @@ def collapse_numbers(features: Tensor) -> CollapseNumbers:
 def effective_rank(features: Tensor) -> float:
     """RankMe (Garrido et al., arXiv 2210.02885, equation 1) of features [n,D].
 
-    exp of the entropy of the singular values divided by their sum: the number of equally strong directions that
-    would be as spread out. Singular values come from the smaller Gram matrix in float64.
+    exp of the entropy of the singular values divided by their sum; n equal singular values give n. The singular values
+    are computed from the smaller Gram matrix, in float64.
     """
     features = features.double()
     gram = features.T @ features if features.shape[0] > features.shape[1] else features @ features.T
@@ -80,7 +79,7 @@ def effective_rank(features: Tensor) -> float:
 
 
 def mean_cosine(features: Tensor) -> float:
-    """Mean cosine similarity over all pairs of different rows of [n,D]; n*D work, for |sum|^2 holds all pairs."""
+    """Mean cosine similarity of all pairs of different rows of [n,D], in O(n*D): |sum|^2 is the sum over all pairs."""
     unit = F.normalize(features.double(), dim=1)
     n = len(unit)
     return ((unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1))).item()

@@ -11,7 +11,7 @@ from dmtjepa.config import Config
 from dmtjepa.data import EvaluationLoader, build_eval_loader
 from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.evaluation.splits import Splits
-from dmtjepa.interop import get_part, load_weights, read_checkpoint
+from dmtjepa.interop import WeightsError, get_part, load_weights, read_checkpoint
 from dmtjepa.models import VisionTransformer
 from dmtjepa.objective import build_model
 
@@ -39,7 +39,7 @@ def load_teacher(
     """The teacher encoder of a run, and the untrained encoder that the run started from (same settings, same seed).
 
     Raises:
-        WeightsError: the checkpoint has no teacher, or the teacher does not fit the settings.
+        WeightsError: the checkpoint has no teacher, or the teacher does not fit the settings or is not finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
@@ -49,4 +49,10 @@ def load_teacher(
     trained, untrained = model.teacher_encoder, model.encoder
     weights = get_part(read_checkpoint(checkpoint_path), "target_encoder", checkpoint_path)
     load_weights(trained, weights, checkpoint_path)
+    broken = [name for name, value in trained.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise WeightsError(
+            f"the teacher in {checkpoint_path} holds values that are not finite ({', '.join(broken[:5])}): the run has "
+            f"diverged; measure an earlier file with --checkpoint"
+        )
     return trained.to(device).eval(), untrained.to(device).eval().requires_grad_(False)

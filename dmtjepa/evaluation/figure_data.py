@@ -40,7 +40,10 @@ def collect_figure_data(
     """
     config = context.config
     source = subsample(context.splits.validation, NUM_SHOWN)
-    images = torch.cat([batch for batch, _, _ in build_eval_loader(source, config.data.image_size, NUM_SHOWN)])
+    batches = [batch for batch, _, _ in build_eval_loader(source, config.data.image_size, NUM_SHOWN)]
+    if not batches:  # all of these images are corrupt
+        return FigureData(grid_size=config.grid_size, loss=loss, accuracy=accuracy or None, chance=chance)
+    images = torch.cat(batches)
     patches = {
         name: extract_patches(encoder, images, device=context.device) for name, encoder in context.encoders.items()
     }
@@ -104,4 +107,4 @@ def mean_patches(context: EvaluationContext, encoder: nn.Module) -> Tensor:
     for images, _, _ in context.build_loader(subsample(context.splits.validation, NUM_CENTERED)):
         total = total + extract_patches(encoder, images, device=context.device).sum(0)
         count += len(images)
-    return total / count
+    return total / max(count, 1)

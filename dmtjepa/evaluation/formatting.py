@@ -17,6 +17,7 @@ class Report:
         `pixels`. The keys of the k-NN results are k; `knn` weights its votes, `knn_plain` does not.
     knn_layout: k-NN results of features that keep the layout of the image, as pixels do.
     loss: number of logged steps, first and last loss.
+    notes: what limits the results, such as classes without images.
     skipped: what was not measured, and why.
     files: the files of the report.
     """
@@ -31,6 +32,7 @@ class Report:
     segmentation: dict[str, dict[str, float]] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
     collapsed: bool = False
+    notes: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
@@ -86,7 +88,7 @@ def format_verdict(report: Report) -> list[str]:
             f"{state}: effective rank {numbers['effective_rank']:.1f} of {numbers['num_dimensions']}, "
             f"mean cosine {numbers['mean_cosine']:.2f}"
         )
-    return lines + [f"skipped {reason}" for reason in report.skipped]
+    return [*lines, *report.notes, *(f"skipped {reason}" for reason in report.skipped)]
 
 
 def format_markdown(report: Report, figures: Sequence[str]) -> str:

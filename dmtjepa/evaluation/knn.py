@@ -1,4 +1,4 @@
-"""Accuracy of k-nearest-neighbour classification of features, the quickest measure of a representation."""
+"""Accuracy of k-nearest-neighbour classification, the simplest measure of a representation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TEMPERATURE = 0.07
-"""Of the votes' weights exp(similarity / temperature): Wu et al. (arXiv 1805.01978), kept by DINO (2104.14294)."""
+"""Temperature of the weights exp(similarity / temperature): Wu et al. (arXiv 1805.01978), DINO (arXiv 2104.14294)."""
 
 SIMILARITIES = 2**26
-"""Similarities held at once (256 MB in float32): queries are taken in chunks of that many divided by the train set."""
+"""Similarities computed at once, 256 MB in float32; queries are split into chunks accordingly."""
 
 
 @torch.no_grad()
@@ -27,9 +27,9 @@ def knn_accuracy(
     temperature: float = TEMPERATURE,
     device: torch.device | str = "cpu",
 ) -> dict[int, float]:
-    """Share of queries (0 to 1) whose class the k most similar training images vote for, for every k.
+    """Share of queries (0 to 1) whose class gets most votes of the k most similar training images, for each k.
 
-    Similarity is the cosine. Weighted votes count exp(similarity / temperature) as in DINO, plain votes count 1.
+    Similarity is the cosine. A weighted vote counts exp(similarity / temperature), as in DINO; a plain vote counts 1.
     A tie goes to the lower class.
 
     Args:
@@ -55,7 +55,7 @@ def knn_accuracy(
     for queries, query_labels in zip(features.split(chunk), labels.split(chunk), strict=True):
         similarity, neighbor_index = (queries @ train_features.T).topk(max(num_neighbors), dim=1)
         votes = train_labels[neighbor_index]
-        # Less the largest similarity: the same ranking, and the exponential cannot overflow at any temperature.
+        # Subtracting the largest similarity keeps the ranking and prevents overflow at low temperatures.
         weight = ((similarity - similarity[:, :1]) / temperature).exp() if weighted else torch.ones_like(similarity)
         for k in num_neighbors:
             score = weight.new_zeros(len(queries), num_classes).scatter_add_(1, votes[:, :k], weight[:, :k])
@@ -64,9 +64,9 @@ def knn_accuracy(
 
 
 def standardize(train_features: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Both [n,D] and [m,D] less the mean, over the standard deviation, of each dimension of the training features.
+    """Standardise [n,D] and [m,D] with the mean and standard deviation of the training features in each dimension.
 
-    Averages over patches share a large constant (all images have the same positions), which would make all cosines
+    Averages over patches share a large constant, since all images have the same positions. It would make all cosines
     nearly 1.
     """
     std, mean = torch.std_mean(train_features, dim=0, correction=0)

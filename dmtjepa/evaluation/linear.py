@@ -9,13 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmtjepa.evaluation.errors import EvaluationError
+
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-"""Strengths of the L2 penalty that are tried, strongest first: each starts from the solution of the one before."""
+"""Strengths of the L2 penalty that are tried, strongest first. Each starts from the solution of the previous one."""
+MIN_ROWS = 10
+"""Rows that a probe needs: one of ten is held out to choose the penalty."""
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A linear classifier of standardised features: weight [D,L], bias [L], mean and scale [D]."""
+    """A linear classifier of standardised features: float32 weight [D,L] and bias [L] of L classes, mean and scale [D].
+
+    decay: the penalty that was chosen.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -24,12 +31,12 @@ class LinearProbe:
     decay: float
 
     def predict(self, features: Tensor) -> Tensor:
-        """Class of each row: features [n,D] -> int64 [n], on the probe's device."""
+        """The class of each row: float [n,D] -> int64 [n], on the device of the probe."""
         features = (features.to(self.weight) - self.mean) / self.scale
         return (features @ self.weight + self.bias).argmax(1)
 
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
-        """Share (0 to 1) of rows whose class is predicted."""
+        """Share (0 to 1) of rows whose class is predicted: float [n,D], int64 [n]."""
         return (self.predict(features) == labels.to(self.weight.device)).float().mean().item()
 
 
@@ -41,23 +48,24 @@ def fit_linear(
     max_iterations: int = 100,
     device: torch.device | str = "cpu",
 ) -> LinearProbe:
-    """Fit logistic regression by full-batch L-BFGS; the penalty is chosen on a tenth of the training rows.
+    """Fit logistic regression by full-batch L-BFGS. The penalty is chosen on a tenth of the training rows.
 
-    The loss is mean cross entropy + decay / 2 * |weight|^2 over standardised features (bias unpenalised). Every tenth
-    row, in an order shuffled with a fixed seed, is held out to choose the penalty; then all rows are fitted with it.
+    The loss is mean cross entropy + decay / 2 * |weight|^2 over standardised features; the bias has no penalty. Every
+    tenth row, in an order shuffled with a fixed seed, is held out to choose the penalty. Then all rows are fitted.
 
     Args:
-        features: float [n,D]. labels: int64 [n], classes from 0. n must be at least 10.
+        features: float [n,D]. labels: int64 [n], classes from 0.
+        decays: strengths of the penalty to choose from.
 
     Raises:
-        ValueError: fewer than 10 rows.
+        EvaluationError: fewer than 10 rows.
     """
-    if len(features) < 10:
-        raise ValueError(f"a linear probe needs at least 10 labelled rows, not {len(features)}")
+    if len(features) < MIN_ROWS:
+        raise EvaluationError(f"a linear probe needs at least {MIN_ROWS} labelled rows, not {len(features)}")
     features = features.to(device).float()
     labels = labels.to(device)
     mean = features.mean(0)
-    # A feature that never varies says nothing; dividing by its rounding noise would make it the largest of all.
+    # A constant feature holds no information. Divided by its rounding noise it would be larger than all others.
     scale = features.std(0).clamp_min(1e-4 * features.std().clamp_min(1e-12))
     features = (features - mean) / scale
     num_classes = int(labels.max()) + 1

@@ -13,12 +13,12 @@ from torch import Tensor
 from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.evaluation.collapse import CollapseNumbers, collapse_numbers
 from dmtjepa.evaluation.context import EvaluationContext
-from dmtjepa.evaluation.errors import NotMeasuredError
+from dmtjepa.evaluation.errors import EvaluationError, NotMeasuredError
 from dmtjepa.evaluation.features import LAYOUT_SIDE, Features, extract_features, extract_patches, extract_pixels
 from dmtjepa.evaluation.knn import knn_accuracy, standardize
-from dmtjepa.evaluation.linear import fit_linear
+from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
 from dmtjepa.evaluation.segmentation import find_mask, read_mask, score_segmentation
-from dmtjepa.evaluation.splits import subsample
+from dmtjepa.evaluation.splits import Subset, subsample
 from dmtjepa.step_csv import LossCurve
 
 NUM_SEGMENTED = 300
@@ -40,8 +40,12 @@ def layout_bytes(context: EvaluationContext) -> int:
 
 
 def extract_split(context: EvaluationContext, source: ImageSource, split: str, *, layout: bool) -> dict[str, Features]:
-    """Features of all images of a split, for each encoder. `split` is its name in the progress bar."""
-    return {
+    """Features of all images of a split, for each encoder. `split` is its name in the progress bar.
+
+    Raises:
+        EvaluationError: no image can be read, or features are not finite.
+    """
+    sets = {
         name: extract_features(
             encoder,
             context.build_loader(source),
@@ -52,6 +56,10 @@ def extract_split(context: EvaluationContext, source: ImageSource, split: str, *
         )
         for name, encoder in context.encoders.items()
     }
+    for name, features in sets.items():
+        if not features.pooled.isfinite().all():
+            raise EvaluationError(f"features of the {name} encoder are not finite; measure an earlier --checkpoint")
+    return sets
 
 
 def extract_split_pixels(context: EvaluationContext, source: ImageSource) -> Features:
@@ -112,7 +120,14 @@ def measure_knn_layout(
 def measure_linear(
     train: FeatureSets, validation: FeatureSets, *, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """Accuracy of a linear probe of the pooled features, for all names but `pixels`."""
+    """Accuracy of a linear probe of the pooled features, for all names but `pixels`.
+
+    Raises:
+        NotMeasuredError: there are too few training images.
+    """
+    num_train = min(len(features.pooled) for features in train.values())
+    if num_train < MIN_ROWS:
+        raise NotMeasuredError(f"linear probe: it needs at least {MIN_ROWS} training images, not {num_train}")
     accuracy = {}
     for name, features in validation.items():
         if name != "pixels":
@@ -125,23 +140,25 @@ def measure_segmentation(context: EvaluationContext) -> dict[str, dict[str, floa
     """Scores of a linear probe of patches against pixel masks, by name of the encoder.
 
     Raises:
-        NotMeasuredError: there are no masks.
+        NotMeasuredError: there are no masks, or they cannot be used.
     """
-    sources = [subsample(source, NUM_SEGMENTED) for source in (context.splits.train, context.splits.validation)]
-    if any(find_mask(source.name(0)) is None for source in sources):
+    train, validation = (_find_masked(source) for source in (context.splits.train, context.splits.validation))
+    if not len(train) or not len(validation):
         raise NotMeasuredError("segmentation: there are no pixel masks beside the images (see docs/evaluation.md)")
-    (train_images, train_masks), (images, masks) = (_load_masked(context, source) for source in sources)
     scores = {}
-    for name, encoder in context.encoders.items():
-        train_patches, patches = (
-            torch.cat([extract_patches(encoder, batch, device=context.device) for batch in batches])
-            for batches in (train_images, images)
-        )
-        scores[name] = asdict(
-            score_segmentation(
-                train_patches, train_masks, patches, masks, context.config.grid_size, device=context.device
+    try:
+        (train_images, train_masks), (images, masks) = (_load_masked(context, split) for split in (train, validation))
+        for name, encoder in context.encoders.items():
+            train_patches, patches = (
+                torch.cat([extract_patches(encoder, batch, device=context.device) for batch in batches])
+                for batches in (train_images, images)
             )
-        )
+            grid_size = context.config.grid_size
+            scores[name] = asdict(
+                score_segmentation(train_patches, train_masks, patches, masks, grid_size, device=context.device)
+            )
+    except (EvaluationError, OSError) as error:
+        raise NotMeasuredError(f"segmentation: {error}") from error
     return scores
 
 
@@ -157,13 +174,24 @@ def summarize_loss(curve: LossCurve) -> dict[str, float]:
     }
 
 
+def _find_masked(source: ImageSource) -> Subset:
+    """Images of a source that have a mask, of a sample of NUM_SEGMENTED."""
+    sample = subsample(source, NUM_SEGMENTED)
+    masked = [image for image in range(len(sample)) if find_mask(sample.name(image)) is not None]
+    return Subset(sample, np.array(masked, np.int64))
+
+
 def _load_masked(context: EvaluationContext, source: ImageSource) -> tuple[list[Tensor], Tensor]:
-    """Batches of images uint8 [b,3,H,W], and the masks [n,H,W] of all of them. Images without a mask are left out."""
+    """Batches of images uint8 [b,3,H,W], and the masks uint8 [n,H,W] of all of them."""
     images, masks = [], []
     for batch, _, names in context.build_loader(source):
-        paths = [find_mask(name) for name in names]
-        images.append(batch[[i for i, path in enumerate(paths) if path is not None]])
-        masks += [read_mask(path, context.config.data.image_size) for path in paths if path is not None]
+        images.append(batch)
+        for name in names:
+            path = find_mask(name)
+            assert path is not None
+            masks.append(read_mask(path, context.config.data.image_size))
+    if not images:
+        raise EvaluationError("no image that has a mask could be read")
     return images, torch.stack(masks)
 
 

@@ -42,13 +42,13 @@ def evaluate(
     """Measure the teacher of a run and write the report into `out`.
 
     Raises:
-        WeightsError: the checkpoint has no teacher, or the teacher does not fit the settings.
-        EvaluationError: a split has no readable image.
+        WeightsError: the checkpoint has no teacher, or the teacher does not fit the settings or is not finite.
+        EvaluationError: a split has no readable image, or features are not finite.
     """
     trained, untrained = load_teacher(config, checkpoint_path, device)
     encoders = {"trained": trained, "untrained": untrained}
     context = EvaluationContext(config, encoders, splits, device, num_workers, progress)
-    report = Report(run=describe_run(run.path, context, checkpoint_path), data=describe_data(splits))
+    report = Report(describe_run(run.path, context, checkpoint_path), describe_data(splits), notes=list(splits.notes))
 
     measure_features(report, context)
     with skipping(report):
@@ -103,7 +103,7 @@ def measure_features(report: Report, context: EvaluationContext) -> None:
     report.collapse = {name: asdict(numbers) for name, numbers in collapse.items()}
     report.collapsed = "trained" in collapse and collapse["trained"].collapsed
     if splits.unlabelled is not None:
-        report.skipped.append(f"k-NN and linear probe: {splits.description} has no labels ({splits.unlabelled})")
+        report.skipped.append(f"k-NN and linear probe: {splits.description}: {splits.unlabelled}")
         return
 
     train = measurements.extract_split(context, splits.train, "training", layout=layout)
@@ -122,7 +122,8 @@ def measure_features(report: Report, context: EvaluationContext) -> None:
             f"k-NN with layout: its features would take {num_bytes / 2**30:.0f} GiB; the limit is "
             f"{measurements.LAYOUT_BYTES / 2**30:.0f} GiB. Use --max-images"
         )
-    report.linear = measurements.measure_linear(train, validation, device=device)
+    with skipping(report):
+        report.linear = measurements.measure_linear(train, validation, device=device)
     labels = validation["trained"].labels
     assert labels is not None
     report.data["validation_images"] = len(labels)
@@ -143,6 +144,7 @@ def read_loss_curve(run: RunFolder) -> LossCurve:
 
 def write_report(report: Report, figures: FigureData, out: Path, title: str) -> None:
     """Write report.md, report.json and the figures into `out`, and list them in `report.files`."""
+    out.mkdir(parents=True, exist_ok=True)
     paths = save_figures(figures, out, title)
     report.files = [str(path) for path in [out / "report.md", out / "report.json", *paths]]
     write_json(out / "report.json", asdict(report))

@@ -1,8 +1,7 @@
-"""Do patch features tell which object a patch shows? A linear probe of patches against pixel masks."""
+"""Do patch features know which object a patch shows? A linear probe of patches, compared with pixel masks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,41 +12,85 @@ from PIL import Image
 from torch import Tensor
 
 from dmtjepa.data.crop import crop_center
-from dmtjepa.evaluation.linear import fit_linear
+from dmtjepa.evaluation.errors import EvaluationError
+from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
 
 MAX_PATCHES = 20_000
-"""Patches the probe is fitted to, drawn from those of the training images."""
+"""Patches that the probe is fitted to, drawn from those of the training images."""
+VOID = 255
+"""Pixels of this value are of no class, as in PASCAL VOC and Cityscapes. They are neither learnt nor counted."""
+MAX_DEPTH = 3
+"""Folders between an image and the folder that holds `masks`, at most: the split, the class and one more."""
 
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """Shares from 0 to 1: IoU averaged over classes with the ground as one, and IoU of object against ground."""
+    """From 0 to 1: IoU averaged over classes, the background being one; IoU of all objects against the background."""
 
     mean_iou: float
     object_iou: float
 
 
 def find_mask(image: str | Path) -> Path | None:
-    """The mask of <root>/<split>/<class>/<name>.jpg: <root>/masks/<split>/<class>/<name>.png, if it exists."""
+    """The mask of an image, or None.
+
+    The mask of <root>/<path>.jpg is <root>/masks/<path>.png: <root>/masks/val/1.png for <root>/val/1.jpg, and
+    <root>/masks/val/cat/1.png for <root>/val/cat/1.jpg.
+    """
     image = Path(image)
-    if len(image.parts) < 4:
-        return None
-    mask = image.parents[2] / "masks" / image.parts[-3] / image.parts[-2] / f"{image.stem}.png"
-    return mask if mask.is_file() else None
+    for root in image.parents[1 : 1 + MAX_DEPTH]:
+        mask = (root / "masks" / image.relative_to(root)).with_suffix(".png")
+        if mask.is_file():
+            return mask
+    return None
 
 
 def read_mask(path: Path, image_size: tuple[int, int]) -> Tensor:
-    """A mask cut as the evaluation cuts its image: int64 [H,W], 0 the ground, from 1 the classes."""
+    """A mask, cropped as the evaluation crops its image: uint8 [H,W], 0 background, then the classes; 255 is void.
+
+    Raises:
+        EvaluationError: the file holds colours, or numbers above 255.
+    """
     with Image.open(path) as image:
-        # Pillow resizes images with a palette to the nearest pixel, so no class is mixed of two others.
-        mask = image if image.mode == "P" else image.convert("L").convert("P")
-        return torch.from_numpy(crop_center(mask, image_size).astype(np.int64))
+        if image.mode in ("I", "I;16"):
+            values = np.asarray(image)
+            if values.max() > 255 or values.min() < 0:
+                raise EvaluationError(f"the mask {path} holds {values.max()}; class numbers go up to 254")
+        elif image.mode in ("1", "L", "P"):
+            values = np.asarray(image)  # class numbers; the colours of a palette do not matter
+        else:
+            raise EvaluationError(
+                f"the mask {path} holds colours ({image.mode}), not class numbers; save it as an 8-bit grey or palette "
+                f"PNG whose values are the classes"
+            )
+        if image.format == "PNG" and image.mode == "L":
+            values = values // (255 // (2 ** _bit_depth(path) - 1))  # Pillow scales 2 and 4 bits to 0...255
+        # Pillow resizes palette images to the nearest pixel, so no class is mixed of two others.
+        indexed = Image.fromarray(values.astype(np.uint8)).convert("P")
+    return torch.from_numpy(crop_center(indexed, image_size))
 
 
 def label_patches(masks: Tensor, grid_size: tuple[int, int], num_classes: int) -> Tensor:
-    """The most frequent class of every patch: masks int64 [n,H,W] -> int64 [n,N]; a tie goes to the lower class."""
-    share = F.one_hot(masks, num_classes).permute(0, 3, 1, 2).float()
-    return F.adaptive_avg_pool2d(share, grid_size).argmax(1).flatten(1)
+    """The most frequent class of each patch, without void pixels.
+
+    Args:
+        masks: integers [n,H,W], below num_classes or VOID.
+        grid_size: rows and columns of patches, N in all.
+
+    Returns:
+        int64 [n,N]; VOID for patches of void pixels only. A tie goes to the lower class.
+    """
+    height, width = masks.shape[1:]
+    rows, columns = grid_size
+    row, column = torch.arange(height) * rows // height, torch.arange(width) * columns // width
+    patch = row[:, None] * columns + column
+    labels = torch.empty(len(masks), rows * columns, dtype=torch.int64)
+    for i, mask in enumerate(masks):
+        known = mask != VOID
+        place = patch[known] * num_classes + mask[known].long()
+        count = torch.bincount(place, minlength=rows * columns * num_classes).view(-1, num_classes)
+        labels[i] = torch.where(count.sum(1) > 0, count.argmax(1), VOID)
+    return labels
 
 
 def score_segmentation(
@@ -62,25 +105,63 @@ def score_segmentation(
     """Fit a linear probe to training patches, and compare its predictions with masks, pixel by pixel.
 
     Args:
-        train_patches: float [n,N,D]. train_masks: int64 [n,H,W].
-        patches: float [m,N,D]. masks: int64 [m,H,W].
-        grid_size: rows and columns, N in all.
+        train_patches: float [n,N,D]. train_masks: integers [n,H,W].
+        patches: float [m,N,D]. masks: integers [m,H,W].
+        grid_size: rows and columns of patches, N in all.
+
+    Raises:
+        EvaluationError: the masks of a split hold void only, or those of both splits one class, or there are fewer than
+            10 training patches.
     """
-    num_classes = 1 + int(max(train_masks.max(), masks.max()))
-    rows = train_patches.flatten(0, 1)
+    num_classes = 1 + max(_largest_class(train_masks), _largest_class(masks))
+    if num_classes == 1:
+        raise EvaluationError("the masks hold no class but 0, the background (255 is void)")
+    features = train_patches.flatten(0, 1)
     labels = label_patches(train_masks, grid_size, num_classes).flatten()
-    if len(rows) > MAX_PATCHES:
-        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_PATCHES]
-        rows, labels = rows[chosen], labels[chosen]
-    probe = fit_linear(rows, labels, device=device)
-    predicted = probe.predict(patches.flatten(0, 1)).cpu().view(len(patches), 1, *grid_size)
-    predicted = F.interpolate(predicted.float(), size=masks.shape[-2:], mode="nearest")[:, 0].long()
-    ious = [_iou(predicted == label, masks == label) for label in range(num_classes)]
-    present: Sequence[float] = [iou for iou in ious if iou is not None]
-    return SegmentationScores(sum(present) / len(present), _iou(predicted > 0, masks > 0) or 0.0)
+    features, labels = features[labels != VOID], labels[labels != VOID]
+    if len(features) < MIN_ROWS:
+        raise EvaluationError(f"there are {len(features)} training patches; at least {MIN_ROWS} are needed")
+    if len(features) > MAX_PATCHES:
+        chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MAX_PATCHES]
+        features, labels = features[chosen], labels[chosen]
+    probe = fit_linear(features, labels, device=device)
+    predicted = probe.predict(patches.flatten(0, 1)).cpu().view(len(patches), *grid_size)
+    return _score(count_pixels(predicted, masks, num_classes))
 
 
-def _iou(predicted: Tensor, truth: Tensor) -> float | None:
-    """Intersection over union; None where neither has the class."""
-    union = int((predicted | truth).sum())
-    return int((predicted & truth).sum()) / union if union else None
+def count_pixels(predicted: Tensor, masks: Tensor, num_classes: int) -> Tensor:
+    """Pixels of each class (first index) that were predicted as each class (second index), without void pixels.
+
+    Args:
+        predicted: int64 [m,rows,columns], the class of each patch. masks: integers [m,H,W].
+
+    Returns:
+        int64 [num_classes,num_classes].
+    """
+    count = torch.zeros(num_classes**2, dtype=torch.int64)
+    for labels, mask in zip(predicted, masks, strict=True):
+        pixels = F.interpolate(labels[None, None].float(), size=mask.shape, mode="nearest")[0, 0].long()
+        known = mask != VOID
+        count += torch.bincount(mask[known].long() * num_classes + pixels[known], minlength=num_classes**2)
+    return count.view(num_classes, num_classes)
+
+
+def _score(count: Tensor) -> SegmentationScores:
+    both = count.diagonal()
+    either = count.sum(0) + count.sum(1) - both
+    ious = (both.double() / either)[either > 0].tolist()  # of the classes that are in the masks or predicted
+    either_object, both_object = int(count.sum() - count[0, 0]), int(count[1:, 1:].sum())
+    return SegmentationScores(sum(ious) / len(ious), both_object / either_object if either_object else 0.0)
+
+
+def _largest_class(masks: Tensor) -> int:
+    known = masks[masks != VOID]
+    if not len(known):
+        raise EvaluationError("the masks of a split hold void (255) only")
+    return int(known.max())
+
+
+def _bit_depth(path: Path) -> int:
+    """Bits per sample of a PNG file, from its header."""
+    with path.open("rb") as file:
+        return file.read(25)[24]

@@ -17,7 +17,7 @@ from dmtjepa.models.vit import IMAGENET_MEAN, IMAGENET_STD
 def export_huggingface(encoder: VisionTransformer, folder: Path) -> None:
     """Write config.json, preprocessor_config.json and model.safetensors for `IJepaModel.from_pretrained(FOLDER)`.
 
-    Names are those of the published `facebook/ijepa_*` files, which transformers reads from 4.47 on.
+    Names are those of the `facebook/ijepa_*` files, which transformers reads from 4.47 on.
     """
     height, width = image_size(encoder)
     square = height == width
@@ -55,7 +55,7 @@ def export_huggingface(encoder: VisionTransformer, folder: Path) -> None:
 
 
 def huggingface_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An encoder's state dictionary under the names of the published Hugging Face files; qkv split in three."""
+    """An encoder's state dictionary under the names of the `facebook/ijepa_*` files; qkv split in three."""
     renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
         parts = name.split(".")

@@ -19,7 +19,7 @@ def image_size(encoder: VisionTransformer) -> tuple[int, int]:
 
 
 def hidden_dim(encoder: VisionTransformer) -> int:
-    return encoder.blocks[0].mlp.fc1.out_features
+    return encoder.state_dict()["blocks.0.mlp.fc1.weight"].shape[0]
 
 
 def write_model_folder(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

@@ -89,7 +89,7 @@ def get_part(checkpoint: Mapping[str, Any], part: str, source: str | os.PathLike
         WeightsError: the part is not there; the message lists those that are.
     """
     weights = checkpoint.get(part)
-    if not _is_weights(weights):
+    if weights is None or not _is_weights(weights):
         parts = ", ".join(name for name, value in checkpoint.items() if _is_weights(value)) or "none"
         hint = "; official DMT-JEPA checkpoints do not hold the aggregation head" if part.endswith("head") else ""
         raise WeightsError(f"{source} has no weights of {part}; it has those of: {parts}{hint}")
@@ -152,23 +152,15 @@ def load_model(model: DMTJEPA, path: str | os.PathLike[str]) -> list[str]:
             only, or does not fit.
     """
     checkpoint = read_checkpoint(path)
-    parts: dict[str, nn.Module] = {
-        "encoder": model.encoder,
-        "predictor": model.predictor,
-        "target_encoder": model.teacher_encoder,
-    }
-    absent: list[str] = []
-    if model.head is not None:
-        heads = {"head": model.head, "target_head": model.teacher_head}
-        if any(name in checkpoint for name in heads):
-            parts |= heads
-        else:
-            absent = list(heads)
-    weights = {name: get_part(checkpoint, name, path) for name in parts}
-    for name, module in parts.items():
-        _check_fit(module, weights[name], f"{name} of {path}")
-    for name, module in parts.items():
-        module.load_state_dict(weights[name])
+    heads = [] if model.head is None else ["head", "target_head"]
+    absent = [] if any(part in checkpoint for part in heads) else heads
+    parts = [part for part in ("encoder", "predictor", "target_encoder", *heads) if part not in absent]
+    modules: dict[str, nn.Module] = {part: getattr(model, MODULES[part]) for part in parts}
+    weights = {part: get_part(checkpoint, part, path) for part in parts}
+    for part, module in modules.items():
+        _check_fit(module, weights[part], f"{part} of {path}")
+    for part, module in modules.items():
+        module.load_state_dict(weights[part])
     return absent
 
 
@@ -219,9 +211,8 @@ def build_encoder(
         if side**2 != shape.num_patches:
             raise WeightsError(f"{source} holds {shape}: give the image size it was trained on")
         image_size = side * shape.patch_size
-    encoder = VisionTransformer(
-        image_size, shape.patch_size, **ARCHITECTURES[shape.model_name], attention=attention, device_type=device_type
-    )
+    size: dict[str, Any] = dict(ARCHITECTURES[shape.model_name])
+    encoder = VisionTransformer(image_size, shape.patch_size, **size, attention=attention, device_type=device_type)
     load_weights(encoder, weights, source)
     return encoder
 

@@ -1,62 +1,71 @@
-"""The teacher's encoder in 8-bit floating point: its blocks' linear layers multiply in float8_e4m3fn.
+"""The teacher's encoder in 8-bit floating point: the linear layers of its blocks multiply in float8_e4m3fn.
 
-There is a forward pass alone, which is all that a teacher needs. Every row of the activations and every row of a weight
-(an output channel) has its own scale, which maps its largest magnitude to 448, the format's largest number.
+There is only a forward pass; a teacher needs no more. Each row of the activations and each row of a weight (an output
+channel) has its own scale, which maps its largest magnitude to 448, the largest number of the format.
 
-Weights are quantised anew at each call, from what FSDP2 has gathered. So parameters, checkpoints and the teacher's
-average stay as they are, and nothing is kept that could be stale after an update. It costs 5 bytes of traffic per
-weight: about 1 ms of a step at ViT-H on an H100 (predicted), where the products in bfloat16 take some 50 ms.
+Weights are quantised at each call from what FSDP2 has gathered. Parameters, checkpoints and the average of the teacher
+stay as they are, and no quantised copy can become stale after an update. This costs 5 bytes of traffic per weight:
+about 1 ms of a step of ViT-H on an H100 (predicted), where the products in bfloat16 take about 50 ms.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+
+from dmtjepa.models.replace_method import replace_method
 
 # (x [M, K] float8, scale [M, 1], weight [N, K] float8, scale [N, 1], bias [N]) -> [M, N]
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
-# The products want every width to be a multiple of 16 bytes.
+# The products require that every width is a multiple of 16 bytes.
 MULTIPLE = 16
 
 
-class Fp8Linear(nn.Linear):
-    """A linear layer over the parameters of another, which multiplies in float8: [..., K] -> [..., N]."""
-
-    def __init__(self, linear: nn.Linear, product: Product) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        if self.in_features % MULTIPLE or self.out_features % MULTIPLE:
-            raise ValueError(
-                f"a linear layer of {self.in_features} to {self.out_features} channels cannot multiply in float8, "
-                f"which takes multiples of {MULTIPLE}; choose runtime.teacher_precision: same"
-            )
-        self.weight, self.bias = linear.weight, linear.bias
-        self.product = product
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.product(*quantize_rows(x.flatten(0, -2)), *quantize_rows(self.weight), self.bias)
-        return rows.to(x.dtype).view(*x.shape[:-1], self.out_features)
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor, *, product: Product) -> Tensor:
+    """Compute `x @ weight.T + bias` in float8: [..., K], [N, K], [N] -> [..., N] in the dtype of x."""
+    out = product(*quantize_rows(x.flatten(0, -2)), *quantize_rows(weight), bias)
+    return out.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
-def compute_in_fp8(blocks: nn.ModuleList, device_type: str) -> None:
-    """Let the linear layers of transformer blocks multiply in float8, in place. Names and parameters do not change.
+def compute_in_fp8(blocks: Iterable[nn.Module], device_type: str) -> None:
+    """Let the linear layers of transformer blocks multiply in float8, in place.
 
     Args:
-        blocks: of an encoder, before it is compiled or sharded.
-        device_type: `cuda`, where float8 products must exist, or `cpu`, which emulates them.
+        blocks: blocks of an encoder that is not compiled or sharded yet.
+        device_type: `cuda`, which must support float8 products, or `cpu`, which emulates them.
 
     Raises:
-        ValueError: the GPU has no float8 products, or a width is no multiple of 16.
+        ValueError: the GPU has no float8 products, or a width is not a multiple of 16.
     """
-    product = choose_product(device_type)
+    multiply = functools.partial(fp8_linear, product=choose_product(device_type))
     for block in blocks:
-        for part, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
-            setattr(part, name, Fp8Linear(getattr(part, name), product))
+        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            check_widths(linear)
+            replace_method(linear, "multiply", multiply)
+
+
+def check_widths(linear: nn.Linear) -> None:
+    """Check that a layer can multiply in float8.
+
+    Raises:
+        ValueError: a width is not a multiple of 16.
+    """
+    if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
+        raise ValueError(
+            f"a linear layer of {linear.in_features} to {linear.out_features} channels cannot multiply in float8, "
+            f"which takes multiples of {MULTIPLE}; choose runtime.teacher_precision: same"
+        )
+
+
+def computes_in_fp8(module: nn.Module) -> bool:
+    """Return whether `compute_in_fp8` has changed this module."""
+    multiply = getattr(module, "multiply", None)
+    return isinstance(multiply, functools.partial) and multiply.func is fp8_linear
 
 
 def choose_product(device_type: str) -> Product:

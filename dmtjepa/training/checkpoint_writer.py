@@ -52,7 +52,7 @@ class CheckpointWriter:
     ) -> None:
         """Copy `state` to host memory and write it in the background, as the checkpoint of `meta["step"]`.
 
-        Waits first for the previous one. `then(folder)` runs on rank 0 after publication (for exports).
+        Waits first for the previous one. `then(folder)` runs on rank 0 when the checkpoint is complete (for exports).
 
         Raises:
             CheckpointError: the previous checkpoint could not be written.
@@ -66,7 +66,11 @@ class CheckpointWriter:
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is published. Raises CheckpointError where it could not be."""
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -84,7 +88,7 @@ class CheckpointWriter:
             # wait for the stream that trains, and open a context on the first GPU on every rank.
             writer = dcp.FileSystemWriter(writing, sync_files=True, per_thread_copy_ahead=0)
             dcp.save(state, storage_writer=writer, process_group=self._group)
-            self._hash_and_publish(writing, final, meta)
+            self._hash_and_rename(writing, final, meta)
         except (dcp.CheckpointException, OSError, RuntimeError) as error:
             if self._rank == 0:
                 shutil.rmtree(writing, ignore_errors=True)
@@ -97,10 +101,12 @@ class CheckpointWriter:
             if then is not None:
                 try:
                     then(final)
-                except OSError as error:
-                    raise CheckpointError(f"{final} is whole, but what follows it failed: {error}") from error
+                except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+                    raise CheckpointError(
+                        f"{final} is complete, but its export failed (is the disk full?): {error}"
+                    ) from error
 
-    def _hash_and_publish(self, writing: Path, final: Path, meta: dict[str, Any]) -> None:
+    def _hash_and_rename(self, writing: Path, final: Path, meta: dict[str, Any]) -> None:
         """Hash the files in parallel, each rank those it wrote; rank 0 writes the manifest and renames."""
         try:
             mine: dict | str = {path.name: describe_file(path) for path in writing.glob(f"__{self._rank}_*")}
@@ -112,7 +118,7 @@ class CheckpointWriter:
         if faults:
             raise OSError("; ".join(faults))
 
-        def publish() -> None:
+        def complete() -> None:
             files = {name: row for part in described for name, row in part.items()}
             write_json(writing / META, meta)
             files |= {name: describe_file(writing / name) for name in (TENSORS, META)}
@@ -123,7 +129,7 @@ class CheckpointWriter:
             os.rename(writing, final)
             sync_folder(self._folder)
 
-        self._on_rank_0(publish)
+        self._on_rank_0(complete)
 
     def _on_rank_0(self, work: Callable[[], None]) -> None:
         """Run `work` on rank 0 while the others wait; its failure is raised on all."""

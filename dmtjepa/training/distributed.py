@@ -80,6 +80,36 @@ def check_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
+def read_rank() -> tuple[int, int]:
+    """Rank and number of processes, from RANK and WORLD_SIZE. A process without RANK trains alone.
+
+    Raises:
+        DistributedError: some of the variables that describe the group are missing, or are no such numbers.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ.get(name, "") for name in names}
+    if not given["RANK"]:
+        if given["WORLD_SIZE"] not in ("", "1"):
+            raise DistributedError(
+                f"WORLD_SIZE={given['WORLD_SIZE']} is set and RANK is not: unset WORLD_SIZE to train on this machine, "
+                "or let torchrun or srun start the processes"
+            )
+        return 0, 1
+    missing = [name for name in names if not given[name]]
+    if missing:
+        raise DistributedError(
+            f"RANK={given['RANK']} is set and {', '.join(missing)} {'are' if len(missing) > 1 else 'is'} not: unset "
+            "RANK to train on this machine, or let torchrun or srun start the processes"
+        )
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not given[name].isascii() or not given[name].isdecimal():
+            raise DistributedError(f"{name}={given[name]} is not a number")
+    rank, world_size = int(given["RANK"]), int(given["WORLD_SIZE"])
+    if rank >= world_size:
+        raise DistributedError(f"RANK={rank} is not one of the ranks 0 to {world_size - 1} of WORLD_SIZE={world_size}")
+    return rank, world_size
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device, *, start_timeout: float, hang_timeout: float) -> Iterator[World]:
     """Initialise the default process group, and destroy it at the end.
@@ -94,9 +124,9 @@ def process_group(device: torch.device, *, start_timeout: float, hang_timeout: f
         hang_timeout: seconds after which a collective may give up. The watchdog reports before that.
 
     Raises:
-        DistributedError: not all processes started in time.
+        DistributedError: not all processes started in time, or a variable is missing.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = read_rank()
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if device.type == "cuda":
         if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
@@ -127,7 +157,7 @@ def process_group(device: torch.device, *, start_timeout: float, hang_timeout: f
 
 def _connect_store(rank: int, timeout: timedelta) -> dist.Store:
     """The store of the run, which rank 0 serves unless torchrun or main.py does. A process alone has its own."""
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
         return dist.HashStore()
     is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -17,7 +17,8 @@ from dmtjepa.errors import UserError
 from dmtjepa.masks import MaskSampler
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
-from dmtjepa.training.parallelize import UNIT_PARAMETERS, compute_dtype, recomputation
+from dmtjepa.training.compute_plan import ComputePlan
+from dmtjepa.training.parallelize import UNIT_PARAMETERS
 from dmtjepa.training.schedules import build_schedules
 
 GIB = 2**30
@@ -109,13 +110,14 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     student = sum(count for name, count in parameters.items() if not name.startswith("teacher"))
     teacher = sum(parameters.values()) - student
     device_type = "cuda" if on_cuda else "cpu"
-    size = compute_dtype(config, device_type).itemsize
-    kept = {"none": 16, "pointwise": 10, "blocks": 1}[recomputation(config, device_type)]
+    plan = ComputePlan.from_config(config, device_type)
+    size = plan.dtype.itemsize
+    kept = {"none": 16, "pointwise": 10, "blocks": 1}[plan.recompute]
     shards = min(runtime.shard_size or world_size, world_size)
     num_patches = config.grid_size[0] * config.grid_size[1]
     one_block = parameters["encoder"] / depth
     one_unit = min(parameters["encoder"], one_block * math.ceil(UNIT_PARAMETERS / one_block)) if on_cuda else one_block
-    gathered = 2 * one_unit if runtime.reshard_after_forward and not (on_cuda and shards == 1) else student
+    gathered = 2 * one_unit if plan.reshard_after_forward and not (on_cuda and shards == 1) else student
 
     activations = batch * shapes.context * depth * kept * dim
     sequence = shapes.context + shapes.target
@@ -169,7 +171,7 @@ def explain_oom(config: Config, world_size: int, device: torch.device, error: to
     for how in ("pointwise", "blocks"):
         changed = _changed(config, "runtime", activation_checkpointing=how)
         batch = min(largest_batch(changed, largest, world_size, USABLE * total), config.data.batch_size)
-        if batch > 0 and (how, batch) != (recomputation(config, "cuda"), config.data.batch_size):
+        if batch > 0 and (how, batch) != (ComputePlan.from_config(config, "cuda").recompute, config.data.batch_size):
             choices.append(f"runtime.activation_checkpointing={how} data.batch_size={batch}")
     if choices:
         text += f"By estimate these fit: {'; or '.join(choices)}. "

@@ -58,7 +58,7 @@ def run_process(config: Config, device_name: str) -> Outcome:
             place = f"step {outcome.step} of {outcome.num_steps}"
             remedy = "" if outcome.complete else "; start it again with the same settings to continue"
             with contextlib.suppress(OSError):  # the terminal may be gone
-                print(f"{how} at {place}; the run is in {config.logging.folder}{remedy}", file=sys.stderr, flush=True)
+                print(f"{how} at {place}; the run is in {config.logging.path}{remedy}", file=sys.stderr, flush=True)
         return outcome
 
 

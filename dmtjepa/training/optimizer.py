@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+
+from dmtjepa.tensors import local_tensors
 
 
 def parameter_groups(modules: Iterable[nn.Module]) -> list[dict]:
@@ -63,11 +64,6 @@ def set_schedules(optimizer: torch.optim.Optimizer, learning_rate: float, weight
         group["lr"] = learning_rate
         if group["decayed"]:
             group["weight_decay"] = weight_decay
-
-
-def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's shards of sharded tensors, and ordinary tensors as they are."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 @torch.no_grad()

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dmtjepa.checkpoint_format import newest_whole
-from dmtjepa.config import Config, ConfigError
+from dmtjepa.config import Config, ConfigError, expand_path
 from dmtjepa.data import Loader, build_loader
 from dmtjepa.interop import load_model
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.batches import BatchStream
+from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
 from dmtjepa.training.finite import FiniteCheck
 from dmtjepa.training.metrics import Metrics
-from dmtjepa.training.parallelize import build_mesh, compute_dtype, is_compiled, parallelize, recomputation
+from dmtjepa.training.parallelize import build_mesh, parallelize
 from dmtjepa.training.saving import Saver
 from dmtjepa.training.schedules import Schedules, build_schedules
 from dmtjepa.training.state import TrainingState
@@ -90,14 +90,7 @@ def build_run(config: Config, world: World, folder: RunFolder, watchdog: Watchdo
     resume_from = find_checkpoint(folder, world)
     if resume_from is None:
         load_initial_weights(model, config, folder, world)
-    model = parallelize(
-        model,
-        mesh,
-        dtype=compute_dtype(config, world.device.type),
-        compiled=is_compiled(config, world.device.type),
-        recompute=recomputation(config, world.device.type),
-        reshard_after_forward=runtime.reshard_after_forward,
-    )
+    model = parallelize(model, mesh, ComputePlan.from_config(config, world.device.type))
     train_step = TrainStep(model, config.optimization, schedules, mesh, world.device, watchdog.on_phase)
     state = TrainingState(config, world, model, train_step.optimizer, schedules, loader.num_images)
     vote = RankVote(new_gloo_group(world))
@@ -168,9 +161,9 @@ def load_initial_weights(model: DMTJEPA, config: Config, folder: RunFolder, worl
         if world.rank == 0:
             logger.info("meta.load_checkpoint: %s holds no checkpoint yet; the run starts afresh", folder.path)
         return
-    path = Path(os.path.expandvars(meta.read_checkpoint)).expanduser()
+    path = Path(expand_path(meta.read_checkpoint, "meta.read_checkpoint"))
     if not path.exists():
-        path = folder.path / meta.read_checkpoint
+        path = folder.path / path
     absent = load_model(model, path)
     if world.rank == 0:
         kept = f"; it holds no {' and no '.join(absent)}: newly drawn" if absent else ""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import submitit
 
 from dmtjepa.config import Config
+from dmtjepa.errors import UserError
 from dmtjepa.training.distributed import DistributedError, LostPeer
 from dmtjepa.training.launch import run_process
 
@@ -18,6 +19,10 @@ logger = logging.getLogger(__name__)
 # How long a process waits for SLURM to end it: after being told to stop, or after losing a node, which SLURM finds out
 # by itself (SlurmdTimeout, 300 s by default) and answers by requeueing the job. A job that ended before would be lost.
 PATIENCE_SECONDS = 600
+
+
+class SubmissionError(UserError, RuntimeError):
+    """SLURM did not take a job."""
 
 
 @dataclass

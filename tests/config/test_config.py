@@ -149,6 +149,9 @@ def test_overrides(released):
         ("meta.model_name=vit_bas", ["meta.model_name", "vit_base", "vit_bas"]),
         ("optimization.warmup=301", ["optimization.warmup", "300 epochs", "shorten"]),
         ("runtime.attention=flash", ["runtime.attention", "xformers", "flash"]),
+        ("data.dataset=shapes", ["data.root_path", "no effect with data.dataset: shapes", "set data.dataset: folder"]),
+        ("meta={read_checkpoint: x.pth.tar}", ["meta.read_checkpoint", "without meta.load_checkpoint"]),
+        ("data={batch_size: 1, batch_size: 2}", ["not a YAML value"]),
         ("data.batch_size", ["section.key=value"]),
         ("=3", ["section.key=value"]),
         ("data.batch_size.x=3", ["batch_size is a value, not a section"]),
@@ -177,6 +180,27 @@ def test_missing_file_suggests_a_neighbour(tmp_path):
     (tmp_path / "quickstart.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"quickstrat.yaml: No such file.*did you mean .*quickstart.yaml"):
         load_config(tmp_path / "quickstrat.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optimization: {epochs: 1}\ndata: {batch_size: 8}\noptimization: {lr: 1}\n", "optimization .* lines 1 and 3"),
+        ("optimization:\n  epochs: 1\n  lr: 1\n  'epochs': 300\n", "epochs .* lines 2 and 4"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(tmp_path, text, words):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"x\\.yaml is not valid YAML: {words}"):
+        load_config(path)
+
+
+def test_a_merged_key_may_be_replaced(tmp_path):
+    """`<<` takes over the keys of another mapping, of which some can be given anew."""
+    path = tmp_path / "x.yaml"
+    path.write_text("data: &data {batch_size: 8, num_workers: 1}\nevaluation: {<<: {batch_size: 3}, batch_size: 4}\n")
+    assert load_config(path).evaluation.batch_size == 4
 
 
 @pytest.mark.parametrize("text", ["data: [", "- a\n- b", "3"])

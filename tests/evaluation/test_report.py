@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dmtjepa.evaluation.__main__ import main
 from dmtjepa.evaluation.context import load_teacher
 from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
 from dmtjepa.objective import build_model
 from dmtjepa.run_folder import open_run
-from tests.helpers.run_folders import write_images, write_run
+from tests.helpers.run_folders import write_images, write_masks, write_run
 
 LATEST = "tiny-latest.pth.tar"
 
@@ -197,3 +198,66 @@ def test_table_marks_what_was_not_measured():
         ["trained,", "with", "layout", "75.0", "-"],
     ]
     assert format_table(make_report()) == ""
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    monkeypatch.setattr("dmtjepa.evaluation.report.save_figures", lambda *_: [])
+
+
+def test_few_training_images_skip_the_linear_probe(run, tmp_path, capsys, without_figures):
+    write_images(tmp_path / "small" / "train", 3, seed=0)
+    write_images(tmp_path / "small" / "val", 3, seed=1)
+    assert main([str(run), "--device", "cpu", "--data", str(tmp_path / "small")]) == 0
+    assert "skipped linear probe: it needs at least 10 training images, not 9" in capsys.readouterr().out
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert report["linear"] == {}
+    assert list(report["knn"]["trained"]) == ["5"]
+    assert "k-NN, k = 5" in (run / "report" / "report.md").read_text()
+
+
+def test_max_images_below_ten_is_measured(run, without_figures):
+    assert main([str(run), "--device", "cpu", "--max-images", "9"]) == 0
+
+
+def test_a_teacher_that_is_not_finite_is_named(run, tmp_path, capsys):
+    checkpoint = torch.load(run / LATEST, weights_only=True)
+    checkpoint["target_encoder"]["norm.bias"][3] = float("nan")
+    torch.save(checkpoint, tmp_path / "nan.pth.tar")
+    assert main([str(run), "--device", "cpu", "--checkpoint", str(tmp_path / "nan.pth.tar")]) == 1
+    assert "nan.pth.tar holds values that are not finite (norm.bias)" in capsys.readouterr().err
+
+
+def test_validation_images_that_cannot_be_read_are_an_error(run, tmp_path, capsys):
+    write_images(tmp_path / "bad" / "train", 10, seed=0)
+    write_images(tmp_path / "bad" / "val", 4, seed=0)
+    for image in (tmp_path / "bad" / "val").glob("*/*.png"):
+        image.write_bytes(b"no image")
+    assert main([str(run), "--device", "cpu", "--data", str(tmp_path / "bad")]) == 1
+    assert "validation: no images could be read" in capsys.readouterr().err
+
+
+def test_masks_that_cannot_be_used_skip_the_segmentation(run, tmp_path, capsys, without_figures):
+    write_images(tmp_path / "color" / "train", 4, seed=0)
+    write_images(tmp_path / "color" / "val", 4, seed=1)
+    write_masks(tmp_path / "color")
+    for mask in (tmp_path / "color" / "masks" / "val").glob("*/*.png"):
+        Image.new("RGB", (32, 32)).save(mask)
+    assert main([str(run), "--device", "cpu", "--data", str(tmp_path / "color")]) == 0
+    assert "skipped segmentation: the mask" in capsys.readouterr().out
+
+
+def test_segmentation_needs_no_classes(run, tmp_path, without_figures):
+    """Images without class folders, as in CamVid and VOC."""
+    root = tmp_path / "flat"
+    for split, seed in (("train", 0), ("val", 1)):
+        write_images(root / split, 4, seed=seed)
+    write_masks(root)
+    for image in [*root.glob("*/class*/*.png"), *root.glob("masks/*/class*/*.png")]:
+        image.rename(image.parents[1] / f"{image.parent.name}-{image.name}")
+    for folder in [*root.glob("*/class?"), *root.glob("masks/*/class?")]:
+        folder.rmdir()
+    assert main([str(run), "--device", "cpu", "--data", str(root)]) == 0
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert report["segmentation"]["trained"]["object_iou"] > 0.5
+    assert report["knn"] == {}

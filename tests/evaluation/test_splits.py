@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dmtjepa.config import DataSettings
-from dmtjepa.data import DataError
+from dmtjepa.data import DataError, open_images
+from dmtjepa.data.make_shards import make_shards
 from dmtjepa.evaluation.splits import find_splits, subsample
 from tests.helpers.run_folders import write_images
 
@@ -90,3 +91,81 @@ def test_subsample_reaches_every_class(data):
     validation = find_splits(DataSettings(root_path=str(data))).validation
     assert np.unique(subsample(validation, 3).labels).tolist() == [0, 1, 2]
     assert len(subsample(validation, 100)) == 12
+
+
+def write_sizes(folder, sizes):
+    """Images of class0, class1, ..., as many as `sizes` says."""
+    for label, size in enumerate(sizes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for number in range(size):
+            (folder / f"class{label}" / f"{number:02}.png").write_bytes(b"not read")
+
+
+def test_images_are_held_out_within_classes(tmp_path):
+    write_sizes(tmp_path, [1, 2, 3, 7, 10])
+    splits = find_splits(DataSettings(), data=tmp_path)
+    assert np.bincount(splits.validation.labels).tolist() == [0, 1, 1, 1, 2]
+    assert np.bincount(splits.train.labels).tolist() == [1, 1, 2, 6, 8]
+    assert splits.unlabelled is None
+    assert splits.notes == ["1 of 5 training classes have no validation image and are not measured: class0"]
+
+
+def test_one_image_of_each_class_cannot_be_classified(tmp_path):
+    write_sizes(tmp_path, [1] * 10)
+    splits = find_splits(DataSettings(), data=tmp_path)
+    assert (len(splits.train), len(splits.validation)) == (8, 2)
+    assert "each class has one image" in splits.unlabelled
+    (tmp_path / "single").mkdir()
+    (tmp_path / "single" / "1.png").write_bytes(b"")
+    with pytest.raises(DataError, match="only 1 image"):
+        find_splits(DataSettings(), data=tmp_path / "single")
+
+
+def test_classes_without_training_images_are_named(tmp_path):
+    write_sizes(tmp_path / "train", [20] * 8)
+    write_sizes(tmp_path / "val", [7] * 8)
+    splits = find_splits(DataSettings(), data=tmp_path, max_images=6)
+    missing = sorted(set(splits.validation.labels.tolist()) - set(splits.train.labels.tolist()))
+    assert missing
+    assert splits.notes[0].startswith(f"{len(missing)} of ")
+    assert "count as wrong: " + ", ".join(f"class{label}" for label in missing) in splits.notes[0]
+
+
+def write_list(path, folder, separator="\t"):
+    images = sorted(folder.glob("*/*.png"))
+    path.write_text("".join(f"{image}{separator}{image.parent.name}\n" for image in images))
+
+
+def test_lists_and_shards_are_split_as_folders_are(tmp_path):
+    write_images(tmp_path / "in", 10, seed=0)
+    write_list(tmp_path / "all.tsv", tmp_path / "in")
+    make_shards(open_images(tmp_path / "in"), tmp_path / "shards", shard_size=20)
+    expected = find_splits(DataSettings(), data=tmp_path / "in")
+    for name in ("all.tsv", "shards"):
+        for arguments in ({"data": tmp_path / name}, {}):
+            splits = find_splits(DataSettings(root_path=str(tmp_path), image_folder=name), **arguments)
+            assert splits.unlabelled is None
+            assert splits.validation.labels.tolist() == expected.validation.labels.tolist()
+            assert splits.train.class_names == expected.train.class_names
+            assert [splits.validation.read(i) for i in range(6)] == [expected.validation.read(i) for i in range(6)]
+    pair = find_splits(DataSettings(), train=tmp_path / "all.tsv", validation=tmp_path / "shards")
+    assert (len(pair.train), len(pair.validation)) == (30, 30)
+
+
+def test_a_list_called_train_has_its_validation_list_beside_it(tmp_path):
+    for name, count in (("train", 3), ("val", 2)):
+        write_images(tmp_path / "in" / name, count, seed=0)
+        write_list(tmp_path / f"{name}.tsv", tmp_path / "in" / name)
+    splits = find_splits(DataSettings(root_path=str(tmp_path), image_folder="train.tsv"))
+    assert (len(splits.train), len(splits.validation)) == (9, 6)
+
+
+def test_numbered_classes_that_no_image_has_are_not_missed(tmp_path):
+    """Numbers of classes go on to the largest in the list: 0 to 2 in one, 0 to 4 in the other."""
+    write_sizes(tmp_path, [2] * 5)
+    for name, labels in (("train", (0, 2)), ("val", (0, 2))):
+        rows = [f"class{label}/{number:02}.png {label}" for label in labels for number in range(2)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(rows))
+    splits = find_splits(DataSettings(), data=tmp_path / "train.txt")
+    assert splits.validation.labels.tolist() == [0, 0, 2, 2]
+    assert splits.notes == []

@@ -56,8 +56,8 @@ def export(run, out, *arguments):
     assert main(["export", str(run), "--out", str(out), *arguments]) == 0
 
 
-def test_released_layout_round_trip(run, images, tmp_path):
-    export(run, tmp_path / "a.pth.tar", "--format", "released")
+def test_official_layout_round_trip(run, images, tmp_path):
+    export(run, tmp_path / "a.pth.tar", "--format", "official")
     raw = torch.load(tmp_path / "a.pth.tar", weights_only=True)
     assert {"encoder", "predictor", "target_encoder", "head", "target_head", "epoch", "loss"} == set(raw)
     assert all(name.startswith("module.") for name in raw["encoder"])
@@ -72,7 +72,13 @@ def test_released_layout_round_trip(run, images, tmp_path):
     )
 
 
-def test_hugging_face_names_are_the_published_ones(run, tmp_path):
+def test_the_format_has_its_earlier_name_too(run, tmp_path):
+    export(run, tmp_path / "a.pth.tar", "--format", "official")
+    export(run, tmp_path / "b.pth.tar", "--format", "released")
+    assert (tmp_path / "a.pth.tar").stat().st_size == (tmp_path / "b.pth.tar").stat().st_size
+
+
+def test_hugging_face_names_are_those_of_facebook_ijepa(run, tmp_path):
     export(run, tmp_path / "hf", "--format", "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     layer = ("layernorm_before", "layernorm_after", "intermediate.dense", "output.dense")
@@ -100,9 +106,9 @@ def test_timm_gives_equal_outputs(run, images, tmp_path, part):
         torch.testing.assert_close(model(images), expected.mean(1), atol=1e-5, rtol=0)
 
 
-def test_timm_reads_the_released_layout(run, images, tmp_path):
+def test_timm_reads_the_official_layout(run, images, tmp_path):
     timm = pytest.importorskip("timm")
-    export(run, tmp_path / "a.pth.tar", "--format", "released")
+    export(run, tmp_path / "a.pth.tar", "--format", "official")
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 3}
     model = timm.create_model("vit_huge_patch14_gap_224", num_classes=0, **size).eval()
     timm.models.load_checkpoint(
@@ -130,17 +136,17 @@ def test_show_says_what_a_file_holds(run, capsys):
     assert "epoch: 3" in printed
 
 
-@pytest.mark.parametrize("format", ["timm", "hf", "released"])
+@pytest.mark.parametrize("format", ["timm", "hf", "official"])
 def test_nothing_is_overwritten(run, tmp_path, capsys, format):
     out = tmp_path / "out"
-    if format == "released":
+    if format == "official":
         out.write_text("mine")
     else:
         out.mkdir()
         (out / "model.safetensors").write_text("mine")
     assert main(["export", str(run), "--format", format, "--out", str(out)]) == 1
     assert "already exists" in capsys.readouterr().err
-    assert (out if format == "released" else out / "model.safetensors").read_text() == "mine"
+    assert (out if format == "official" else out / "model.safetensors").read_text() == "mine"
 
 
 def test_a_file_without_the_part_is_an_error(tmp_path, capsys):

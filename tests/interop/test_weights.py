@@ -25,15 +25,15 @@ def encoder():
     return VisionTransformer(32, 8, **TINY)
 
 
-def save_published(path, **parts):
-    """A file as the published ones: names prefixed with `module.`, numbers beside the parts."""
+def save_official(path, **parts):
+    """A file as the official ones: names prefixed with `module.`, numbers beside the parts."""
     state = {name: {f"module.{key}": value for key, value in part.items()} for name, part in parts.items()}
     torch.save(state | {"opt": {"state": {}, "param_groups": []}, "scaler": None, "epoch": 300, "lr": 1e-6}, path)
 
 
-def test_published_files_load_by_name(encoder, tmp_path):
+def test_official_files_load_by_name(encoder, tmp_path):
     predictor = Predictor((4, 4), 192, 48, depth=1, num_heads=3)
-    save_published(tmp_path / "a.pth.tar", encoder=encoder.state_dict(), predictor=predictor.state_dict())
+    save_official(tmp_path / "a.pth.tar", encoder=encoder.state_dict(), predictor=predictor.state_dict())
     checkpoint = read_checkpoint(tmp_path / "a.pth.tar")
     assert checkpoint["epoch"] == 300
     torch.manual_seed(1)
@@ -46,8 +46,8 @@ def test_published_files_load_by_name(encoder, tmp_path):
         assert all(torch.equal(value, own[name]) for name, value in other.state_dict().items())
 
 
-def test_parameter_names_are_the_published_ones(encoder):
-    """Written down here from the published checkpoints: names are what makes them load."""
+def test_parameter_names_are_the_official_ones(encoder):
+    """Written down here from the official checkpoints: names are what makes them load."""
     block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     names = {"pos_embed"} | {f"{n}.{k}" for n in ("patch_embed.proj", "norm") for k in ("weight", "bias")}
     names |= {f"blocks.{i}.{n}.{k}" for i in range(12) for n in block for k in ("weight", "bias")}
@@ -118,7 +118,7 @@ def test_missing_and_unexpected_names_are_listed(encoder):
 
 
 def test_a_missing_part_names_those_that_are_there(encoder, tmp_path):
-    save_published(tmp_path / "a.pth.tar", encoder=encoder.state_dict(), target_encoder=encoder.state_dict())
+    save_official(tmp_path / "a.pth.tar", encoder=encoder.state_dict(), target_encoder=encoder.state_dict())
     checkpoint = read_checkpoint(tmp_path / "a.pth.tar")
     with pytest.raises(
         WeightsError, match="no weights of target_head; it has those of: encoder, target_encoder; official"
@@ -150,15 +150,15 @@ def changed_parts(model, before):
 def test_a_model_starts_from_a_checkpoint(tmp_path):
     source, model = make_model(0), make_model(1)
     source.update_teacher(0.5)
-    save_published(tmp_path / "a.pth.tar", **parts_of(source))
+    save_official(tmp_path / "a.pth.tar", **parts_of(source))
     assert load_model(model, tmp_path / "a.pth.tar") == []
     assert changed_parts(model, parts_of(source)) == set()
 
 
-def test_heads_that_a_published_file_lacks_are_named_and_kept(tmp_path):
+def test_heads_that_an_official_file_lacks_are_named_and_kept(tmp_path):
     model = make_model(1)
     before = parts_of(model)
-    save_published(tmp_path / "a.pth.tar", **parts_of(make_model(0, head=False)))
+    save_official(tmp_path / "a.pth.tar", **parts_of(make_model(0, head=False)))
     assert load_model(model, tmp_path / "a.pth.tar") == ["head", "target_head"]
     assert changed_parts(model, before) == {"encoder", "predictor", "target_encoder"}
 
@@ -169,11 +169,11 @@ def test_a_model_is_started_whole_or_not_at_all(tmp_path, spoiled):
     before = parts_of(model)
     parts = parts_of(make_model(0))
     del parts[spoiled]["norm.bias"]
-    save_published(tmp_path / "a.pth.tar", **parts)
+    save_official(tmp_path / "a.pth.tar", **parts)
     with pytest.raises(WeightsError, match=rf"(?s){spoiled} of .*missing: norm\.bias"):
         load_model(model, tmp_path / "a.pth.tar")
     del parts[spoiled]
-    save_published(tmp_path / "b.pth.tar", **parts)
+    save_official(tmp_path / "b.pth.tar", **parts)
     with pytest.raises(WeightsError, match=f"no weights of {spoiled}"):
         load_model(model, tmp_path / "b.pth.tar")
     assert changed_parts(model, before) == set()

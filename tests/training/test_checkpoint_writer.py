@@ -34,6 +34,7 @@ def test_epoch_and_step_in_a_name_are_what_is_inside(plain):
         assert meta["optimizer_steps"] == meta["step"]
 
 
+@pytest.mark.slow
 def test_last_n_and_every_mth_epoch_are_kept(settings):
     config = settings(**{"optimization.epochs": 5, "runtime.keep_last": 1, "runtime.keep_every_epochs": 2})
     assert launch(config, ["cpu"]) == 0
@@ -69,3 +70,16 @@ def test_data_set_that_changed_is_an_error(settings):
     (newest / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(checkpoint_format.CheckpointError, match=r"9 steps per epoch of 150 images.*has changed"):
         launch(config, ["cpu"])
+
+
+def test_all_checkpoints_damaged_is_an_error_and_nothing_is_written(plain, settings_in, tmp_path):
+    """The run does not start again from step 0, which would overwrite its losses and remove its checkpoints."""
+    folder = Path(shutil.copytree(plain.logging.folder, tmp_path / "run"))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        flip(checkpoint)
+    csv = (folder / "jepa_r0.csv").read_text()
+    with pytest.raises(checkpoint_format.CheckpointError, match=r"all checkpoints in .* are damaged"):
+        launch(settings_in(folder), ["cpu"])
+    assert (folder / "jepa_r0.csv").read_text() == csv
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000016", "step-00000024"]

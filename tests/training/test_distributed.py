@@ -30,6 +30,7 @@ def join():
     return process_group(CPU, start_timeout=600, hang_timeout=3600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "reason"), [(0, r"ranks \[1\] have not come"), (1, "")])
 def test_process_alone_of_two_fails_in_time_and_says_who_it_is(monkeypatch, rank, reason):
     with socket.socket() as probe:
@@ -45,6 +46,38 @@ def test_process_alone_of_two_fails_in_time_and_says_who_it_is(monkeypatch, rank
     with pytest.raises(DistributedError, match=text), process_group(CPU, start_timeout=2, hang_timeout=3600):
         pass
     assert time.monotonic() - started < 300  # the defaults of torch.distributed are 10 and 30 minutes
+
+
+GROUP = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": None}, "WORLD_SIZE=2 is set and RANK is not: unset WORLD_SIZE to train on this machine"),
+        ({"MASTER_ADDR": None}, "RANK=0 is set and MASTER_ADDR is not: unset RANK"),
+        ({"WORLD_SIZE": None, "MASTER_PORT": ""}, "RANK=0 is set and WORLD_SIZE, MASTER_PORT are not"),
+        ({"RANK": "2"}, "RANK=2 is not one of the ranks 0 to 1 of WORLD_SIZE=2"),
+        ({"RANK": "first"}, "RANK=first is not a number"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT=-1 is not a number"),
+    ],
+)
+def test_variables_that_describe_no_group_are_named_at_once(monkeypatch, changes, message):
+    for name, value in (GROUP | changes).items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    with pytest.raises(DistributedError) as error, join():
+        pass
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("values", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "", "RANK": ""}, {"MASTER_PORT": "1"}])
+def test_a_process_without_rank_trains_alone(monkeypatch, values):
+    for name in GROUP:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with join() as world:
+        assert (world.rank, world.world_size) == (0, 1)
 
 
 def test_device_that_is_not_there():
@@ -116,6 +149,7 @@ def hang():
         dist.all_reduce(torch.ones(1))
 
 
+@pytest.mark.slow
 def test_hung_collective_ends_with_a_report_of_where_each_rank_stood(tmp_path):
     ends = run_ranks(hang, 2, tmp_path)
     assert [code for code, _ in ends] == [EXIT_HUNG, EXIT_HUNG]

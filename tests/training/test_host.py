@@ -126,6 +126,7 @@ def test_no_step_reads_a_value(settings, losses, monkeypatch, changes):
     assert all(map(math.isfinite, losses(config)))
 
 
+@pytest.mark.slow
 def test_memory_of_the_host_does_not_grow_with_the_steps(settings, losses, monkeypatch):
     """Learning rate and weight decay differ at every step: nothing may be remembered by them."""
     original, counts = TrainStep.__call__, []

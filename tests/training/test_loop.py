@@ -85,6 +85,7 @@ def test_export_has_the_published_layout(plain):
     assert float(latest["opt"]["state"][1]["step"]) == NUM_STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "changes"),
     [
@@ -121,7 +122,9 @@ def stop_after(config, steps, devices, monkeypatch):
     assert checkpoint_format.newest_whole(folder / "checkpoints").name == f"step-{steps:08d}"
 
 
-@pytest.mark.parametrize("steps", [2, 8, 13])
+@pytest.mark.parametrize(
+    "steps", [pytest.param(2, marks=pytest.mark.slow), 8, pytest.param(13, marks=pytest.mark.slow)]
+)
 def test_resumed_run_equals_the_uninterrupted_one_bit_by_bit(plain, settings, losses, weights, monkeypatch, steps):
     config = settings()
     stop_after(config, steps, ["cpu"], monkeypatch)
@@ -130,6 +133,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_by_bit(plain, settings, lo
     assert_same_run(plain, config, losses, weights, tolerance=0)
 
 
+@pytest.mark.slow
 def test_resumes_on_other_numbers_of_processes(plain, settings, losses, weights):
     """4, then 2, then 1 processes, at the same global batch; what came after steps 8 and 16 is thrown away."""
     for processes, discarded in ((4, (16, 24)), (2, (24,)), (1, ())):
@@ -150,6 +154,7 @@ def wait_for(condition, process, seconds=900):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 2), (signal.SIGUSR2, 1)])
 def test_signal_saves_and_ends(settings, losses, start, number, processes):
     changes = {"optimization.epochs": 50, "runtime.keep_every_epochs": 1000, "data.batch_size": 16 // processes}
@@ -198,6 +203,7 @@ def test_not_finite_loss_stops_with_step_samples_and_state(settings, monkeypatch
     assert checkpoint_format.newest_whole(folder / "checkpoints").name == "step-00000008"
 
 
+@pytest.mark.slow
 def test_not_finite_loss_can_be_skipped(plain, settings, losses, monkeypatch):
     config = settings(**{"optimization.max_skipped_steps": 1})
     Poison(monkeypatch, 13, float("nan"))
@@ -211,6 +217,7 @@ def test_not_finite_loss_can_be_skipped(plain, settings, losses, monkeypatch):
     assert meta["optimizer_steps"] == NUM_STEPS - 1
 
 
+@pytest.mark.slow
 def test_gradient_clipping_changes_training_as_it_should(plain, settings, losses):
     clipped = settings("clipped", **{"optimization.clip_grad": 0.05})
     loose = settings("loose", **{"optimization.clip_grad": 1e9})
@@ -221,6 +228,7 @@ def test_gradient_clipping_changes_training_as_it_should(plain, settings, losses
     assert losses(clipped)[2:] != losses(plain)[2:]
 
 
+@pytest.mark.slow
 def test_plain_ijepa_trains(settings, losses):
     config = settings(**{"patch.local_agg_head": False, "optimization.epochs": 2})
     assert launch(config, ["cpu"]) == 0
@@ -263,6 +271,7 @@ def test_finished_run_started_again_does_nothing(plain, losses, weights):
     torch.testing.assert_close(weights(plain), before[1], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_checkpoint_and_says_so(settings, start):
     """A limit on the size of a file stands in for a disk that fills up."""
     config = settings(**{"optimization.epochs": 2})
@@ -284,6 +293,7 @@ def test_full_disk_leaves_the_last_checkpoint_and_says_so(settings, start):
     assert not list(checkpoints.glob(".writing-*"))
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(plain, settings, losses, weights, monkeypatch):
     """With the graphs, decompositions and partition of Inductor, whose C++ would take minutes to compile."""
     torch._dynamo.reset()
@@ -294,6 +304,7 @@ def test_compiled_equals_eager(plain, settings, losses, weights, monkeypatch):
     assert_same_run(plain, config, losses, weights, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_started_them(settings, losses, start):
     config = settings(**{"optimization.epochs": 50, "data.batch_size": 8})
     process = start(config, "cpu", "cpu")

@@ -106,6 +106,7 @@ def test_dry_run_of_a_gpu_needs_none(run, settings):
     assert "DeviceError: device 'gpu'" in text
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_run_of_main(plain, settings, losses, tmp_path):
     config = settings(**{"data.batch_size": 8})
     path = tmp_path / "settings.yaml"
@@ -148,6 +149,32 @@ def test_submitted_script_has_what_the_dry_run_printed(monkeypatch, tmp_path, ca
     printed = capsys.readouterr().out.splitlines()
     assert main_distributed.main(command) == 0
     assert set(printed) <= set((tmp_path / "script").read_text().splitlines())
+
+
+def test_sbatch_that_refuses_a_job_is_quoted(monkeypatch, tmp_path, capsys):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    script = "#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpux' >&2\nexit 1\n"
+    for name in ("srun", "sbatch"):
+        (programs / name).write_text(script)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    config = str(ROOT / "configs/in1k_vitb16_ep600.yaml")
+    assert main_distributed.main(["--fname", config, "--folder", str(tmp_path / "logs"), "--partition", "gpux"]) == 1
+    error = capsys.readouterr().err
+    assert "SubmissionError: sbatch refused the job; nothing was submitted: " in error
+    assert "invalid partition specified: gpux" in error
+    (tmp_path / "file").touch()
+    assert main_distributed.main(["--fname", config, "--folder", str(tmp_path / "file")]) == 1
+    assert f"--folder {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "a: b", "- 3"])
+def test_a_list_of_settings_files_is_checked(tmp_path, capsys, text):
+    (tmp_path / "list.yaml").write_text(text)
+    command = ["--batch-launch", "--fname", str(tmp_path / "list.yaml"), "--folder", str(tmp_path), "--dry-run"]
+    assert main_distributed.main(command) == 1
+    assert "must hold a YAML list" in capsys.readouterr().err
 
 
 def test_jobs_of_an_array_need_folders_of_their_own(tmp_path, capsys):

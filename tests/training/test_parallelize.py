@@ -16,19 +16,21 @@ from dmtjepa.masks import MaskSampler
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
 from dmtjepa.models.onednn import compute_by_onednn
 from dmtjepa.objective import DMTJEPA, build_model
+from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import process_group
 from dmtjepa.training.optimizer import build_optimizer
 from dmtjepa.training.parallelize import (
     build_mesh,
     checkpoint_blocks,
     compile_blocks,
-    gathered_together,
+    group_fsdp_units,
     parallelize,
     set_memory_budget,
 )
 from tests.helpers.ranks import run_ranks
 
 
+@pytest.mark.slow
 def test_at_most_two_graphs_per_kind_of_block_over_100_mask_shapes(settings):
     config = settings(**{"data.crop_size": 56, "data.batch_size": 2, "mask.context_cut": "rank"})
     torch._dynamo.reset()
@@ -85,7 +87,7 @@ def report_bytes(folder, shard_size):
         predictor = Predictor((4, 4), embed_dim=192, predictor_dim=96, depth=1, num_heads=3)
         head = AggregationHead(192, 3)
         mesh = build_mesh("cpu", world.world_size, shard_size)
-        model = parallelize(DMTJEPA(encoder, predictor, head), mesh, dtype=torch.float32)
+        model = parallelize(DMTJEPA(encoder, predictor, head), mesh, ComputePlan())
         optimizer = build_optimizer([model.encoder, model.predictor, model.head])
         masks = MaskSampler(MaskSettings(patch_size=8, min_keep=0), (4, 4), 1).sample(0, world.rank, world.world_size)
         images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
@@ -99,6 +101,7 @@ def report_bytes(folder, shard_size):
         (folder / f"{world.world_size}-{world.rank}.json").write_text(json.dumps(nbytes))
 
 
+@pytest.mark.slow
 def test_memory_of_a_rank_falls_as_one_over_the_number_of_ranks(tmp_path):
     def measure(count, shard_size=None):
         ends = run_ranks(report_bytes, count, tmp_path, tmp_path, shard_size)
@@ -131,8 +134,8 @@ def train_casting(folder, at_once, reshard, recompute):
         encoder = VisionTransformer(32, 8, embed_dim=192, depth=2, num_heads=3)
         predictor = Predictor((4, 4), embed_dim=192, predictor_dim=96, depth=1, num_heads=3)
         model = DMTJEPA(encoder, predictor, AggregationHead(192, 3))
-        options = {"recompute": recompute, "reshard_after_forward": reshard}
-        parallelize(model, build_mesh("cpu", 1), dtype=torch.bfloat16, **options)
+        plan = ComputePlan(torch.bfloat16, recompute=recompute, reshard_after_forward=reshard)
+        parallelize(model, build_mesh("cpu", 1), plan)
         optimizer = build_optimizer([model.encoder, model.predictor, model.head])
         found = []
         with _Called() as called:
@@ -162,6 +165,7 @@ class _Called(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.__version__.startswith("2.11."), reason="another PyTorch keeps its own way")
 @pytest.mark.parametrize(("reshard", "recompute"), [(True, "none"), (False, "none"), (True, "blocks")])
 def test_weights_that_are_cast_at_once_are_those_that_are_cast_one_by_one(tmp_path, reshard, recompute):
@@ -176,7 +180,7 @@ def test_weights_that_are_cast_at_once_are_those_that_are_cast_one_by_one(tmp_pa
         assert torch.equal(actual, expected)
 
 
-def test_units_that_are_gathered_together():
+def test_units_of_blocks():
     blocks = [torch.nn.Linear(1000, 10_000, bias=False) for _ in range(7)]  # 10 million parameters each
 
     class Mesh:
@@ -188,7 +192,7 @@ def test_units_that_are_gathered_together():
             return self
 
     def sizes(device_type, shards):
-        units = gathered_together(blocks, Mesh(device_type, shards))
+        units = group_fsdp_units(blocks, Mesh(device_type, shards))
         assert [block for unit in units for block in unit] == (blocks if units else [])
         return [len(unit) for unit in units]
 
@@ -244,6 +248,7 @@ def test_what_is_kept_for_the_backward_pass_of_a_block(recompute, least, most, o
     torch.testing.assert_close(x.grad, expected)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_keep_less_where_pointwise_operators_are_recomputed(settings):
     config = settings()
     kept = {}

@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader, Dataset
 from dmtjepa.data.crop import crop_center
 from dmtjepa.data.decode import CorruptImage, decode_image, tell_reason
 from dmtjepa.data.loaders.base import start_workers
-from dmtjepa.data.sources.base import ImageSource
+from dmtjepa.data.sources.base import DataError, ImageSource, make_printable
 from dmtjepa.processes import enter_worker
 
 logger = logging.getLogger(__name__)
 
 
 class _CenterCrops(Dataset):
-    """Image number -> (uint8 [3,H,W], or None if it is corrupt; the number; the reason)."""
+    """Image number -> (uint8 [3,H,W] or None if it is corrupt, the number, the reason or an error to raise)."""
 
     def __init__(self, source: ImageSource, image_size: tuple[int, int]) -> None:
         self._source, self._size = source, image_size
@@ -27,15 +27,20 @@ class _CenterCrops(Dataset):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, image: int) -> tuple[torch.Tensor | None, int, str]:
+    def __getitem__(self, image: int) -> tuple[torch.Tensor | None, int, str | DataError]:
         try:
             decoded = decode_image(self._source.read(image))
+        except DataError as error:  # an error that a worker raises would arrive as a traceback
+            return None, image, error
         except (CorruptImage, OSError) as error:
-            return None, image, tell_reason(error)
+            try:
+                return None, image, tell_reason(error)
+            except DataError as lack:
+                return None, image, lack
         return torch.from_numpy(crop_center(decoded, self._size)).permute(2, 0, 1), image, ""
 
 
-def _collate(samples: list) -> tuple[torch.Tensor, list[int], list[tuple[int, str]]]:
+def _collate(samples: list) -> tuple[torch.Tensor, list[int], list[tuple[int, str | DataError]]]:
     good = [(pixels, image) for pixels, image, _ in samples if pixels is not None]
     corrupt = [(image, reason) for pixels, image, reason in samples if pixels is None]
     images = torch.stack([pixels for pixels, _ in good]) if good else torch.empty(0)
@@ -74,8 +79,10 @@ class EvaluationLoader:
         self.corrupt = []
         for images, numbers, corrupt in start_workers(self._loader):
             for image, reason in corrupt:
+                if isinstance(reason, DataError):
+                    raise reason
                 self.corrupt.append((self.source.name(image), reason))
-                logger.warning("left out a corrupt image: %s: %s", *self.corrupt[-1])
+                logger.warning("left out a corrupt image: %s: %s", make_printable(self.corrupt[-1][0]), reason)
             if numbers:
                 labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[numbers])
                 yield images, labels, [self.source.name(image) for image in numbers]

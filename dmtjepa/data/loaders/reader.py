@@ -113,10 +113,10 @@ class Reader:
             try:
                 data = self._source.read(candidate)
                 plain = None if candidate in batch.refused else read_plain_size(data)
-                if plain is not None:
+                if plain is not None and plain[0] * plain[1] <= self._settings.max_megapixels * 1e6:
                     left, top, width, height = choose_crop(*plain, batch.uniforms[row], scale)
                     return Sample(candidate, np.frombuffer(data, np.uint8), (top, left), (height, width))
-                decoded = decode_image(data)
+                decoded = decode_image(data, self._settings.max_megapixels)
                 box = choose_crop(*decoded.size, batch.uniforms[row], scale)
                 return _wrap(candidate, crop_and_resize(decoded, box, size))
             except (CorruptImage, OSError) as error:

@@ -19,6 +19,7 @@ from dmtjepa.data.augment import augment
 from dmtjepa.data.crop import crop_and_resize
 from dmtjepa.data.decode import CorruptImage, decode_image, tell_reason
 from dmtjepa.data.loaders.base import Loader, start_workers, wait_for_progress
+from dmtjepa.data.resources import check_resources
 from dmtjepa.data.sampling import FLIP_DRAW, BatchRequest, SampleOrder, candidate_images, choose_crop, draw_uniforms
 from dmtjepa.data.sources.base import DataError, ImageSource
 from dmtjepa.processes import enter_worker
@@ -40,29 +41,41 @@ class BatchMaker(Dataset):
         self._parent = os.getpid()
 
     def __getitem__(self, request: BatchRequest) -> tuple[torch.Tensor | DataError | None, list[tuple[int, str]]]:
-        settings = self._settings
         corrupt: list[tuple[int, str]] = []
+        try:  # an error that a worker raises would reach the trainer as a traceback
+            try:
+                return self._make(request, corrupt), corrupt
+            except MemoryError as error:
+                check_resources(error)
+                raise
+        except DataError as error:
+            return error, corrupt
+
+    def _make(self, request: BatchRequest, corrupt: list[tuple[int, str]]) -> torch.Tensor | None:
+        settings = self._settings
         batch = np.empty((len(request.images), 3, *settings.image_size), dtype=np.uint8)
         uniforms = np.stack([draw_uniforms(self._seed, request.epoch, int(p)) for p in request.positions])
         for row, (position, number) in enumerate(zip(request.positions.tolist(), request.images.tolist(), strict=True)):
             image = self._decode(request.epoch, position, number, corrupt)
             if image is None:
-                return None, corrupt
+                return None
             box = choose_crop(*image.size, uniforms[row], settings.crop_scale)
             pixels = crop_and_resize(image, box, settings.image_size)
             flipped = settings.use_horizontal_flip and uniforms[row, FLIP_DRAW] < 0.5
             batch[row] = (pixels[:, ::-1] if flipped else pixels).transpose(2, 0, 1)
         images = augment(torch.from_numpy(batch), uniforms, settings)
         if torch.utils.data.get_worker_info() is None:
-            return images, corrupt
+            return images
         try:  # here, because the queue drops a batch silently when there is no memory for it
-            return images.share_memory_(), corrupt
+            return images.share_memory_()
         except RuntimeError as error:
+            if "Too many open files" in str(error):
+                check_resources(error)
             size = images.numel() / 1e6
-            return DataError(
+            raise DataError(
                 f"no shared memory for a batch of {size:.1f} MB ({error}). Give /dev/shm more room (docker run "
                 f"--shm-size=16g), lower data.num_workers, or set data.loader: dali, which needs none"
-            ), corrupt
+            ) from error
 
     def _decode(self, epoch: int, position: int, image: int, corrupt: list[tuple[int, str]]) -> Image.Image | None:
         """The decoded image or, if it is corrupt, its replacement; None if no candidate can be decoded."""
@@ -72,7 +85,7 @@ class BatchMaker(Dataset):
                 self.progress[worker.id, 1] = candidate
                 self.progress[worker.id, 0] += 1
             try:
-                return decode_image(self._source.read(candidate))
+                return decode_image(self._source.read(candidate), self._settings.max_megapixels)
             except (CorruptImage, OSError) as error:
                 corrupt.append((candidate, tell_reason(error)))
         return None
@@ -153,6 +166,7 @@ class TorchvisionLoader(Loader):
         except (RuntimeError, OSError, EOFError) as error:
             cause = self._describe_stall() if stalled.is_set() else self._describe_death(error)
             if cause is None:
+                check_resources(error)
                 raise
             images = sorted({self._source.name(image) for image in self._maker.progress[:, 1].tolist()})
         finally:

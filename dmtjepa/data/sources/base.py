@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +21,21 @@ _MAX_CLASSES = 1_000_000  # larger numbers are names (1440764 of ImageNet), not 
 
 
 class DataError(UserError, RuntimeError):
-    """The images cannot be used. The message says why, and what to do."""
+    """The images cannot be used. The message says why, and what to do.
+
+    Names of files can be any bytes. What cannot be printed of them is escaped in the message.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(make_printable(message))
+
+
+def make_printable(text: str) -> str:
+    """Escape the bytes of file names that are not UTF-8, which Python keeps as lone surrogates."""
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # surrogates of another origin
+        return text.encode(errors="backslashreplace").decode()
 
 
 class ImageSource(Protocol):
@@ -81,7 +97,15 @@ def number_labels(numbers: list[bytes]) -> tuple[np.ndarray, list[str]]:
     return np.array(values, dtype=np.int64), [str(label) for label in range(max(values) + 1)]
 
 
+def describe_classes(class_names: list[str]) -> str:
+    """ " of 3 classes", or nothing if there are no classes."""
+    return f" of {len(class_names)} {'class' if len(class_names) == 1 else 'classes'}" if class_names else ""
+
+
 def read_file(path: bytes) -> bytes:
-    """The bytes of a file. Without the flag, opening a pipe that has no writer would block."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+    """The bytes of a regular file. Pipes and devices can be endless: they raise OSError."""
+    # Without O_NONBLOCK, opening a pipe that has no writer would block.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY), "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
         return file.read() or b""

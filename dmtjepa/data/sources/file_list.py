@@ -8,7 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dmtjepa.data.sources.base import IMAGE_EXTENSIONS_BYTES, DataError, Names, label_names, number_labels, read_file
+from dmtjepa.data.sources.base import (
+    IMAGE_EXTENSIONS_BYTES,
+    DataError,
+    Names,
+    describe_classes,
+    label_names,
+    number_labels,
+    read_file,
+)
 
 _NUM_CHECKED = 20  # files of a list that are checked at the start
 
@@ -22,7 +30,7 @@ class ListSource:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        path = Path(path)
+        path = self.path = Path(path)
         try:
             text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
         except OSError as error:
@@ -53,6 +61,9 @@ class ListSource:
 
     def name(self, image: int) -> str:
         return os.fsdecode(os.path.join(self._folder, self._names[image]))
+
+    def describe(self) -> str:
+        return f"{len(self)} images{describe_classes(self.class_names)} in the list {self.path}"
 
     def read(self, image: int) -> bytes:
         return read_file(os.path.join(self._folder, self._names[image]))

@@ -9,6 +9,7 @@ file, which tar_index.py finds.
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 import threading
@@ -20,12 +21,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmtjepa.data.sources.base import IMAGE_EXTENSIONS, DataError, Names, label_names, number_labels
+from dmtjepa.data.sources.base import IMAGE_EXTENSIONS, DataError, Names, label_names, make_printable, number_labels
 from dmtjepa.data.sources.tar_index import Member, list_members
+
+logger = logging.getLogger(__name__)
 
 _MAX_OPEN = 64  # shards held open at a time
 _COMPRESSED = (".tar.gz", ".tgz")
 _LABEL_BYTES = 32
+_TAR_EXTENSIONS = (b"tar", b"tar.gz", b"tgz")
 _EXTENSIONS = frozenset(extension[1:].encode() for extension in IMAGE_EXTENSIONS)
 
 
@@ -110,11 +114,13 @@ class ShardImages(NamedTuple):
 
     place: np.ndarray
     keys: Names
+    tar_files: list[str]  # names of members that are tar files
 
 
 def _list_images(shard: str) -> ShardImages:
     images: defaultdict[tuple[bytes, int], list[Member]] = defaultdict(list)  # by sample
     labels: dict[tuple[bytes, int], int] = {}
+    tar_files: list[str] = []
     seen: Counter[tuple[bytes, bytes]] = Counter()
     for member in list_members(shard):
         if member.key.endswith(b"/") or not member.key:  # a hidden file, such as those of macOS
@@ -126,13 +132,15 @@ def _list_images(shard: str) -> ShardImages:
             labels[sample] = member.offset
         elif member.extension.lower().rpartition(b".")[2] in _EXTENSIONS:
             images[sample].append(member)
+        elif member.extension.lower().endswith(_TAR_EXTENSIONS):
+            tar_files.append(os.fsdecode(member.key + b"." + member.extension))
     place, names = [], []
     for sample, group in images.items():
         # File names can contain dots: neither a.1.jpg nor a.2.jpg has a plain extension, and both are images.
         for image in [member for member in group if b"." not in member.extension][:1] or group:
             place.append((image.offset, image.size, labels.get(sample, -1)))
             names.append(image.key + b"." + image.extension)
-    return ShardImages(np.array(place, np.int64).reshape(-1, 3), Names(names))
+    return ShardImages(np.array(place, np.int64).reshape(-1, 3), Names(names), tar_files)
 
 
 class ShardSource:
@@ -142,11 +150,20 @@ class ShardSource:
         self._shards = find_shards(os.fspath(path))
         with ThreadPoolExecutor(8) as pool:
             listed = list(pool.map(_list_images, self._shards))
+        tar_files = [name for images in listed for name in images.tar_files]
+        nested = (
+            f"{len(tar_files)} members are tar files themselves, such as {tar_files[0]}: unpack the outer tar, and "
+            f"name those in it as the shards"
+            if tar_files
+            else ""
+        )
         if not any(len(images.keys) for images in listed):
             raise DataError(
-                f"no images in {len(self._shards)} shards of {path}; members with these extensions are images: "
-                f"{' '.join(IMAGE_EXTENSIONS)}"
+                f"no images in {len(self._shards)} shards of {path}. "
+                + (nested or f"Members with these extensions are images: {' '.join(IMAGE_EXTENSIONS)}")
             )
+        if nested:
+            logger.warning("%s: %s", path, make_printable(nested))
         self._shard = np.repeat(np.arange(len(listed), dtype=np.int32), [len(images.keys) for images in listed])
         self._place = np.concatenate([images.place for images in listed])
         self._keys = Names.join([images.keys for images in listed])
@@ -164,6 +181,10 @@ class ShardSource:
 
     def name(self, image: int) -> str:
         return f"{self._shards[self._shard[image]]}:{os.fsdecode(self._keys[image])}"
+
+    def describe(self) -> str:
+        """Without classes: they would have to be read from all over the shards."""
+        return f"{len(self)} images in {len(self._shards)} tar shards, the first of which is {self._shards[0]}"
 
     def read(self, image: int) -> bytes:
         return self._pread(int(self._shard[image]), *self._place[image, :2].tolist())

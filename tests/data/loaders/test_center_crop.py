@@ -58,3 +58,26 @@ def test_corrupt_images_are_left_out(image_folder: Path, tmp_path: Path):
     loader = build_eval_loader(tmp_path / "images", 24, 8)
     assert sum(len(names) for _, _, names in loader) == 29
     assert [Path(name).name for name, _ in loader.corrupt] == ["000.jpg"]
+
+
+@pytest.mark.parametrize("size", [(2000, 20), (1, 2000), (2, 12_000), (9000, 3)])
+def test_a_long_image_is_cut_before_it_is_resized(size: tuple[int, int], monkeypatch):
+    """Resized as a whole, an image of 2x12000 would become 224x1344000."""
+    resized = []
+    original = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, to, *rest: resized.append(to) or original(self, to, *rest))
+    assert crop_center(Image.new("RGB", size), (224, 224)).shape == (224, 224, 3)
+    assert resized[0][0] * resized[0][1] < 4 * 224 * 256 * 8
+
+
+@pytest.mark.parametrize("size", [(3000, 60), (60, 3000), (700, 30)])
+def test_the_pixels_of_a_long_image_are_those_of_its_middle(size: tuple[int, int]):
+    small = np.random.default_rng(0).integers(0, 256, (max(2, size[1] // 10), max(2, size[0] // 10), 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+    fit = 28 / min(size)
+    scale = fit * min(256 / 224, max(1, 1 / fit))
+    whole = image.resize((max(28, round(size[0] * scale)), max(28, round(size[1] * scale))), Image.Resampling.BILINEAR)
+    left, top = (whole.width - 28) // 2, (whole.height - 28) // 2
+    expected = np.asarray(whole.crop((left, top, left + 28, top + 28)), int)
+    ours = crop_center(image, (28, 28)).astype(int)
+    assert np.abs(ours - expected).mean() < 12  # up to half a pixel apart

@@ -68,8 +68,8 @@ def test_lists_as_windows_and_other_tools_write_them(image_folder: Path, tmp_pat
     assert source.class_names == ["7000000000", "7000000001", "7000000002"]
 
 
-def test_a_pipe_in_a_list_is_no_image_and_is_not_waited_for(image_folder: Path, tmp_path: Path):
+def test_pipes_and_devices_in_a_list_are_not_read(image_folder: Path, tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "list.txt").write_text(f"pipe.jpg\n{image_folder / 'ant' / '000.jpg'}\n")
+    (tmp_path / "list.txt").write_text(f"pipe.jpg\n{image_folder / 'ant' / '000.jpg'}\n/dev/zero\n")
     report = check.check(open_images(tmp_path / "list.txt"), num_workers=1)
-    assert report.corrupt == [(str(tmp_path / "pipe.jpg"), "empty file")]
+    assert report.corrupt == [(name, "not a regular file") for name in (str(tmp_path / "pipe.jpg"), "/dev/zero")]

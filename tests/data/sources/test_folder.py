@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ from PIL import Image
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, build_loader, open_images
+from dmtjepa.data.cache import cache_folder
 from dmtjepa.data.sources.base import Names
 from dmtjepa.data.sources.folder import FolderSource
 
@@ -55,14 +59,97 @@ def test_links_are_followed_and_loops_end(tmp_path: Path):
     assert len(FolderSource(images)) == 2
 
 
-def test_train_is_entered_where_only_splits_are_there(tmp_path: Path):
+def test_each_folder_is_listed_once_and_under_its_own_path(tmp_path: Path, caplog):
+    """Eight folders with links to each other have millions of paths."""
+    images = tmp_path / "images"
+    for number in range(8):
+        touch(images / f"d{number}" / f"{number}.png")
+    for number in range(8):
+        for other in range(8):
+            if other != number:
+                (images / f"d{number}" / f"a-link-{other}").symlink_to(images / f"d{other}")
+    touch(tmp_path / "outside" / "x.png")
+    (images / "above").symlink_to(tmp_path)  # contains `images` itself
+    source = FolderSource(images)
+    names = [os.path.relpath(source.name(image), images) for image in range(len(source))]
+    assert names == ["above/outside/x.png", *(f"d{number}/{number}.png" for number in range(8))]
+    assert "57 links to folders that are listed already are ignored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "other", [None, "annotations", "lost+found", "devkit", "masks/train/a", "unlabeled/a", "truck"]
+)
+def test_of_a_root_with_splits_only_train_is_read(tmp_path: Path, other: str | None):
     touch(tmp_path / "train" / "dog" / "a.png")
     touch(tmp_path / "val" / "dog" / "b.png")
+    if other is not None:
+        touch(tmp_path / other / "c.png")
     assert FolderSource(tmp_path).folder == tmp_path / "train"
-    touch(tmp_path / "truck" / "c.png")  # now `train` is a class, of vehicles
+
+
+@pytest.mark.parametrize("names", [("Train", "Val"), ("training", "validation"), ("TRAIN", "test"), ("train", "masks")])
+def test_other_names_of_splits(tmp_path: Path, names: tuple[str, str]):
+    for name in names:
+        touch(tmp_path / name / "dog" / "a.png")
+    assert FolderSource(tmp_path).folder == tmp_path / names[0]
+
+
+def test_train_can_be_a_class(tmp_path: Path):
+    for name in ("train", "truck"):
+        touch(tmp_path / name / "a.png")
     source = FolderSource(tmp_path)
     assert source.folder == tmp_path
-    assert source.class_names == ["train", "truck", "val"]
+    assert source.class_names == ["train", "truck"]
+
+
+def test_a_start_says_what_it_trains_on(image_folder: Path, tmp_path: Path, caplog):
+    (tmp_path / "list.txt").write_text(f"{image_folder}/ant/000.jpg\n")
+    with caplog.at_level(logging.INFO):
+        for path, size in ((image_folder, 4), (tmp_path / "list.txt", 1)):
+            settings = DataSettings(root_path=str(path), batch_size=size, loader="torchvision", num_workers=0)
+            build_loader(settings, seed=0)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"30 images of 3 classes below {image_folder}",
+        f"1 images in the list {tmp_path / 'list.txt'}",
+    ]
+
+
+def test_names_that_are_not_utf8_survive_from_listing_to_message(tmp_path: Path, caplog):
+    folder = os.fsencode(tmp_path) + b"/images"
+    os.mkdir(folder)
+    for number in range(4):
+        with open(folder + b"/%d-\xff\xe9.png" % number, "wb") as file:
+            file.write(b"no image")
+    settings = DataSettings(root_path=os.fsdecode(folder), batch_size=4, loader="torchvision", num_workers=0)
+    with pytest.raises(DataError) as error:
+        next(build_loader(settings, seed=0).epoch(0))
+    for text in (str(error.value), caplog.text):
+        assert f"{tmp_path}/images/0-\\xff\\xe9.png: " in text
+        text.encode()
+
+
+def test_a_locale_that_is_ascii(tmp_path: Path):
+    touch(tmp_path / "bild er ü 画" / "é.png")
+    touch(tmp_path / "bild er ü 画" / "b.png")
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/bild er ü 画/é.png\n", encoding="utf-8")
+    program = f"""if True:
+        import sys
+        from dmtjepa.data import open_images
+        assert sys.getfilesystemencoding() == "ascii", sys.getfilesystemencoding()
+        for path in ({f"{tmp_path}/bild er ü 画"!a}, {f"{tmp_path}/list.txt"!a}):
+            source = open_images(path)
+            print([len(source.read(image)) > 0 for image in range(len(source))])
+    """
+    environment = os.environ | {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "[True, True]\n[True]\n", done.stderr
+
+
+def test_a_user_without_home_has_a_cache(monkeypatch):
+    for name in ("DMTJEPA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does without $HOME and passwd entry
+    assert cache_folder() == Path(tempfile.gettempdir()) / f"dmtjepa-{os.getuid()}"
 
 
 def test_names_round_trip():

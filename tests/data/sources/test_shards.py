@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -11,6 +12,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +20,8 @@ from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, build_loader, open_images
 from dmtjepa.data.sources.folder import FolderSource
 from dmtjepa.data.sources.shards import ShardSource, find_shards
-from dmtjepa.data.sources.tar_index import read_members
-from tests.helpers.images import LOADERS, contents, needs_dali
+from dmtjepa.data.sources.tar_index import read_index, read_members
+from tests.helpers.images import LOADERS, contents, flip_bytes, needs_dali
 
 
 def test_packed_shards_hold_the_folder(shards: Path, image_folder: Path):
@@ -181,3 +183,124 @@ def test_wrong_shards(shards: Path, tmp_path: Path, caplog):
 def test_members_are_found_without_reading_the_data(shards: Path):
     members = read_members(str(shards / "shard-000003.tar"))
     assert [member.extension for member in members] == [b"jpg", b"cls"] * 6
+
+
+def link(archive: tarfile.TarFile, name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> None:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    archive.addfile(info)
+
+
+def test_links_in_a_tar_are_resolved_and_others_are_named(tmp_path: Path, caplog):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "a/1.jpg", b"1")
+        add(archive, "a/1.cls", b"0")
+        link(archive, "b/2.jpg", "../a/3.jpg")  # to a link that follows
+        link(archive, "b/2.cls", "a/4.cls", tarfile.LNKTYPE)
+        link(archive, "a/3.jpg", "a/1.jpg", tarfile.LNKTYPE)
+        link(archive, "a/3.cls", "1.cls")
+        add(archive, "a/4.cls", b"7")
+        link(archive, "c/5.jpg", "/etc/passwd")
+        link(archive, "c/6.jpg", "6.jpg")
+        link(archive, "c/7.jpg", "", tarfile.FIFOTYPE)
+    for _ in range(2):  # each start says what is left out
+        source = ShardSource(tmp_path / "a.tar")
+        assert contents(source) == [b"1", b"1", b"1"]
+        assert [source.class_names[label] for label in source.labels] == ["0", "7", "0"]
+        assert "3 members are left out" in caplog.text
+        assert "c/5.jpg, c/6.jpg, c/7.jpg" in caplog.text
+        caplog.clear()
+
+
+def test_concatenated_tars_are_read_to_the_end(tmp_path: Path, caplog):
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            add(archive, f"{number}.jpg", bytes([number]) * 700)
+    whole = b"".join((tmp_path / f"{number}.tar").read_bytes() for number in range(3))
+    (tmp_path / "all.tar").write_bytes(whole + bytes(3 * 512))
+    for _ in range(2):
+        assert contents(ShardSource(tmp_path / "all.tar")) == [bytes([number]) * 700 for number in range(3)]
+    (tmp_path / "tail.tar").write_bytes(whole + b"x" * 1024)
+    assert len(ShardSource(tmp_path / "tail.tar")) == 3
+    assert "1024 bytes after the end-of-archive mark are ignored" in caplog.text
+
+
+def test_a_damaged_header_within_a_shard_is_an_error(shards: Path, tmp_path: Path):
+    data = bytearray((shards / "shard-000000.tar").read_bytes())
+    member = read_members(str(shards / "shard-000000.tar"))[6]
+    data[member.offset - 512 : member.offset - 412] = b"?" * 100
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(DataError, match=r"is not a complete tar file: the header at \d+ is damaged"):
+        open_images(tmp_path / "a.tar")
+
+
+def test_nested_tars_are_named(tmp_path: Path, caplog):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("n1.tar", "n2.tar"):
+            add(archive, name, (b"x" * 100))
+    with pytest.raises(DataError, match=r"2 members are tar files themselves, such as n1\.tar: unpack the outer tar"):
+        open_images(tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        add(archive, "n1.tar", b"x")
+        add(archive, "1.jpg", b"1")
+    assert len(open_images(tmp_path / "b.tar")) == 1
+    assert "1 members are tar files themselves" in caplog.text
+
+
+NAMES = [
+    "a b.jpg", "1.jpg", "2 3 4.jpg", "x y/5.b c.jpg", "tab\tin.jpg", "line\nin.jpg", "back\\x20slash.jpg", "v1.2 9.jpg",
+    "README", "dot.5.6.png", "é\udcff.jpg", "LICENSE", "jpg",
+]  # fmt: skip
+
+
+def test_the_second_start_finds_the_same_as_the_first(tmp_path: Path, caplog):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        for name in NAMES:
+            add(archive, name, os.fsencode(name))
+    first, second = ShardSource(tmp_path / "a.tar"), ShardSource(tmp_path / "a.tar")
+    expected = [os.fsencode(name) for name in NAMES if name.endswith((".jpg", ".png"))]
+    assert contents(first) == contents(second) == expected
+    assert [first.name(image) for image in range(len(first))] == [second.name(image) for image in range(len(second))]
+    assert list((tmp_path / "cache" / "indexes").glob("*.idx"))
+    assert not caplog.records  # the index of the first start was used
+
+
+def test_indexes_of_other_writers(shards: Path, tmp_path: Path):
+    shard = shutil.copy(shards / "shard-000000.tar", tmp_path / "a.tar")
+    text = (shards / "shard-000000.idx").read_text()
+    whole = read_index(shards / "shard-000000.idx", str(shards / "shard-000000.tar"))
+    assert whole == read_members(str(shard))
+    index = tmp_path / "a.idx"
+    for variant in (text.replace("\n", "\n\n"), text.replace("\n", "\r\n"), text.replace(" ", "  "), text + "\n\n"):
+        index.write_bytes(variant.encode())
+        assert read_index(index, shard) == whole
+    lines = [" ".join(line.split()[:3] + line.split()[4:7]) for line in text.splitlines()[1:]]
+    index.write_text("\n".join(["v1.1 8", *lines]))
+    assert [member[:3] for member in read_index(index, shard)] == [member[:3] for member in whole]
+
+
+@pytest.mark.parametrize(
+    "line", ["jpg 512 -5 a.jpg", "jpg -512 100 a.jpg", "jpg x y a.jpg", "jpg 512 999999999999999999999999 a.jpg",
+             "jpg 513 9 a.jpg", "jpg 512", "jpg 512 1 a.jpg", "\0\0\0\0"],
+)  # fmt: skip
+def test_a_garbage_index_is_replaced_by_the_headers(shards: Path, tmp_path: Path, line: str, caplog):
+    shutil.copy(shards / "shard-000000.tar", tmp_path / "a.tar")
+    text = (shards / "shard-000000.idx").read_text().splitlines()
+    (tmp_path / "a.idx").write_text("\n".join([text[0], line, *text[2:]]) + "\n")
+    assert contents(open_images(tmp_path / "a.tar")) == contents(open_images(shards))[:8]
+    assert "a.idx" in caplog.text
+    assert "are read instead" in caplog.text
+
+
+def test_no_damage_of_an_index_goes_unnoticed_or_crashes(shards: Path, tmp_path: Path):
+    """Any index is believed only if it describes members that lie in the shard."""
+    shard = str(shutil.copy(shards / "shard-000000.tar", tmp_path / "a.tar"))
+    index, size = tmp_path / "a.idx", os.path.getsize(shard)
+    text = (shards / "shard-000000.idx").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        index.write_bytes(flip_bytes(text, rng))
+        members = None
+        with contextlib.suppress(DataError):  # it can be a valid index of a longer shard
+            members = read_index(index, shard)
+        assert members is None or all(0 <= member.offset <= size - member.size for member in members)

@@ -1,0 +1,32 @@
+"""Command lines that take settings as `section.key=value` anywhere among their options."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+USAGE = "any setting can follow as section.key=value, e.g. data.batch_size=64 logging.folder=runs/mine"
+
+
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, *, list_option: str
+) -> argparse.Namespace:
+    """Parse a command line; `overrides` of the result holds the settings in the order in which they were given.
+
+    Args:
+        arguments: None takes those of this process.
+        list_option: the option that takes several values. A value with `=` is a setting: `--devices cpu data.x=8`.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options, overrides = parser.parse_known_args(given)
+    values = getattr(options, list_option) or []
+    setattr(options, list_option, [value for value in values if "=" not in value] or None)
+    overrides += [value for value in values if "=" in value]
+    wrong = [text for text in overrides if "=" not in text or text.startswith("-")]
+    if wrong:
+        parser.error(f"unknown arguments: {' '.join(wrong)}; {USAGE}")
+    # argparse does not tell where an argument stood. The last place of a text decides.
+    place = {text: index for index, text in enumerate(given)}
+    options.overrides = sorted(overrides, key=lambda text: place.get(text, -1))
+    return options

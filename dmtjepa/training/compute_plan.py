@@ -1,0 +1,43 @@
+"""How a device computes a run: the settings that depend on the kind of device, resolved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dmtjepa.config import Config
+
+
+@dataclass(frozen=True)
+class ComputePlan:
+    """How a device computes.
+
+    Args:
+        dtype: dtype in which the modules compute. Weights, gradients and optimizer state are float32.
+        compiled: whether `torch.compile` compiles blocks and heads.
+        recompute: what the backward pass computes again instead of keeping it. Per patch, a block of width D keeps
+            about 16 D numbers with `none`, 10 D with `pointwise` (norms and GELUs are recomputed), D with `blocks`.
+        reshard_after_forward: whether the student frees gathered weights after the forward pass and gathers them again
+            for the backward pass.
+    """
+
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False
+    recompute: Literal["none", "pointwise", "blocks"] = "none"
+    reshard_after_forward: bool = True
+
+    @classmethod
+    def from_config(cls, config: Config, device_type: str) -> ComputePlan:
+        """Resolve the `auto` settings for a device type, `cuda` or `cpu`."""
+        runtime, on_cuda = config.runtime, device_type == "cuda"
+        if runtime.precision != "auto":
+            dtype = getattr(torch, runtime.precision)
+        else:
+            dtype = torch.bfloat16 if on_cuda and config.meta.use_bfloat16 else torch.float32
+        compiled = runtime.compile == "on" or (runtime.compile == "auto" and on_cuda)
+        recompute = runtime.activation_checkpointing
+        if recompute == "auto":
+            recompute = "pointwise" if compiled else "none"
+        return cls(dtype, compiled, recompute, runtime.reshard_after_forward)
