@@ -91,7 +91,8 @@ def launch(config: Config, devices: Sequence[str]) -> int:
             for rank, name in enumerate(devices)
         ]
         try:
-            with _PassOn(processes) as signals:
+            signals = _PassOn(processes)
+            with signals:
                 for process in processes:
                     process.start()
                 for number in signals.received:  # those that came before all ranks had started

@@ -42,19 +42,19 @@ class ShardedAdamW(torch.optim.AdamW):
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             state: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *state)
             beta1, beta2 = group["betas"]
-            adamw(
-                *map(local_tensors, state), fused=True, found_inf=self.found_inf, amsgrad=False, beta1=beta1,
+            adamw(  # type: ignore[misc]
+                *map(local_tensors, state), fused=True, found_inf=self.found_inf, amsgrad=False, beta1=beta1,  # type: ignore[arg-type]
                 beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )  # fmt: skip
 
 
 def build_optimizer(modules: Iterable[nn.Module]) -> ShardedAdamW:
-    """The optimizer with the published groups."""
+    """The optimizer with the official groups."""
     return ShardedAdamW(parameter_groups(modules))
 
 
