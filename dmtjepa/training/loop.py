@@ -44,8 +44,8 @@ def train(config: Config, world: World) -> Outcome:
     """
     source = check_start(config, world.world_size, world.device.type)
     with contextlib.ExitStack() as stack:
-        folder = open_folder(config, world, stack)
         watchdog = stack.enter_context(Watchdog(world, config.runtime.hang_timeout))
+        folder = open_folder(config, world, stack)
         signals = stack.enter_context(StopSignals())
         run = build_run(config, world, folder, source, watchdog, stack)
         state, metrics, num_steps = run.state, run.metrics, run.schedules.num_steps
