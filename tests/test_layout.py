@@ -32,7 +32,7 @@ ALLOWED = {
     "packing": set(),
     "tensors": set(),
     "masks": {"config", "errors", "packing"},
-    "data": {"config", "errors", "processes"},
+    "data": {"config", "errors", "files", "processes"},
     "models": {"kernels", "packing"},
     "objective": {"kernels", "config", "masks", "models", "tensors"},
     "reference": {"config", "masks"},

@@ -22,6 +22,7 @@ from dmtjepa.training.check import build_model_for, count_steps_per_epoch, find_
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
 from dmtjepa.training.finite import FiniteCheck
+from dmtjepa.training.images import check_images, record_images
 from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.parallelize import build_mesh, parallelize
 from dmtjepa.training.saving import Saver
@@ -97,9 +98,10 @@ def build_run(
     resume_from = find_checkpoint(folder, world)
     if resume_from is None:
         load_initial_weights(model, config, folder, world)
+    images = run_on_rank_0(world, lambda: check_images(config, folder, source, loader.name, resume_from))
     model = parallelize(model, mesh, ComputePlan.from_config(config, world.device.type))
     train_step = TrainStep(model, config.optimization, schedules, mesh, world.device, watchdog.on_phase)
-    state = TrainingState(config, world, model, train_step.optimizer, schedules, loader.num_images)
+    state = TrainingState(config, world, model, train_step.optimizer, schedules, images)
     vote = RankVote(new_gloo_group(world))
     saver = Saver(config, world, folder, schedules, state)
     if resume_from is not None:
@@ -109,6 +111,7 @@ def build_run(
             folder.record_start(
                 config, world.device, world_size=world.world_size, global_batch=global_batch, step=state.step
             )
+            record_images(folder, source, images)
         metrics = Metrics(
             folder, world.rank, world.device,
             schedules=schedules, first_step=state.step, global_batch=global_batch,
