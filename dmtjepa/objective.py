@@ -93,8 +93,8 @@ class DMTJEPA(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, for encoder and head, on local shards."""
-        pairs = [(self.teacher_encoder, self.encoder)]
-        if self.teacher_head is not None:
+        pairs: list[tuple[nn.Module, nn.Module]] = [(self.teacher_encoder, self.encoder)]
+        if self.teacher_head is not None and self.head is not None:
             pairs.append((self.teacher_head, self.head))
         teacher = local_tensors(p for module, _ in pairs for p in module.parameters())
         student = local_tensors(p for _, module in pairs for p in module.parameters())
@@ -128,11 +128,15 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
         protect_from_signals()  # before the weights are drawn: that starts OpenMP's workers
     architecture = ARCHITECTURES[config.meta.model_name]
     _check_predictor_width(config, architecture["num_heads"])
-    kernels = config.runtime.kernels
-    init_std = config.meta.init_std
-    build = {"attention": config.runtime.attention, "device_type": device_type, "init_std": init_std}
+    kernels, attention, init_std = config.runtime.kernels, config.runtime.attention, config.meta.init_std
     encoder = VisionTransformer(
-        config.data.image_size, config.mask.patch_size, **architecture, **build, kernels=kernels
+        config.data.image_size,
+        config.mask.patch_size,
+        **architecture,
+        init_std=init_std,
+        attention=attention,
+        kernels=kernels,
+        device_type=device_type,
     )
     predictor = Predictor(
         config.grid_size,
@@ -140,7 +144,9 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
         predictor_dim=config.meta.pred_emb_dim,
         depth=config.meta.pred_depth,
         num_heads=encoder.num_heads,
-        **build,
+        init_std=init_std,
+        attention=attention,
+        device_type=device_type,
     )
     head = None
     if config.patch.local_agg_head:

@@ -32,7 +32,7 @@ ALLOWED = {
     "data": {"config", "errors"},
     "models": {"kernels", "packing"},
     "objective": {"kernels", "config", "masks", "models", "tensors"},
-    "reference": {"config", "masks"},
+    "reference": {"config", "masks", "objective"},
     "interop": RUNS | {"models", "objective"},
     "training": RUNS | {"data", "masks", "models", "objective", "interop", "kernels", "tensors"},
     "evaluation": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},

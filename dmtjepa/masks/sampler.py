@@ -122,8 +122,18 @@ class MaskSampler:
         )
         neighborhood = np.flatnonzero(enlarged != 0)
 
-        arrays = (context_index, target_index, target_unique, target_slot, neighborhood)
-        return MaskBatch(*map(torch.from_numpy, arrays), self.window, self.border, *packings)
+        context_packing, prediction_packing = packings
+        return MaskBatch(
+            context_index=torch.from_numpy(context_index),
+            target_index=torch.from_numpy(target_index),
+            target_unique=torch.from_numpy(target_unique),
+            target_slot=torch.from_numpy(target_slot),
+            neighborhood=torch.from_numpy(neighborhood),
+            window=self.window,
+            border=self.border,
+            context_packing=context_packing,
+            prediction_packing=prediction_packing,
+        )
 
     def _index_context(
         self, context: np.ndarray, num_kept: int, target_area: int, step: int, shard: int

@@ -8,6 +8,8 @@ applied after pooling. The slow form, which this is tested against, is `dmtjepa.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -130,6 +132,11 @@ class AggregationHead(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         initialize_weights(self, init_std)
 
+    @property
+    def blocks(self) -> list[AggregationBlock]:
+        """The two blocks. Their parameters are named `cls_blocks`, as in official checkpoints."""
+        return cast("list[AggregationBlock]", list(self.cls_blocks))
+
     def check_window(self, window: int, border: str) -> None:
         """Check that neighbourhoods were computed for the window and border of this head.
 
@@ -147,7 +154,7 @@ class AggregationHead(nn.Module):
 
     def aggregate_context(self, z: Tensor, packing: Packing | None = None) -> Tensor:
         """Aggregate the encoded context over each image: [B, C, D] -> [B, C, D]; [1, L, D] with a packing."""
-        for block in self.cls_blocks:
+        for block in self.blocks:
             z = block.aggregate_context(z, packing)
         return self.norm(z)
 
@@ -176,7 +183,7 @@ class AggregationHead(nn.Module):
             rows = self._gather_tokens(rows[None], neighborhood[None])[0]
             neighbor_index = _renumber(neighbor_index, neighborhood, batch * num_patches)
 
-        first, second = self.cls_blocks
+        first, second = self.blocks
         # Block 1: one query per image, the mean of its patches.
         mean = h.mean(dim=1)
         query_row = first.norm1(mean)

@@ -11,11 +11,12 @@ about 1 ms of a step of ViT-H on an H100 (predicted), where the products in bflo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from dmtjepa.models.layers import Linear
 from dmtjepa.models.replace_method import replace_method
 
 # (x [M, K] float8, scale [M, 1], weight [N, K] float8, scale [N, 1], bias [N]) -> [M, N]
@@ -32,19 +33,19 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor, *, product: Product) -> 
     return out.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
-def compute_in_fp8(blocks: Iterable[nn.Module], device_type: str) -> None:
-    """Let the linear layers of transformer blocks multiply in float8, in place.
+def compute_in_fp8(module: nn.Module, device_type: str) -> None:
+    """Let all `Linear` layers in `module` multiply in float8, in place.
 
     Args:
-        blocks: blocks of an encoder that is not compiled or sharded yet.
+        module: the blocks of an encoder that is not compiled or sharded yet.
         device_type: `cuda`, which must support float8 products, or `cpu`, which emulates them.
 
     Raises:
         ValueError: the GPU has no float8 products, or a width is not a multiple of 16.
     """
     multiply = functools.partial(fp8_linear, product=choose_product(device_type))
-    for block in blocks:
-        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+    for linear in module.modules():
+        if isinstance(linear, Linear):
             check_widths(linear)
             replace_method(linear, "multiply", multiply)
 

@@ -23,6 +23,8 @@ class Predictor(nn.Module):
         attention, device_type: see `choose_attention`.
     """
 
+    predictor_pos_embed: Tensor  # [1, N, predictor_dim], a buffer
+
     def __init__(
         self,
         grid_size: tuple[int, int] = (14, 14),
@@ -70,7 +72,7 @@ class Predictor(nn.Module):
         if packed is None:
             x = torch.cat([context[:, None].expand(-1, num_blocks, -1, -1), queries], dim=2).flatten(0, 1)
         else:
-            x = F.embedding(packed.index, torch.cat([context[0], queries.flatten(0, 2)]))
+            x = F.embedding(packed.token_index, torch.cat([context[0], queries.flatten(0, 2)]))
         *blocks, last = self.predictor_blocks
         for block in blocks:
             x = block(x, packed and packed.packing)

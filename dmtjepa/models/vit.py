@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,9 +22,19 @@ from dmtjepa.packing import Packing
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# width, depth, heads, MLP ratio: ViT (arXiv 2010.11929), DeiT for tiny and small, I-JEPA for giant; nano is this
-# project's, for CPUs.
-ARCHITECTURES = {
+
+class Architecture(TypedDict):
+    """Keyword arguments of `VisionTransformer` that define its size."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+
+
+# Sources: ViT (arXiv 2010.11929); DeiT (arXiv 2012.12877) for tiny and small; I-JEPA for giant. This project adds nano,
+# which trains on a CPU.
+ARCHITECTURES: dict[str, Architecture] = {
     "vit_nano": {"embed_dim": 128, "depth": 4, "num_heads": 2, "mlp_ratio": 4.0},
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.0},
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4.0},
@@ -58,6 +70,8 @@ class VisionTransformer(nn.Module):
         kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
         device_type: where the model will run; chooses the attention backend.
     """
+
+    pos_embed: Tensor  # [1, N, D], a buffer
 
     def __init__(
         self,

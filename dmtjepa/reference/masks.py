@@ -26,7 +26,8 @@ def sample_masks_reference(
     target_size = draw_size(settings.pred_mask_scale, settings.aspect_ratio, grid_size, settings.sampler, rng)
     context_size = draw_size(settings.enc_mask_scale, (1.0, 1.0), grid_size, settings.sampler, rng)
 
-    all_targets, all_contexts = [], []
+    all_targets: list[list[list[int]]] = []
+    all_contexts: list[list[int]] = []
     for _ in range(batch_size):
         num_failures = 0
         while True:
@@ -50,12 +51,11 @@ def sample_masks_reference(
         all_contexts.append([row * cols + col for row, col in context])
 
     shortest = min(len(context) for context in all_contexts)
-    for b, context in enumerate(all_contexts):
-        if settings.sampler == "released":
-            all_contexts[b] = context[:shortest]
-        else:
-            all_contexts[b] = sorted(rng.sample(context, shortest))
-    return all_contexts, all_targets, target_size, context_size
+    if settings.sampler == "released":
+        cut_contexts = [patches[:shortest] for patches in all_contexts]
+    else:
+        cut_contexts = [sorted(rng.sample(patches, shortest)) for patches in all_contexts]
+    return cut_contexts, all_targets, target_size, context_size
 
 
 def draw_size(

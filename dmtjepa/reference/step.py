@@ -12,10 +12,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dmtjepa.objective import DMTJEPA
 
 Parameters = dict[str, Tensor]
 
@@ -180,7 +184,7 @@ def aggregate_context(p: Parameters, z: Tensor, num_heads: int) -> Tensor:
     return _layer_norm(p, "norm", z)
 
 
-def compute_targets(model: nn.Module, images: Tensor, target_index: Tensor) -> Tensor:
+def compute_targets(model: DMTJEPA, images: Tensor, target_index: Tensor) -> Tensor:
     """The targets of a `DMTJEPA`'s teacher for normalised images: [B, M, T, D]."""
     encoder, head = model.teacher_encoder, model.teacher_head
     with torch.no_grad():
@@ -195,7 +199,7 @@ def compute_targets(model: nn.Module, images: Tensor, target_index: Tensor) -> T
 
 
 def predict_targets(
-    model: nn.Module, images: Tensor, context_index: Tensor | Sequence[Tensor], target_index: Tensor
+    model: DMTJEPA, images: Tensor, context_index: Tensor | Sequence[Tensor], target_index: Tensor
 ) -> Tensor:
     """The predictions of a `DMTJEPA`'s student for normalised images: [B, M, T, D].
 
@@ -212,7 +216,7 @@ def predict_targets(
 
 
 def compute_loss(
-    model: nn.Module,
+    model: DMTJEPA,
     images: Tensor,
     context_index: Tensor | Sequence[Tensor],
     target_index: Tensor,
@@ -228,12 +232,12 @@ def compute_loss(
 
 
 def train(
-    model: nn.Module,
+    model: DMTJEPA,
     batches: Sequence[tuple[Tensor, Tensor, Tensor]],
     learning_rates: Sequence[float],
     weight_decays: Sequence[float],
     momenta: Sequence[float],
-) -> tuple[nn.Module, list[float]]:
+) -> tuple[DMTJEPA, list[float]]:
     """Train a copy of a `DMTJEPA` on (images, context_index, target_index) batches, one step each.
 
     AdamW written out (arXiv 1711.05101, beta 0.9 and 0.999, eps 1e-8), without weight decay on biases and vectors;
@@ -244,7 +248,9 @@ def train(
     """
     model = copy.deepcopy(model)
     student = [m for m in (model.encoder, model.predictor, model.head) if m is not None]
-    pairs = [(model.teacher_encoder, model.encoder), (model.teacher_head, model.head)]
+    pairs: list[tuple[nn.Module, nn.Module]] = [(model.teacher_encoder, model.encoder)]
+    if model.teacher_head is not None and model.head is not None:
+        pairs.append((model.teacher_head, model.head))
     trained = [p for module in student for p in module.parameters()]
     first = [torch.zeros_like(p) for p in trained]
     second = [torch.zeros_like(p) for p in trained]
@@ -265,7 +271,6 @@ def train(
                 m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
                 p.sub_(lr * m_hat / (v_hat.sqrt() + 1e-8))
             for teacher, trained_module in pairs:
-                if teacher is not None:
-                    for average, p in zip(teacher.parameters(), trained_module.parameters(), strict=True):
-                        average.copy_(momenta[step] * average + (1 - momenta[step]) * p)
+                for average, p in zip(teacher.parameters(), trained_module.parameters(), strict=True):
+                    average.copy_(momenta[step] * average + (1 - momenta[step]) * p)
     return model, losses

@@ -42,13 +42,14 @@ class ShardedAdamW(torch.optim.AdamW):
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # takes no closure: the gradients exist already
         for group in self.param_groups:
             state: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *state)
             beta1, beta2 = group["betas"]
+            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = map(local_tensors, state)
             adamw(
-                *map(local_tensors, state), fused=True, found_inf=self.found_inf, amsgrad=False, beta1=beta1,
+                params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, fused=True, found_inf=self.found_inf, amsgrad=False, beta1=beta1,
                 beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )  # fmt: skip
 

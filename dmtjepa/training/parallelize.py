@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch._functorch.config
@@ -71,11 +72,11 @@ class FsdpUnits:
         """The same for the backward pass."""
         return [self.module, *(unit[0] for unit in self.blocks[::-1])]
 
-    def shard(self, **options) -> None:
+    def shard(self, mesh: DeviceMesh, policy: MixedPrecisionPolicy, *, reshard_after_forward: bool) -> None:
         """Apply `fully_shard` to blocks and module, inner modules first."""
         for unit in self.blocks:
-            fully_shard(unit, **options)
-        fully_shard(self.module, **options)
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(self.module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
 
 
 def parallelize(model: DMTJEPA, mesh: DeviceMesh, plan: ComputePlan) -> DMTJEPA:
@@ -116,14 +117,14 @@ def shard_units(
     model: DMTJEPA, teacher: list[FsdpUnits], student: list[FsdpUnits], mesh: DeviceMesh, plan: ComputePlan
 ) -> None:
     """Apply `fully_shard` to all units, then to the model."""
-    shared = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(plan.dtype, torch.float32)}
+    policy = MixedPrecisionPolicy(plan.dtype, torch.float32)
     for units in teacher:
-        units.shard(reshard_after_forward=True, **shared)  # there is no backward pass
+        units.shard(mesh, policy, reshard_after_forward=True)  # there is no backward pass
     # Without units of blocks, a module is gathered as a whole, and needed soon again: resharding would save nothing.
     reshard = plan.reshard_after_forward and any(units.blocks for units in student)
     for units in student:
-        units.shard(reshard_after_forward=reshard, **shared)
-    fully_shard(model, reshard_after_forward=False, **shared)
+        units.shard(mesh, policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def register_forward_methods(model: DMTJEPA) -> None:
@@ -138,15 +139,20 @@ def register_forward_methods(model: DMTJEPA) -> None:
 
 def prefetch(teacher: list[FsdpUnits], student: list[FsdpUnits]) -> None:
     """Gather the weights of the next unit while a unit computes."""
-    forward = [module for units in teacher + student for module in units.forward_order]
+    forward = _sharded(module for units in teacher + student for module in units.forward_order)
     for current, following in itertools.pairwise(forward):
         current.set_modules_to_forward_prefetch([following])
-    backward = [module for units in student[::-1] for module in units.backward_order]
+    backward = _sharded(module for units in student[::-1] for module in units.backward_order)
     for current, following in itertools.pairwise(backward):
         current.set_modules_to_backward_prefetch([following])
 
 
-def group_fsdp_units(blocks: Sequence[nn.Module], mesh: DeviceMesh) -> list[list[nn.Module]]:
+def _sharded(modules: Iterable[nn.Module]) -> list[FSDPModule]:
+    """Return modules after `fully_shard`, which makes each of them an FSDPModule."""
+    return cast("list[FSDPModule]", list(modules))
+
+
+def group_fsdp_units(blocks: Iterable[nn.Module], mesh: DeviceMesh) -> list[list[nn.Module]]:
     """Group consecutive blocks into units, whose weights are cast and gathered together.
 
     Each unit costs the host about a millisecond per step (docs/performance.md). On several GPUs, a unit therefore has
@@ -214,14 +220,15 @@ _PRODUCTS = frozenset(
 ) | {torch.ops.dmtjepa.onednn_linear.default}
 
 
-def checkpoint_blocks(blocks: Sequence[nn.Module], recompute: str) -> None:
+def checkpoint_blocks(blocks: Iterable[nn.Module], recompute: str) -> None:
     """Let the backward pass of `blocks` recompute activations, see `ComputePlan`."""
     if recompute == "none":
         return
-    contexts = {"context_fn": _keep_products} if recompute == "pointwise" else {}
+    run = functools.partial(checkpoint, use_reentrant=False)
+    if recompute == "pointwise":
+        run = functools.partial(run, context_fn=_keep_products)
     for block in blocks:
-        wrapped = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
-        replace_method(block, "forward", wrapped)
+        replace_method(block, "forward", functools.partial(run, block.forward))
 
 
 def _keep_products():
