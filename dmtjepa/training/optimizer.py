@@ -47,10 +47,11 @@ class ShardedAdamW(torch.optim.AdamW):
             state: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *state)
             beta1, beta2 = group["betas"]
-            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = map(local_tensors, state)
+            params, grads, averages, square_averages, maxima, steps = map(local_tensors, state)
             adamw(
-                params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, fused=True, found_inf=self.found_inf, amsgrad=False, beta1=beta1,
-                beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                params, grads, averages, square_averages, maxima, steps, fused=True, found_inf=self.found_inf,
+                amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+                eps=group["eps"], maximize=False,
             )  # fmt: skip
 
 
