@@ -5,8 +5,8 @@ of an image is its context block without its target blocks, cut to the shortest 
 have one shape. With `mask.pack` no context is cut; contexts of different lengths are concatenated. There are two
 samplers:
 
-`released`   reproduces the official I-JEPA and DMT-JEPA code, with which the published results were trained. One random
-             number sets both area and aspect ratio of a target block. A block is smaller than the grid and never covers
+`released`   reproduces the official I-JEPA and DMT-JEPA code, which trained the models of the papers. One random number
+             sets both area and aspect ratio of a target block. A block is smaller than the grid and never covers
              the last row or column. Contexts keep their first patches in raster order. After 20 consecutive context
              blocks that leave too few patches, the context may overlap the last target block; after 20 more, the last
              two; and so on.

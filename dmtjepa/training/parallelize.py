@@ -119,8 +119,8 @@ def shard_units(
     """Apply `fully_shard` to all units, then to the model."""
     policy = MixedPrecisionPolicy(plan.dtype, torch.float32)
     for units in teacher:
-        units.shard(mesh, policy, reshard_after_forward=True)  # there is no backward pass
-    # Without units of blocks, a module is gathered as a whole, and needed soon again: resharding would save nothing.
+        units.shard(mesh, policy, reshard_after_forward=True)  # the teacher has no backward pass
+    # Without units of blocks, a module is gathered as a whole and needed again soon. Resharding would save nothing.
     reshard = plan.reshard_after_forward and any(units.blocks for units in student)
     for units in student:
         units.shard(mesh, policy, reshard_after_forward=reshard)
@@ -128,7 +128,7 @@ def shard_units(
 
 
 def register_forward_methods(model: DMTJEPA) -> None:
-    """Let the methods that training calls gather weights as `forward` does."""
+    """Let the methods that training calls gather weights, like `forward`."""
     for method in ("compute_targets", "predict_targets"):
         register_fsdp_forward_method(model, method)
     for head in (model.teacher_head, model.head):
@@ -173,9 +173,9 @@ def group_fsdp_units(blocks: Iterable[nn.Module], mesh: DeviceMesh) -> list[list
 def cast_at_once(model: nn.Module) -> None:
     """Cast all weights of a unit with one call, in a model that is not sharded; in place.
 
-    FSDP2 casts and copies parameter by parameter there, which launches 800 of the 2000 kernels of a step of ViT-B/16
-    (docs/performance.md). With several processes it already copies all at once. This replaces a private method of
-    PyTorch 2.11; other versions keep their own.
+    In such a model, FSDP2 casts and copies each parameter separately, which launches 800 of the 2000 kernels of a step
+    of ViT-B/16 (docs/performance.md). With several processes, it already copies all at once. This function replaces a
+    private method of PyTorch 2.11. It has no effect with other versions.
     """
     if not torch.__version__.startswith("2.11."):
         return
@@ -188,7 +188,7 @@ def cast_at_once(model: nn.Module) -> None:
 
 def _cast_weights(group) -> None:
     """Replace `FSDPParamGroup.wait_for_unshard` in a process that has all weights. Clears the marker of `unshard`."""
-    if group._all_gather_result is None:  # the weights are there already
+    if group._all_gather_result is None:  # already gathered
         return
     weights = [parameter._sharded_param_data for parameter in group.fsdp_params]
     for parameter, weight in zip(group.fsdp_params, weights, strict=True):
@@ -196,7 +196,7 @@ def _cast_weights(group) -> None:
         parameter.init_all_gather_outputs([weight.numel()], [dtype], 1, group.device)
         parameter.alloc_all_gather_outputs()
     outputs = tuple(parameter.all_gather_outputs[0] for parameter in group.fsdp_params)
-    # The backward pass may have saved these tensors; they get the values that they had.
+    # The backward pass may have saved these tensors. They get the same values again, so that is no modification.
     with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(outputs):
         torch._foreach_copy_(outputs, weights)
     for parameter in group.fsdp_params:
@@ -221,7 +221,7 @@ _PRODUCTS = frozenset(
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module], recompute: str) -> None:
-    """Let the backward pass of `blocks` recompute activations, see `ComputePlan`."""
+    """Let the backward pass of `blocks` recompute activations, see `ComputePlan`. Replaces their `forward`."""
     if recompute == "none":
         return
     run = functools.partial(checkpoint, use_reentrant=False)
@@ -241,10 +241,10 @@ def _keep_products():
 
 
 def set_memory_budget(recompute: str) -> None:
-    """Do the same for compiled blocks, where the partitioner of their graphs decides what is recomputed.
+    """Set the memory budget with which the partitioner of compiled graphs decides what to recompute.
 
-    With a budget of 1 it keeps everything that a backward pass without recomputation needs. With less it first gives up
-    the outputs of pointwise operators; that suffices for 0.9.
+    With a budget of 1, it keeps everything that a backward pass without recomputation needs. With less, it recomputes
+    the outputs of pointwise operators first. They suffice for a budget of 0.9.
     """
     torch._functorch.config.activation_memory_budget = 0.9 if recompute == "pointwise" else 1.0
 
