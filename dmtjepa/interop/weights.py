@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +73,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         hint = f"its folder holds {', '.join(others[-MAX_LISTED:])}" if others else "its folder holds no .pth.tar file"
         raise WeightsError(f"there is no checkpoint {path}; {hint}. A run writes its first one after its first epoch")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # Files of PyTorch before 1.6 are not zip archives; they are read at once.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged file makes of its bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from error
+        raise WeightsError(
+            f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint of tensors: {reason}"
+        ) from error
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dictionary")
     return {name: _strip(value) if _is_weights(value) else value for name, value in checkpoint.items()}

@@ -198,3 +198,18 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     (tmp_path / "empty.pth.tar").write_bytes(b"")
     with pytest.raises(WeightsError, match="cannot be read"):
         read_checkpoint(tmp_path / "empty.pth.tar")
+
+
+def test_files_of_old_versions_of_pytorch_are_read(tmp_path):
+    torch.save({"encoder": {"a": torch.arange(3.0)}}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
+    assert read_checkpoint(tmp_path / "old.pth.tar")["encoder"]["a"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.9, 0.999])
+def test_a_truncated_file_is_named(tmp_path, zipped, share):
+    path = tmp_path / "a.pth.tar"
+    torch.save({"encoder": {"a": torch.ones(100, 100)}}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(WeightsError, match=r"a\.pth\.tar \(\d+ bytes\) cannot be read as a checkpoint of tensors"):
+        read_checkpoint(path)
