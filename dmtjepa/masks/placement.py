@@ -61,6 +61,14 @@ def draw_sizes(
     return target, context
 
 
+def _count_positions(sizes: list[tuple[int, int]], grid_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many rows and how many columns the upper left patch of each block can have: two [M, 1] uint64."""
+    num_tops, num_lefts = (
+        np.array([[side - size[axis] + 1] for size in sizes], np.uint64) for axis, side in enumerate(grid_size)
+    )
+    return num_tops, num_lefts
+
+
 def place_blocks(
     settings: MaskSettings,
     grid_size: tuple[int, int],
@@ -92,10 +100,7 @@ def place_blocks(
     released = settings.sampler == "released"
     num_targets = settings.num_pred_masks
     num_blocks = num_targets + 1
-    num_tops, num_lefts = (
-        np.array([[side - size[axis] + 1] for size in sizes], np.uint64)
-        for axis, side in enumerate(usable_grid(grid_size, settings.sampler))
-    )
+    num_tops, num_lefts = _count_positions(sizes, usable_grid(grid_size, settings.sampler))
     num_excluded = 0 if settings.allow_overlap else num_targets
 
     top, left = np.empty((2, num_blocks, count), np.int32)

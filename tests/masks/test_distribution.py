@@ -41,7 +41,10 @@ def same_distribution(first, second) -> float:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize(("grid_size", "options"), [((14, 14), {}), ((9, 14), {}), ((8, 8), CROWDED), ((14, 14), RARE)])
+@pytest.mark.parametrize(
+    ("grid_size", "options"),
+    [((14, 14), {}), ((9, 14), {}), ((8, 8), CROWDED), pytest.param((14, 14), RARE, marks=pytest.mark.slow)],
+)
 def test_same_distribution_as_the_plain_sampler(sampler, grid_size, options):
     """Sizes of blocks, corners of the first and last target, patches of the context: those seen, and those leaked."""
     mask = MaskSettings(sampler=sampler, **options)

@@ -25,6 +25,7 @@ def test_released_draws_five_sizes_and_corrected_eleven():
         assert sizes == reachable_sizes((0.15, 0.2), (0.75, 1.5), (14, 14), sampler)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     mask=mask_settings,
