@@ -33,6 +33,7 @@ from dmtjepa.config import Config, ConfigError, changed_settings, different_sett
 from dmtjepa.environment import describe_environment
 from dmtjepa.errors import UserError
 from dmtjepa.files import WRITING, write_atomically, write_json
+from dmtjepa.processes import private_descriptor
 from dmtjepa.step_csv import LossCurve, StepCsv, has_rows, read_losses
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ class RunFolder:
             raise RunFolderError(f"{self.path} (logging.folder) cannot be written to: {error}") from None
         with file:
             _lock(file, fcntl.LOCK_EX, self.path)
-            yield
+            with private_descriptor(file.fileno()):
+                yield
 
     def has_trained(self) -> bool:
         """Whether the folder holds the outcome of a step: a checkpoint, an export or a row of losses."""
