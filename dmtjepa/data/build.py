@@ -95,7 +95,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-    source: FolderSource | ListSource | ShardSource | None = None,
+    source: ImageSource | None = None,
 ) -> Loader:
     """Build the training loader of a rank. Batches are uint8 [batch_size,3,H,W], pinned if the device is CUDA.
 

@@ -14,6 +14,7 @@ from tests.helpers.masks import CROWDED, RARE, SAMPLERS, block_size, sample_mask
 # Means over 300 batches of the official code on two grids.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grid_size", "batch_size", "context", "target", "unique", "neighborhood"),
     [((16, 16), 128, 68.3, 44.2, 115, 168), ((14, 14), 256, 48.5, 33.2, 87, 133)],
