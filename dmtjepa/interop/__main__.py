@@ -19,6 +19,7 @@ from dmtjepa.interop.timm import export_timm
 from dmtjepa.interop.weights import (
     WeightsError,
     build_encoder,
+    check_finite,
     describe_encoder,
     get_part,
     read_checkpoint,
@@ -83,6 +84,7 @@ def _export(options: argparse.Namespace) -> int:
         export_official(read_checkpoint(path), out)
     else:
         weights = get_part(read_checkpoint(path), options.part, path)
+        check_finite(weights, f"{options.part} of {path}")
         encoder = build_encoder(weights, path, image_size=_find_image_size(options.source))
         {"timm": export_timm, "hf": export_huggingface}[options.format](encoder, out)
     print(f"wrote {out}\nload it with:\n  {LOADING[options.format].format(out=out)}")

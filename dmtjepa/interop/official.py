@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmtjepa.checkpoint_format import load_full, read_meta
 from dmtjepa.files import open_atomically
-from dmtjepa.interop.weights import MODULES, WeightsError, select_module
+from dmtjepa.interop.weights import MODULES, WeightsError, check_finite, select_module
 
 NUMBERS = ("epoch", "loss", "batch_size", "world_size", "lr", "step")
 # A position embedding is a parameter without gradient in the official code: the official optimizer counts it.
@@ -56,9 +56,12 @@ def export_checkpoint(checkpoint: Path, path: Path) -> None:
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
+        WeightsError: it holds weights that are not finite.
     """
     state, meta = load_full(checkpoint), read_meta(checkpoint)
     weights = {part: select_module(state, module) for part, module in MODULES.items()}
+    for part, values in weights.items():
+        check_finite(values, f"{part} of {checkpoint}")
     optimizer = official_optimizer(
         meta["parameters"], state, num_steps=meta["optimizer_steps"], lr=meta["lr"], weight_decay=meta["weight_decay"]
     )
@@ -71,11 +74,14 @@ def export_official(checkpoint: Mapping[str, Any], path: Path) -> None:
     All names get the prefix `module.`, without which timm, for one, does not take them.
 
     Raises:
-        WeightsError: the checkpoint has no encoder.
+        WeightsError: the checkpoint has no encoder, or holds weights that are not finite.
     """
     if "encoder" not in checkpoint:
         raise WeightsError(f"the checkpoint has no encoder; it has {', '.join(map(str, checkpoint))}")
-    write_official(path, {part: checkpoint[part] for part in MODULES if part in checkpoint}, checkpoint)
+    weights = {part: checkpoint[part] for part in MODULES if part in checkpoint}
+    for part, values in weights.items():
+        check_finite(values, f"{part} of the checkpoint")
+    write_official(path, weights, checkpoint)
 
 
 def official_optimizer(
