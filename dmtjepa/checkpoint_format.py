@@ -187,7 +187,7 @@ def load_full(checkpoint: Path) -> dict[str, Tensor]:
         CheckpointError: the folder cannot be read, or holds anything but tensors.
     """
     reader = TensorReader(checkpoint)
-    rows = reader.read_metadata().state_dict_metadata
+    rows: dict[str, Any] = reader.read_metadata().state_dict_metadata  # TensorReader has checked the types
     try:
         state = {
             name: torch.empty(row.size, dtype=row.properties.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,8 +94,8 @@ class DMTJEPA(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, for encoder and head, on local shards."""
-        pairs = [(self.teacher_encoder, self.encoder)]
-        if self.teacher_head is not None:
+        pairs: list[tuple[nn.Module, nn.Module]] = [(self.teacher_encoder, self.encoder)]
+        if self.teacher_head is not None and self.head is not None:
             pairs.append((self.teacher_head, self.head))
         teacher = local_tensors(p for module, _ in pairs for p in module.parameters())
         student = local_tensors(p for _, module in pairs for p in module.parameters())
@@ -130,7 +131,7 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
     _check_predictor_width(config, architecture["num_heads"])
     kernels = config.runtime.kernels
     init_std = config.meta.init_std
-    build = {"attention": config.runtime.attention, "device_type": device_type, "init_std": init_std}
+    build: dict[str, Any] = {"attention": config.runtime.attention, "device_type": device_type, "init_std": init_std}
     encoder = VisionTransformer(
         config.data.image_size, config.mask.patch_size, **architecture, **build, kernels=kernels
     )

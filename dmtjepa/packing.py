@@ -41,7 +41,7 @@ class PackedSequences(NamedTuple):
     """The sequences of a predictor: for each image and target block the image's context, then the block's T patches."""
 
     packing: Packing  # of the B*M sequences
-    index: Tensor  # [1, L] int64, their elements: rows of all contexts' patches, followed by all blocks' patches
+    index: Tensor  # type: ignore[assignment]  # [1, L] int64, their elements: rows of all contexts' patches, followed by all blocks' patches
     target: Tensor  # [B*M*T] int64, where the blocks' patches are among these elements
 
 

@@ -23,7 +23,7 @@ MODULE = re.compile(r"python -m ([\w.]+)")
 DOTTED = re.compile(r"`((?:dmtjepa|benchmarks)(?:\.\w+)+)`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 TARGET = re.compile(r"(?:`|^)make ([a-z][a-z-]*)", re.MULTILINE)
-FOREIGN = {"pytest", "pip", "torch.distributed.run", "venv", "mypy", "module"}
+FOREIGN = {"NAME", "pytest", "pip", "torch.distributed.run", "venv", "mypy", "module"}
 
 
 def find_test_file(name: str) -> Path:

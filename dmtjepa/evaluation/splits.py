@@ -87,6 +87,8 @@ def find_splits(
         pair = "shapes:train", "shapes:val"
     else:
         pair = find_pair(data if data is not None else settings.path)
+    first: ImageSource
+    second: ImageSource
     if pair is not None:
         first, second = open_images(pair[0]), open_images(pair[1])
         description = f"{pair[0]} and {pair[1]}"

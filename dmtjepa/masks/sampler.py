@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -123,7 +123,8 @@ class MaskSampler:
         neighborhood = np.flatnonzero(enlarged != 0)
 
         arrays = (context_index, target_index, target_unique, target_slot, neighborhood)
-        return MaskBatch(*map(torch.from_numpy, arrays), self.window, self.border, *packings)
+        tensors: tuple[Any, ...] = (*map(torch.from_numpy, arrays), self.window, self.border, *packings)
+        return MaskBatch(*tensors)
 
     def _index_context(
         self, context: np.ndarray, num_kept: int, target_area: int, step: int, shard: int

@@ -8,6 +8,8 @@ applied after pooling. The slow form, which this is tested against, is `dmtjepa.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -126,7 +128,8 @@ class AggregationHead(nn.Module):
         self.num_neighbors = num_neighbors
         self.window = window
         self.border = border
-        self.cls_blocks = nn.ModuleList(AggregationBlock(embed_dim, num_heads) for _ in range(2))
+        blocks = nn.ModuleList(AggregationBlock(embed_dim, num_heads) for _ in range(2))
+        self.cls_blocks: Sequence[AggregationBlock] = blocks  # type: ignore[assignment]
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         initialize_weights(self, init_std)
 

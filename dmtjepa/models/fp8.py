@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor, *, product: Product) -> 
     return out.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
-def compute_in_fp8(blocks: Iterable[nn.Module], device_type: str) -> None:
+def compute_in_fp8(blocks: Iterable[Any], device_type: str) -> None:
     """Let the linear layers of transformer blocks multiply in float8, in place.
 
     Args:

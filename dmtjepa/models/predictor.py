@@ -23,6 +23,8 @@ class Predictor(nn.Module):
         attention, device_type: see `choose_attention`.
     """
 
+    predictor_pos_embed: Tensor
+
     def __init__(
         self,
         grid_size: tuple[int, int] = (14, 14),

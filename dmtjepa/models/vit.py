@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # width, depth, heads, MLP ratio: ViT (arXiv 2010.11929), DeiT for tiny and small, I-JEPA for giant; nano is this
 # project's, for CPUs.
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vit_nano": {"embed_dim": 128, "depth": 4, "num_heads": 2, "mlp_ratio": 4.0},
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.0},
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4.0},
@@ -58,6 +60,8 @@ class VisionTransformer(nn.Module):
         kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
         device_type: where the model will run; chooses the attention backend.
     """
+
+    pos_embed: Tensor
 
     def __init__(
         self,

@@ -50,11 +50,11 @@ def sample_masks_reference(
         all_contexts.append([row * cols + col for row, col in context])
 
     shortest = min(len(context) for context in all_contexts)
-    for b, context in enumerate(all_contexts):
+    for b, patches in enumerate(all_contexts):
         if settings.sampler == "released":
-            all_contexts[b] = context[:shortest]
+            all_contexts[b] = patches[:shortest]
         else:
-            all_contexts[b] = sorted(rng.sample(context, shortest))
+            all_contexts[b] = sorted(rng.sample(patches, shortest))
     return all_contexts, all_targets, target_size, context_size
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +181,7 @@ def aggregate_context(p: Parameters, z: Tensor, num_heads: int) -> Tensor:
     return _layer_norm(p, "norm", z)
 
 
-def compute_targets(model: nn.Module, images: Tensor, target_index: Tensor) -> Tensor:
+def compute_targets(model: Any, images: Tensor, target_index: Tensor) -> Tensor:
     """The targets of a `DMTJEPA`'s teacher for normalised images: [B, M, T, D]."""
     encoder, head = model.teacher_encoder, model.teacher_head
     with torch.no_grad():
@@ -195,7 +196,7 @@ def compute_targets(model: nn.Module, images: Tensor, target_index: Tensor) -> T
 
 
 def predict_targets(
-    model: nn.Module, images: Tensor, context_index: Tensor | Sequence[Tensor], target_index: Tensor
+    model: Any, images: Tensor, context_index: Tensor | Sequence[Tensor], target_index: Tensor
 ) -> Tensor:
     """The predictions of a `DMTJEPA`'s student for normalised images: [B, M, T, D].
 
@@ -212,7 +213,7 @@ def predict_targets(
 
 
 def compute_loss(
-    model: nn.Module,
+    model: Any,
     images: Tensor,
     context_index: Tensor | Sequence[Tensor],
     target_index: Tensor,
@@ -228,7 +229,7 @@ def compute_loss(
 
 
 def train(
-    model: nn.Module,
+    model: Any,
     batches: Sequence[tuple[Tensor, Tensor, Tensor]],
     learning_rates: Sequence[float],
     weight_decays: Sequence[float],

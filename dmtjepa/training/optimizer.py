@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +43,15 @@ class ShardedAdamW(torch.optim.AdamW):
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             state: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *state)
             beta1, beta2 = group["betas"]
-            adamw(
-                *map(local_tensors, state), fused=True, found_inf=self.found_inf, amsgrad=False, beta1=beta1,
-                beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-            )  # fmt: skip
+            tensors: list[Any] = [local_tensors(part) for part in state]
+            options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+            options |= {"fused": True, "found_inf": self.found_inf, "amsgrad": False, "maximize": False}
+            adamw(*tensors, beta1=beta1, beta2=beta2, **options)
 
 
 def build_optimizer(modules: Iterable[nn.Module]) -> ShardedAdamW:

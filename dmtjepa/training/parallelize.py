@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -116,7 +117,7 @@ def shard_units(
     model: DMTJEPA, teacher: list[FsdpUnits], student: list[FsdpUnits], mesh: DeviceMesh, plan: ComputePlan
 ) -> None:
     """Apply `fully_shard` to all units, then to the model."""
-    shared = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(plan.dtype, torch.float32)}
+    shared: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(plan.dtype, torch.float32)}
     for units in teacher:
         units.shard(reshard_after_forward=True, **shared)  # there is no backward pass
     # Without units of blocks, a module is gathered as a whole, and needed soon again: resharding would save nothing.
@@ -138,15 +139,15 @@ def register_forward_methods(model: DMTJEPA) -> None:
 
 def prefetch(teacher: list[FsdpUnits], student: list[FsdpUnits]) -> None:
     """Gather the weights of the next unit while a unit computes."""
-    forward = [module for units in teacher + student for module in units.forward_order]
+    forward: list[Any] = [module for units in teacher + student for module in units.forward_order]
     for current, following in itertools.pairwise(forward):
         current.set_modules_to_forward_prefetch([following])
-    backward = [module for units in student[::-1] for module in units.backward_order]
+    backward: list[Any] = [module for units in student[::-1] for module in units.backward_order]
     for current, following in itertools.pairwise(backward):
         current.set_modules_to_backward_prefetch([following])
 
 
-def group_fsdp_units(blocks: Sequence[nn.Module], mesh: DeviceMesh) -> list[list[nn.Module]]:
+def group_fsdp_units(blocks: Iterable[nn.Module], mesh: DeviceMesh) -> list[list[nn.Module]]:
     """Group consecutive blocks into units, whose weights are cast and gathered together.
 
     Each unit costs the host about a millisecond per step (docs/performance.md). On several GPUs, a unit therefore has
@@ -218,7 +219,7 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], recompute: str) -> None:
     """Let the backward pass of `blocks` recompute activations, see `ComputePlan`."""
     if recompute == "none":
         return
-    contexts = {"context_fn": _keep_products} if recompute == "pointwise" else {}
+    contexts: dict[str, Any] = {"context_fn": _keep_products} if recompute == "pointwise" else {}
     for block in blocks:
         wrapped = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
         replace_method(block, "forward", wrapped)

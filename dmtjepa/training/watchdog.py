@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
 from dmtjepa.training.distributed import World
 from dmtjepa.training.phase import Phase
@@ -28,7 +29,8 @@ class Watchdog:
         self._world, self._timeout = world, timeout
         self._interval = min(5.0, timeout / 8)
         # Waiting in a TCPStore blocks its connection: the thread has its own.
-        self._store = world.store.clone() if world.world_size > 1 else world.store
+        store: Any = world.store  # PyTorch's stubs lack `clone`
+        self._store = store.clone() if world.world_size > 1 else store
         self._place = (Phase.STARTING, 0, time.time())
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
