@@ -18,7 +18,8 @@ PIL_BILINEAR = 2
 def export_huggingface(encoder: VisionTransformer, folder: Path) -> None:
     """Write config.json, preprocessor_config.json and model.safetensors for `IJepaModel.from_pretrained(FOLDER)`.
 
-    The preprocessor resizes the shorter side and takes the central crop, as this project's evaluation. Names are those of the `facebook/ijepa_*` files, which transformers reads from 4.47 on.
+    The preprocessor resizes the shorter side and takes the central crop, as this project's evaluation. Names are those
+    of the `facebook/ijepa_*` files, which transformers reads from 4.47 on.
     """
     height, width = image_size(encoder)
     square = height == width

@@ -95,8 +95,10 @@ def build_run(config: Config, world: World, folder: RunFolder, watchdog: Watchdo
     state = TrainingState(config, world, model, train_step.optimizer, schedules, loader.num_images)
     vote = RankVote(new_gloo_group(world))
     saver = Saver(config, world, folder, schedules, state)
+    stack.push(saver.wait_after_failure)
     if resume_from is not None:
         state.restore(resume_from)
+        saver.export_missing()
     if world.rank == 0:
         folder.add_start(world.device, world_size=world.world_size, global_batch=global_batch, step=state.step)
     metrics = Metrics(
