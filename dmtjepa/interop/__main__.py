@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dmtjepa.checkpoint_format import CheckpointError, find_checkpoint, find_fault, is_checkpoint, read_meta, step_of
+from dmtjepa.checkpoint_reader import TensorReader
 from dmtjepa.config import parse_config
 from dmtjepa.errors import UserError
 from dmtjepa.interop.huggingface import export_huggingface
@@ -98,6 +99,7 @@ def _verify(options: argparse.Namespace) -> int:
     fault = find_fault(checkpoint)
     if fault is not None:
         raise CheckpointError(f"{checkpoint} is damaged: {fault}")
+    TensorReader(checkpoint).read_metadata()  # raises if the folder holds anything but tensors
     print(f"{checkpoint} is whole: step {step_of(checkpoint)}")
     return 0
 

@@ -37,6 +37,9 @@ def write_official(
         weights: state dictionaries by official name (`encoder`, `predictor`, `target_encoder`, `head`, `target_head`).
         numbers: values beside them; those in `NUMBERS` are written.
         optimizer: a state dictionary of AdamW, see `official_optimizer`; None leaves out `opt` and `scaler`.
+
+    Raises:
+        OSError: the file could not be written.
     """
     contents: dict[str, Any] = {
         part: {f"module.{name}": _compact(value) for name, value in weights[part].items()}
@@ -48,7 +51,12 @@ def write_official(
     contents |= {name: numbers[name] for name in NUMBERS if name in numbers}
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_atomically(path) as file:
-        torch.save(contents, file)
+        try:
+            torch.save(contents, file)
+        except RuntimeError as error:  # of torch's zip writer, which hides why a write failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def export_checkpoint(checkpoint: Path, path: Path) -> None:

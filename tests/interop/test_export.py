@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from dmtjepa.config import parse_config
 from dmtjepa.data.crop import crop_center
-from dmtjepa.interop import build_encoder, read_checkpoint
+from dmtjepa.interop import build_encoder, export_official, read_checkpoint
 from dmtjepa.interop.__main__ import main
 from dmtjepa.objective import build_model
 
@@ -193,6 +193,13 @@ def test_exported_files_appear_whole_and_with_the_permissions_of_new_files(run, 
     monkeypatch.setattr("os.fsync", fail)
     assert main(["export", str(run), "--format", "timm", "--out", str(tmp_path / "timm")]) == 1
     assert list((tmp_path / "timm").iterdir()) == []
+
+
+def test_a_full_disk_is_named(run, tmp_path, monkeypatch):
+    """The zip writer of torch reports a failed write as `unexpected pos`."""
+    monkeypatch.setattr("dmtjepa.interop.official.open_atomically", lambda _: Path("/dev/full").open("wb"))  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        export_official(read_checkpoint(run / "jepa-latest.pth.tar"), tmp_path / "a.pth.tar")
 
 
 def test_show_says_what_a_file_holds(run, capsys):

@@ -82,8 +82,13 @@ def test_full_disk_while_exporting_is_one_message_and_the_next_start_exports(set
     config = settings(**{"optimization.epochs": 1, "optimization.warmup": 0})
     folder = Path(config.logging.folder)
 
-    def fill_disk(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    save = torch.save
+
+    def fill_disk(values, file, **options):
+        if ".pth.tar" in str(getattr(file, "name", "")):
+            file.write(b"the first bytes")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(values, file, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fill_disk)
