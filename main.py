@@ -8,9 +8,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+from typing import TYPE_CHECKING
 
 from dmtjepa.arguments import USAGE, parse_with_overrides
+
+if TYPE_CHECKING:
+    from dmtjepa.config import Config
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -18,8 +23,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=USAGE, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--fname", required=True, help="settings file (YAML)")
     parser.add_argument("--devices", nargs="+", help="cuda:0 cuda:1 ... or cpu cpu ...; default: all GPUs, or the CPU")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and what they need, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the settings and what they need, and stop"
+    )
     return parse_with_overrides(parser, arguments, list_option="devices")
+
+
+def dry_run(config: Config, world_size: int, device: str) -> None:
+    """Print the settings and what they need. Raises the error that a start would end with before its first step."""
+    from dmtjepa.training.check import check_dry_run, check_settings
+    from dmtjepa.training.estimate import describe
+
+    check_settings(config, world_size)  # what they do not allow cannot be described
+    print(describe(config, world_size, device), flush=True)
+    check_dry_run(config, world_size, device.partition(":")[0])
 
 
 def main() -> int:
@@ -42,9 +59,7 @@ def main() -> int:
         for name in devices:
             check(name)
         if options.dry_run:
-            from dmtjepa.training.estimate import describe
-
-            print(describe(config, world_size if under_torchrun else len(devices), devices[0]))
+            dry_run(config, world_size if under_torchrun else len(devices), devices[0])
             return 0
         if under_torchrun:
             hand_over(run_process(config, devices[0].partition(":")[0]))
@@ -53,6 +68,9 @@ def main() -> int:
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted while no step was trained; nothing was saved", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

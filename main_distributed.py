@@ -95,9 +95,10 @@ def read_configs(options: argparse.Namespace) -> dict[str, Config]:
     """The settings of each job by the name of its file.
 
     Raises:
-        ConfigError: a file cannot be used, or two jobs would write into the same folder.
+        ConfigError, MaskError: a file cannot be used, or two jobs would write into the same folder.
     """
     from dmtjepa.config import ConfigError, expand_path, load_config, read_yaml
+    from dmtjepa.training.check import check_settings
 
     names = options.fname
     if options.batch_launch:
@@ -106,6 +107,8 @@ def read_configs(options: argparse.Namespace) -> dict[str, Config]:
             raise ConfigError(f"--batch-launch: {', '.join(names)} must hold a YAML list of names of settings files")
         names = [name for item in lists for name in item]
     configs = [(name, load_config(expand_path(name, "--fname"), options.overrides)) for name in names]
+    for _, config in configs:
+        check_settings(config, options.nodes * options.tasks_per_node)
     folders = {os.path.realpath(config.logging.path) for _, config in configs}
     if len(folders) < len(configs):
         raise ConfigError("two of the settings files write into the same logging.folder")

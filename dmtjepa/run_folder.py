@@ -1,7 +1,7 @@
 """The folder of a run: the name and format of every file in it.
 
-    config.yaml                  the settings, as resolved at the first start
-    environment.json             command, commit, versions and hardware of each start
+    config.yaml                  the settings, as resolved at the last start
+    environment.json             of each start: command, commit, versions, hardware, and the settings that it changed
     {tag}_r{rank}.csv            losses and times of each rank, see `dmtjepa.step_csv`
     tensorboard/                 the same, of rank 0, and schedules and speed
     checkpoints/step-{n}/        complete states, see `dmtjepa.checkpoint_format`
@@ -20,25 +20,30 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from dmtjepa.checkpoint_format import FOLDER, remove_leftovers
-from dmtjepa.config import Config, ConfigError, changed_settings, load_config
+from dmtjepa.checkpoint_format import FOLDER, list_checkpoints, remove_leftovers
+from dmtjepa.config import Config, ConfigError, changed_settings, different_settings, load_config
 from dmtjepa.environment import describe_environment
 from dmtjepa.errors import UserError
 from dmtjepa.files import WRITING, write_atomically, write_json
-from dmtjepa.step_csv import LossCurve, StepCsv, read_losses
+from dmtjepa.processes import private_descriptor
+from dmtjepa.step_csv import LossCurve, StepCsv, has_rows, read_losses
 
 logger = logging.getLogger(__name__)
 
 
 class RunFolderError(UserError, ValueError):
     """A folder that is not a run, or is the folder of another run. Nothing in it was changed."""
+
+
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -106,22 +111,33 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a")
+            file = (self.path / LOCK).open("a")
         except OSError as error:
             raise RunFolderError(f"{self.path} (logging.folder) cannot be written to: {error}") from None
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunFolderError(
-                    f"{self.path} is being written by another run; choose another logging.folder"
-                ) from None
-            except OSError:
-                pass
-            yield
+            _lock(file, fcntl.LOCK_EX, self.path)
+            with private_descriptor(file.fileno()):
+                yield
+
+    def has_trained(self) -> bool:
+        """Whether the folder holds the outcome of a step: a checkpoint, an export or a row of losses."""
+        if list_checkpoints(self.checkpoints) or any(self.path.glob("*.pth.tar")):
+            return True
+        return any(has_rows(path) for path in self.path.glob("*_r*.csv"))
+
+    def check_unlocked(self) -> None:
+        """Refuse a folder that another run writes into. Changes nothing.
+
+        Raises:
+            RunFolderError: another process holds the lock.
+        """
+        with contextlib.suppress(FileNotFoundError), (self.path / LOCK).open() as file:
+            _lock(file, fcntl.LOCK_SH, self.path)
 
     def check(self, config: Config, global_batch: int) -> None:
-        """Refuse a folder that holds another run. Changes nothing.
+        """Refuse a folder that holds another run, or that cannot be written to. Changes nothing.
+
+        A run that never made a step may be started anew with other settings.
 
         Raises:
             RunFolderError: the message names the settings that differ, with both values.
@@ -134,23 +150,38 @@ class RunFolder:
                     f"{self.path} holds {', '.join(found)} but no config.yaml: another program's run? "
                     f"choose another logging.folder"
                 )
-            return
+        elif self.has_trained():
+            self._check_same_run(config, global_batch)
+        self._check_writable()
+
+    def _check_same_run(self, config: Config, global_batch: int) -> None:
         try:
             earlier = load_config(self.config_file)
         except ConfigError as error:
             raise RunFolderError(f"{self.path} holds a run of another version: {error}") from None
         changes = [f"  {key}: {old} there, {new} now" for key, old, new in changed_settings(earlier, config)]
-        first = next((start["global_batch"] for start in self.read_starts() if "global_batch" in start), global_batch)
-        if first != global_batch:
+        # A start that never made a step may have had another one, but those after it have the same.
+        before = [start["global_batch"] for start in self.read_starts() if "global_batch" in start] or [global_batch]
+        if before[-1] != global_batch:
             changes.append(
                 "  global batch (data.batch_size x processes x runtime.accumulation): "
-                f"{first} there, {global_batch} now"
+                f"{before[-1]} there, {global_batch} now"
             )
         if changes:
             lines = "\n".join(changes)
             raise RunFolderError(
                 f"{self.path} holds a run with other settings; choose another logging.folder, or restore:\n{lines}"
             )
+
+    def _check_writable(self) -> None:
+        try:
+            folder = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+            if not folder.is_dir():
+                raise NotADirectoryError(f"{folder} is not a folder")
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(f"no permission to write into {folder}")
+        except OSError as error:
+            raise RunFolderError(f"{self.path} (logging.folder) cannot be written to: {error}") from None
 
     def remove_leftovers(self) -> None:
         """Remove what a killed run left half written or half removed. Call it with the folder locked."""
@@ -172,13 +203,8 @@ class RunFolder:
             raise RunFolderError(f"{self.path} {what}; give a run folder, the one that logging.folder names")
         return load_config(self.config_file)
 
-    def write_config(self, config: Config) -> None:
-        """Write the resolved settings, unless they are already there."""
-        if not self.config_file.exists():
-            write_atomically(self.config_file, config.to_yaml())
-
     def read_starts(self) -> list[dict[str, Any]]:
-        """What `add_start` has written, one dictionary per start. A file that cannot be read counts as empty."""
+        """What `record_start` has written, one dictionary per start. A file that cannot be read counts as empty."""
         if not self.environment_file.is_file():
             return []
         try:
@@ -188,17 +214,26 @@ class RunFolder:
             return []
         return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
-    def add_start(self, device: torch.device, *, world_size: int, global_batch: int, step: int) -> None:
-        """Add this start to `environment.json`.
+    def record_start(
+        self, config: Config, device: torch.device, *, world_size: int, global_batch: int, step: int
+    ) -> None:
+        """Add this start to `environment.json` and write its settings, which may differ from those of earlier starts.
 
         Args:
+            config: of the run.
             device: of this process.
             world_size: number of processes.
             global_batch: images per step.
             step: number of steps that are done.
         """
-        start = {"step": step, "processes": world_size, "global_batch": global_batch, **describe_environment(device)}
-        write_json(self.environment_file, {"starts": [*self.read_starts(), start]})
+        try:
+            earlier = load_config(self.config_file) if self.config_file.is_file() else config
+        except ConfigError:  # of another version; the run made no step
+            earlier = config
+        changes = {key: {"from": old, "to": new} for key, old, new in different_settings(earlier, config)}
+        start = {"step": step, "processes": world_size, "global_batch": global_batch, "changed_settings": changes}
+        write_json(self.environment_file, {"starts": [*self.read_starts(), start | describe_environment(device)]})
+        write_atomically(self.config_file, config.to_yaml())
 
     # ---- Losses
 
@@ -218,6 +253,16 @@ class RunFolder:
     def write_not_finite(self, steps: list[dict[str, Any]]) -> None:
         """Describe steps whose loss or gradient was not finite, beside the checkpoint in `not_finite/`."""
         write_json(self.not_finite / "steps.json", steps)
+
+
+def _lock(file: IO[str], operation: int, folder: Path) -> None:
+    """Lock a file until it is closed, unless its file system has no locks."""
+    try:
+        fcntl.flock(file, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunFolderError(f"{folder} is being written by another run; choose another logging.folder") from None
+    except OSError:
+        pass
 
 
 def open_run(path: Path) -> tuple[RunFolder, Config]:

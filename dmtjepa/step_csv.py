@@ -57,6 +57,12 @@ class StepCsv:
         self._file.close()
 
 
+def has_rows(path: Path) -> bool:
+    """Whether a CSV holds anything besides a header."""
+    with path.open(newline="", errors="replace") as file:
+        return any(line.strip() for line in file if line.strip() != ",".join(COLUMNS))
+
+
 def read_losses(path: Path) -> LossCurve:
     """Read the losses from the CSV of a rank.
 

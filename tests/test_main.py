@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import torch
 from PIL import Image
 
 import main
-from dmtjepa.config import load_config
+from dmtjepa.config import ConfigError, load_config, parse_config
+from dmtjepa.training.check import check_compiler
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -96,6 +99,7 @@ def test_no_cuda(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_with_another_run_is_left_alone(run, images, tmp_path):
     short = ("meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0")
     small = on_folder(images, "data.batch_size=2", *short)
@@ -113,17 +117,124 @@ def test_a_folder_with_another_run_is_left_alone(run, images, tmp_path):
     assert "step 3 of 3" in error
 
 
-def test_dry_run_starts_nothing(run, tmp_path, capsys):
-    code, _ = run("--dry-run", "data.batch_size=4", fname=str(ROOT / "configs" / "in1k_vitb16_ep600.yaml"))
+def test_a_start_that_fails_leaves_nothing_behind(run, images, tmp_path):
+    """The corrected command starts, and the settings in the folder are its own."""
+    short = ("data.batch_size=2", "meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0")
+    for wrong in (
+        on_folder(images.with_name("imgaes"), *short),
+        on_folder(images, *short, "data.batch_size=8"),
+        on_folder(images, *short, "meta.load_checkpoint=true", "meta.read_checkpoint=nowhere.pth.tar"),
+        on_folder(images, *short, "runtime.accumulation=9"),
+        on_folder(images, *short, "mask.min_keep=30"),
+        on_folder(images, *short, "meta.pred_emb_dim=31"),
+    ):
+        code, error = run(*wrong)
+        assert code == 1
+        assert "Traceback" not in error
+        assert not (tmp_path / "run").exists()
+    code, error = run(*on_folder(images, *short))
+    assert code == 0, error
+    assert load_config(tmp_path / "run" / "config.yaml").data.root_path == str(images)
+
+
+def test_a_moved_data_set_is_followed(run, images, tmp_path):
+    short = ("data.batch_size=2", "meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0")
+    code, error = run(*on_folder(images, *short))
+    assert code == 0, error
+    moved = images.rename(tmp_path / "moved")
+    code, error = run(*on_folder(moved, *short))
+    assert code == 0, error
+    assert load_config(tmp_path / "run" / "config.yaml").data.root_path == str(moved)
+    starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
+    assert starts[-1]["changed_settings"] == {"data.root_path": {"from": str(images), "to": str(moved)}}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["mask.min_keep=30"],
+        ["meta.pred_emb_dim=31"],
+        ["data.image_folder=imgaes"],
+        ["data.batch_size=8"],
+        ["runtime.accumulation=9"],
+        ["meta.load_checkpoint=true", "meta.read_checkpoint=nowhere.pth.tar"],
+        ["meta.load_checkpoint=true", "meta.read_checkpoint=FILE"],
+        ["data.root_path=$NOT_SET/images"],
+        ["runtime.shard_size=2"],
+    ],
+)
+def test_dry_run_says_what_a_start_says(run, images, tmp_path, arguments):
+    file = tmp_path / "damaged.pth.tar"
+    file.write_bytes(b"PK\3\4 and no more")
+    arguments = [text.replace("FILE", str(file)) for text in on_folder(images, "data.batch_size=2", *arguments)]
+    dry, dry_error = run("--dry-run", *arguments)
+    wet, wet_error = run(*arguments)
+    assert (dry, wet) == (1, 1)
+    assert dry_error.splitlines()[-1] == wet_error.splitlines()[-1]
+    assert "Traceback" not in dry_error
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_a_started_run(run, images, tmp_path):
+    small = on_folder(
+        images, "data.batch_size=2", "meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0"
+    )
+    code, error = run(*small)
+    assert code == 0, error
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert run("--dry-run", *small)[0] == 0
+    code, error = run("--dry-run", *small, "optimization.lr=0.5")
+    assert code == 1
+    assert "optimization.lr" in error
+    for index in range(3):
+        shutil.copy(images / "0.jpg", images / f"more{index}.jpg")
+    code, error = run("--dry-run", *small)
+    assert code == 1
+    assert "the data set has changed" in error
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        manifest.write_text("{")
+    code, error = run("--dry-run", *small)
+    assert code == 1
+    assert "are damaged" in error
+    assert before.keys() == {path for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("variable", "device_type", "setting", "words"),
+    [
+        ("CXX", "cpu", {"compile": "on"}, r"runtime\.compile: there is no C\+\+ compiler \(g\+\+\)"),
+        ("CC", "cuda", {}, r"runtime\.kernels: triton needs a C compiler \(gcc or clang\)"),
+    ],
+)
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path, variable, device_type, setting, words):
+    config = parse_config({"runtime": setting})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ConfigError, match=words):
+        check_compiler(config, device_type)
+    (tmp_path / "compiler").write_text("#!/bin/sh\n")
+    (tmp_path / "compiler").chmod(0o755)
+    monkeypatch.setenv(variable, "compiler")
+    check_compiler(config, device_type)
+    monkeypatch.delenv(variable)
+    check_compiler(parse_config({"runtime": {"compile": "off", "kernels": "torch"}}), device_type)
+
+
+def test_dry_run_starts_nothing(run, images, tmp_path):
+    code, _ = run("--dry-run", "data.batch_size=4", f"data.root_path={images}", "data.image_folder=''",
+                  fname=str(ROOT / "configs" / "in1k_vitb16_ep600.yaml"))  # fmt: skip
     assert code == 0
     assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_tells_what_a_run_needs(monkeypatch, capsys):
+    """Even where the images are not, as on a login node; but the exit status tells that a start would fail."""
     fname = str(ROOT / "configs" / "in1k_vith14_ep300.yaml")
+    monkeypatch.delenv("DATASETS", raising=False)
     monkeypatch.setattr(sys, "argv", ["main.py", "--fname", fname, "--devices", "cpu", "--dry-run"])
-    assert main.main() == 0
-    printed = capsys.readouterr().out
+    assert main.main() == 1
+    printed, error = capsys.readouterr()
     for word in ("effective batch", "learning rate", "parameters", "FLOPs per image", "memory of a device"):
         assert word in printed
     assert load_config(fname).meta.model_name in printed
+    assert "data.root_path: $DATASETS contains $DATASETS" in error

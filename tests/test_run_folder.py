@@ -1,5 +1,6 @@
 """A run folder is locked by one run, refuses another one, and names its files in one place."""
 
+import contextlib
 import json
 
 import pytest
@@ -14,14 +15,19 @@ def make_config(folder, **sections):
     return parse_config({"logging": {"folder": str(folder), "write_tag": "tiny"}, **sections})
 
 
+def start(run, config, *, global_batch=512, step=0):
+    run.record_start(config, torch.device("cpu"), world_size=2, global_batch=global_batch, step=step)
+
+
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run that has started once, with a global batch of 512."""
+    """The folder of a run that has made a step of a global batch of 512."""
     config = make_config(tmp_path / "run")
     run = RunFolder.from_config(config)
     run.path.mkdir()
-    run.write_config(config)
-    run.add_start(torch.device("cpu"), world_size=2, global_batch=512, step=0)
+    start(run, config)
+    with contextlib.closing(run.open_csv(0, first_step=0, steps_per_epoch=8)) as csv:
+        csv.write(0, 0, 0.5, 30.0, 8.0, 0.1)
     return run
 
 
@@ -73,19 +79,73 @@ def test_the_global_batch_may_not_change(run):
         run.check(make_config(run.path, runtime={"accumulation": 2}), global_batch=1024)
 
 
+def test_a_run_that_never_made_a_step_may_start_anew(tmp_path):
+    config = make_config(tmp_path / "run")
+    run = RunFolder.from_config(config)
+    run.path.mkdir()
+    start(run, config, global_batch=512)
+    run.open_csv(0, first_step=0, steps_per_epoch=8).close()  # a header alone
+    changed = make_config(tmp_path / "run", optimization={"lr": 0.5}, data={"image_folder": "corrected"})
+    run.check(changed, global_batch=256)
+    start(run, changed, global_batch=256)
+    assert run.read_config() == changed
+    with contextlib.closing(run.open_csv(0, first_step=0, steps_per_epoch=8)) as csv:
+        csv.write(0, 0, 0.5, 30.0, 8.0, 0.1)
+    run.check(changed, global_batch=256)
+    with pytest.raises(RunFolderError, match="holds a run with other settings"):
+        run.check(config, global_batch=256)
+    with pytest.raises(RunFolderError, match=r"global batch .*: 256 there, 512 now"):
+        run.check(changed, global_batch=512)
+
+
+@pytest.mark.parametrize("name", ["checkpoints/step-00000008", "tiny-latest.pth.tar"])
+def test_a_run_with_a_checkpoint_has_made_steps(tmp_path, name):
+    run = RunFolder.from_config(make_config(tmp_path))
+    start(run, make_config(tmp_path))
+    assert not run.has_trained()
+    (tmp_path / name).mkdir(parents=True)
+    assert run.has_trained()
+
+
+def test_settings_follow_a_resume_and_the_earlier_ones_are_kept(run):
+    changed = make_config(run.path, data={"root_path": "/moved"}, runtime={"keep_last": 5})
+    start(run, changed, step=8)
+    assert run.read_config() == changed
+    first, second = run.read_starts()
+    assert first["changed_settings"] == {}
+    assert second["changed_settings"] == {
+        "data.root_path": {"from": "", "to": "/moved"},
+        "runtime.keep_last": {"from": 2, "to": 5},
+    }
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_it_is_made(tmp_path):
+    (tmp_path / "file").touch()
+    config = make_config(tmp_path / "file" / "run")
+    with pytest.raises(RunFolderError, match=r"logging\.folder\) cannot be written to: .*file is not a folder"):
+        RunFolder.from_config(config).check(config, global_batch=512)
+
+
+def test_whether_a_run_is_active_can_be_asked(run):
+    run.check_unlocked()
+    with run.locked(), pytest.raises(RunFolderError, match="being written by another run"):
+        run.check_unlocked()
+    run.check_unlocked()
+
+
 @pytest.mark.parametrize("contents", ["", "{", "[]", '{"starts": 3}', '{"starts": [3]}'])
 def test_an_environment_that_cannot_be_read_does_not_block_the_run(run, contents):
     run.environment_file.write_text(contents)
     run.check(make_config(run.path), global_batch=512)
-    run.add_start(torch.device("cpu"), world_size=1, global_batch=512, step=8)
-    (start,) = json.loads(run.environment_file.read_text())["starts"]
-    assert (start["step"], start["processes"], start["global_batch"]) == (8, 1, 512)
+    start(run, make_config(run.path), step=8)
+    (row,) = json.loads(run.environment_file.read_text())["starts"]
+    assert (row["step"], row["processes"], row["global_batch"]) == (8, 2, 512)
 
 
 def test_leftovers_of_a_killed_run_are_removed(run):
     (run.path / f"{WRITING}tiny-latest.pth.tar-1234").write_text("half")
     (run.checkpoints / f"{WRITING}step-00000008").mkdir(parents=True)
-    before = {run.config_file, run.environment_file, run.checkpoints}
+    before = {run.config_file, run.environment_file, run.csv_file(0), run.checkpoints}
     run.remove_leftovers()
     assert set(run.path.iterdir()) == before
     assert not list(run.checkpoints.iterdir())

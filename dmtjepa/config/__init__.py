@@ -3,7 +3,7 @@
 from dmtjepa.config.errors import ConfigError
 from dmtjepa.config.loading import load_config, parse_config, read_yaml
 from dmtjepa.config.paths import expand_path
-from dmtjepa.config.resume import Resume, changed_settings, resume_rules
+from dmtjepa.config.resume import Resume, changed_settings, different_settings, resume_rules
 from dmtjepa.config.settings import (
     Config,
     DataSettings,
@@ -29,6 +29,7 @@ __all__ = [
     "Resume",
     "RuntimeSettings",
     "changed_settings",
+    "different_settings",
     "expand_path",
     "load_config",
     "parse_config",

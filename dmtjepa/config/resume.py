@@ -20,7 +20,7 @@ class Resume(Enum):
     """It changes what is trained. The default."""
     FREE = "yes"
     """It does not change what is trained, or, like the number of steps to skip, decides only whether a run goes on."""
-    SAME_GLOBAL_BATCH = "if the global batch stays the same"
+    SAME_GLOBAL_BATCH = "at the same global batch"
 
 
 def resume_rule(field: FieldInfo) -> Resume:
@@ -39,9 +39,14 @@ def changed_settings(earlier: Config, now: Config) -> list[tuple[str, Any, Any]]
     The global batch, on which `Resume.SAME_GLOBAL_BATCH` depends, is not compared here: it depends on the number of
     processes, too.
     """
+    rules = resume_rules(type(now))
+    return [change for change in different_settings(earlier, now) if rules[change[0]] is Resume.FIXED]
+
+
+def different_settings(earlier: Config, now: Config) -> list[tuple[str, Any, Any]]:
+    """(key, earlier value, present value) of each setting that differs."""
     old, new = earlier.model_dump(mode="json"), now.model_dump(mode="json")
-    fixed = [key for key, rule in sorted(resume_rules(type(now)).items()) if rule is Resume.FIXED]
-    pairs = [(key, _look_up(old, key), _look_up(new, key)) for key in fixed]
+    pairs = [(key, _look_up(old, key), _look_up(new, key)) for key in sorted(resume_rules(type(now)))]
     return [(key, before, after) for key, before, after in pairs if before != after]
 
 

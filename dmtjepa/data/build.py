@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -63,6 +64,30 @@ def is_dali_installed() -> bool:
     return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 
 
+def check_batch_fits(settings: DataSettings, num_images: int, world_size: int) -> None:
+    """Refuse a data set that is smaller than the batches of all processes.
+
+    Raises:
+        DataError: with both numbers.
+    """
+    global_batch = settings.batch_size * world_size
+    if num_images < global_batch:
+        raise DataError(
+            f"the batch is larger than the data set: {settings.batch_size} images x {world_size} processes = "
+            f"{global_batch}, but there are {num_images} images; lower data.batch_size"
+        )
+
+
+def check_loader(settings: DataSettings) -> None:
+    """Refuse DALI where it is asked for by name and not installed.
+
+    Raises:
+        DataError: with the reason.
+    """
+    if settings.loader == "dali":
+        importlib.import_module("dmtjepa.data.loaders.dali")
+
+
 def build_loader(
     settings: DataSettings,
     *,
@@ -70,21 +95,21 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    source: ImageSource | None = None,
 ) -> Loader:
     """Build the training loader of a rank. Batches are uint8 [batch_size,3,H,W], pinned if the device is CUDA.
+
+    Args:
+        source: what `open_source` has opened; None opens it here.
 
     Raises:
         DataError: there are fewer images than a global batch needs, or DALI is asked for and does not work.
     """
-    source = open_source(settings)
+    if source is None:
+        source = open_source(settings)
     if rank == 0:
         logger.info("%s", make_printable(source.describe()))
-    global_batch = settings.batch_size * world_size
-    if len(source) < global_batch:
-        raise DataError(
-            f"the batch is larger than the data set: {settings.batch_size} images x {world_size} processes = "
-            f"{global_batch}, but there are {len(source)} images; lower data.batch_size"
-        )
+    check_batch_fits(settings, len(source), world_size)
     device = torch.device(device)
     if settings.loader == "dali" or (settings.loader == "auto" and is_dali_installed()):
         try:

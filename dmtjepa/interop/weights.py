@@ -82,15 +82,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         hint = f"its folder holds {', '.join(others[-MAX_LISTED:])}" if others else "its folder holds no .pth.tar file"
         raise WeightsError(f"there is no checkpoint {path}; {hint}. A run writes its first one after its first epoch")
     try:
-        # Files of torch before 1.6 are no zip files, and cannot be mapped into memory.
+        # Files of PyTorch before 1.6 are not zip archives; they are read at once.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged file raises nearly anything
-        if path.stat().st_size == 0:
-            reason = "the file is empty"
-        else:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # whatever a damaged file makes of its bytes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
-            f"{path} cannot be read as a checkpoint of tensors; it is damaged, incomplete or of another kind: {reason}"
+            f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint of tensors: {reason}"
         ) from error
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dictionary")

@@ -44,7 +44,8 @@ class World:
     world_size: int
     device: torch.device
     store: dist.Store
-    timeout: timedelta  # of collectives; a group that is created without it has PyTorch's own 30 minutes
+    timeout: timedelta = timedelta(days=30)
+    """Of collectives: no limit. The watchdog ends a hang. The clock of a limit goes on while a job is suspended."""
 
     @property
     def name(self) -> str:
@@ -121,7 +122,7 @@ def process_group(device: torch.device, *, start_timeout: float, hang_timeout: f
     Args:
         device: where this process computes.
         start_timeout: seconds within which all processes must start.
-        hang_timeout: seconds after which a collective may give up. The watchdog reports before that.
+        hang_timeout: seconds within which the first collective must end. The watchdog watches the later ones.
 
     Raises:
         DistributedError: not all processes started in time, or a variable is missing.
@@ -135,9 +136,9 @@ def process_group(device: torch.device, *, start_timeout: float, hang_timeout: f
         torch.cuda.set_device(device)
     try:
         store = _connect_store(rank, timedelta(seconds=start_timeout))
-        world = World(rank, world_size, device, store, timedelta(seconds=1.5 * hang_timeout + 30))
+        world = World(rank, world_size, device, store)
         _wait_for_all(world, start_timeout)
-        _init_process_group(world)
+        _init_process_group(world, timedelta(seconds=1.5 * hang_timeout + 30))
     except (KeyError, RuntimeError, ValueError, OSError) as error:  # torch.distributed's are RuntimeErrors
         raise DistributedError(
             f"rank {rank} of {world_size} on {socket.gethostname()} could not join the run at {address} "
@@ -165,21 +166,22 @@ def _connect_store(rank: int, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _init_process_group(world: World) -> None:
-    """Initialise the default group, and add up a number over all ranks to see that it works."""
+def _init_process_group(world: World, timeout: timedelta) -> None:
+    """Initialise the default group, and add up a number over all ranks to see within `timeout` that it works."""
     on_cuda = world.device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
         store=dist.PrefixStore("group", world.store),
         rank=world.rank,
         world_size=world.world_size,
-        timeout=world.timeout,
+        timeout=timeout,
         device_id=world.device if on_cuda else None,
     )
     total = torch.ones(1, device=world.device)
     dist.all_reduce(total)
     if int(total) != world.world_size:
         raise DistributedError(f"the first sum over all ranks is {int(total)}")
+    dist.distributed_c10d._set_pg_timeout(world.timeout)
 
 
 def new_gloo_group(world: World) -> dist.ProcessGroup:

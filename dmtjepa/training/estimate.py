@@ -48,7 +48,7 @@ def measure_masks(config: Config, num_steps: int = 32) -> tuple[MaskShapes, Mask
     return MaskShapes(*(sum(column) / num_steps for column in columns)), MaskShapes(*map(max, columns))
 
 
-def transformer_flops(num_patches: float, dim: int, depth: int, mlp_ratio: float) -> float:
+def transformer_flops(num_patches: float, dim: float, depth: float, mlp_ratio: float) -> float:
     """`depth` blocks, forward: per patch, 4 D^2 of projections, 2 r D^2 of MLP, 2 L D of attention."""
     per_patch = 2 * (4 + 2 * mlp_ratio) * dim**2 + 4 * num_patches * dim
     return depth * num_patches * per_patch

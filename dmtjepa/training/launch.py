@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from dmtjepa.config import Config
 from dmtjepa.errors import UserError
+from dmtjepa.processes import STOP_SIGNALS
 from dmtjepa.training.distributed import check_device, first_failure, process_group
 from dmtjepa.training.estimate import OutOfMemory, explain_oom
+from dmtjepa.training.fork_server import enter_rank, start_fork_server
 from dmtjepa.training.loop import Outcome, train
-from dmtjepa.training.signals import STOP_SIGNALS
+from dmtjepa.training.signals import StopSignals, end_by
 
 # After the first failure the other processes have this long to fail by themselves, which tells more than being killed.
 GRACE_SECONDS = 2.0
@@ -51,62 +56,89 @@ def run_process(config: Config, device_name: str) -> Outcome:
         if world.rank == 0:
             how = "finished" if outcome.complete else "stopped by a signal and saved"
             place = f"step {outcome.step} of {outcome.num_steps}"
-            print(f"{how} at {place}; the run is in {config.logging.path}", file=sys.stderr)
+            remedy = "" if outcome.complete else "; start it again with the same settings to continue"
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"{how} at {place}; the run is in {config.logging.path}{remedy}", file=sys.stderr, flush=True)
         return outcome
 
 
 def hand_over(outcome: Outcome) -> None:
-    """Give the signal that stopped a run to whoever handled it before; by default the system ends the process."""
+    """Give the signal that stopped a run to its previous handler. By default the system ends the process."""
     if not outcome.complete:
-        signal.raise_signal(outcome.signals[-1])
+        end_by(outcome.signals[-1])
 
 
 def launch(config: Config, devices: Sequence[str]) -> int:
-    """Run one process per device on this machine; returns the exit code, which is not 0 after a failure or a signal.
+    """Run one process per device on this machine.
 
-    One device runs in this process. Otherwise, the traceback of the process that failed first is printed, and the
-    others are ended. SIGTERM, SIGUSR1 and SIGUSR2 are passed on to all.
+    One device runs in this process. Otherwise this process prints the traceback of the process that failed first and
+    ends the others. Stop signals are passed on to all of them, and a second Ctrl-C kills them.
+
+    Returns:
+        The exit code: 0, 1 after a failure, or 128 + number after a signal.
     """
     if len(devices) == 1:
         hand_over(run_process(config, devices[0]))
         return 0
-    # This process serves the store, so its port is known before anyone needs it.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    # Children fork from a server that has imported everything once and never touched a GPU.
+    start_fork_server()  # before the store, whose socket it must not inherit
+    store = _serve_store()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory(prefix="dmtjepa-errors-") as folder:
-        processes = [
+        processes: list[BaseProcess] = [
             context.Process(
                 target=_run_child, args=(config, name, rank, len(devices), store.port, folder), name=f"rank {rank}"
             )
             for rank, name in enumerate(devices)
         ]
-        for process in processes:
-            process.start()
-        previous = {
-            number: signal.signal(number, lambda received, _: _pass_on(processes, received)) for number in STOP_SIGNALS
-        }
         try:
-            return _watch(processes, Path(folder))
+            signals = _PassOn(processes)
+            with signals:
+                for process in processes:
+                    process.start()
+                for number in signals.received:  # those that came before all ranks had started
+                    signals.pass_on(number)
+                return _watch(processes, Path(folder))
         finally:
             for process in processes:
-                process.kill()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+                if process.pid is not None:
+                    process.kill()
 
 
-def _pass_on(processes: Sequence[multiprocessing.Process], number: int) -> None:
-    for process in processes:
-        if process.is_alive():
-            os.kill(process.pid, number)
+def _serve_store() -> dist.TCPStore:
+    """A store for the ranks on this machine: it listens on the loopback interface alone."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60),
+        master_listen_fd=listener.detach(),
+    )  # fmt: skip
 
 
-def _watch(processes: Sequence[multiprocessing.Process], folder: Path) -> int:
+class _PassOn(StopSignals):
+    """While entered, passes stop signals on to the ranks. A second Ctrl-C ends this process with status 130."""
+
+    def __init__(self, processes: Sequence[BaseProcess]) -> None:
+        super().__init__()
+        self._processes = processes
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        super()._record(number, frame)
+        self.pass_on(number)
+
+    def pass_on(self, number: int) -> None:
+        for process in self._processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    def _end(self, number: int) -> None:
+        raise SystemExit(128 + number)  # `launch` kills the ranks
+
+
+def _watch(processes: Sequence[BaseProcess], folder: Path) -> int:
     """Wait for all processes, or for the first failure."""
-    running = {process.sentinel: process for process in processes}
+    running: dict[object, BaseProcess] = {process.sentinel: process for process in processes}
     while running:
-        for sentinel in wait(list(running)):
+        for sentinel in wait([process.sentinel for process in running.values()]):
             process = running.pop(sentinel)
             process.join()
             if process.exitcode != 0:
@@ -114,7 +146,7 @@ def _watch(processes: Sequence[multiprocessing.Process], folder: Path) -> int:
     return 0
 
 
-def _report(processes: Sequence[multiprocessing.Process], folder: Path) -> int:
+def _report(processes: Sequence[BaseProcess], folder: Path) -> int:
     """Print the first failure; returns the exit code of the run."""
     deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:
@@ -125,20 +157,19 @@ def _report(processes: Sequence[multiprocessing.Process], folder: Path) -> int:
     if failures:
         print(failures[0].split("\n", 1)[1], file=sys.stderr)
         return 1
-    ended = [process for process in processes if process.exitcode]
-    code = ended[0].exitcode
+    name, code = next((process.name, process.exitcode) for process in processes if process.exitcode)
     if code > 0:
-        print(f"{ended[0].name} ended with exit code {code}; its messages are above", file=sys.stderr)
+        print(f"{name} ended with exit code {code}; its messages are above", file=sys.stderr)
         return code
     if all(process.exitcode in (code, 0) for process in processes) and -code in STOP_SIGNALS:
         return 128 - code  # all were asked to stop, saved, and did
     reason = " (often: no memory left)" if code == -signal.SIGKILL else ""
-    print(f"{ended[0].name} was ended by {signal.Signals(-code).name}{reason}", file=sys.stderr)
+    print(f"{name} was ended by {signal.Signals(-code).name}{reason}", file=sys.stderr)
     return 128 - code
 
 
 def _run_child(config: Config, device_name: str, rank: int, world_size: int, port: int, folder: str) -> None:
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    enter_rank()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -161,9 +192,3 @@ def _run_child(config: Config, device_name: str, rank: int, world_size: int, por
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # teardown would wait for the others
-
-
-def _die_with_parent() -> None:
-    """Without its parent, which was killed, a process must not go on writing into the run folder."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from dmtjepa.config import Config
-from dmtjepa.masks import check_masks
+from dmtjepa.training.check import check_start
 from dmtjepa.training.distributed import World
 from dmtjepa.training.phase import Phase
 from dmtjepa.training.setup import build_run, open_folder
@@ -42,12 +42,12 @@ def train(config: Config, world: World) -> Outcome:
         NonFiniteLoss: see `optimization.max_skipped_steps`.
         CheckpointError: a checkpoint could not be written or read.
     """
-    check_masks(config.mask, config.grid_size)
+    source = check_start(config, world.world_size, world.device.type)
     with contextlib.ExitStack() as stack:
-        folder = open_folder(config, world, stack)
         watchdog = stack.enter_context(Watchdog(world, config.runtime.hang_timeout))
+        folder = open_folder(config, world, stack)
         signals = stack.enter_context(StopSignals())
-        run = build_run(config, world, folder, watchdog, stack)
+        run = build_run(config, world, folder, source, watchdog, stack)
         state, metrics, num_steps = run.state, run.metrics, run.schedules.num_steps
 
         metrics.restart_clock()

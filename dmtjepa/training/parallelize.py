@@ -30,6 +30,12 @@ from dmtjepa.training.compute_plan import ComputePlan
 UNIT_PARAMETERS = 32e6
 
 
+def check_shard_size(world_size: int, shard_size: int | None) -> None:
+    """Refuse groups that the processes cannot be divided into."""
+    if shard_size is not None and world_size % shard_size:
+        raise ConfigError(f"runtime.shard_size: {world_size} processes cannot be divided into groups of {shard_size}")
+
+
 def build_mesh(
     device_type: str, world_size: int, shard_size: int | None = None, timeout: timedelta | None = None
 ) -> DeviceMesh:
@@ -43,8 +49,7 @@ def build_mesh(
     """
     if shard_size is None or shard_size == world_size:
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    if world_size % shard_size:
-        raise ConfigError(f"runtime.shard_size: {world_size} processes cannot be divided into groups of {shard_size}")
+    check_shard_size(world_size, shard_size)
     mesh = init_device_mesh(device_type, (world_size // shard_size, shard_size), mesh_dim_names=("copy", "shard"))
     if timeout is not None:
         for group in mesh.get_all_groups():

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from dmtjepa.checkpoint_format import newest_whole
-from dmtjepa.config import Config, ConfigError, expand_path
-from dmtjepa.data import Loader, build_loader
+from dmtjepa.config import Config
+from dmtjepa.data import ImageSource, Loader, build_loader
 from dmtjepa.interop import load_model
 from dmtjepa.masks import MaskBatch, MaskSampler
-from dmtjepa.objective import DMTJEPA, build_model
+from dmtjepa.objective import DMTJEPA
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.batches import BatchStream
+from dmtjepa.training.check import build_model_for, count_steps_per_epoch, find_initial_weights
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
 from dmtjepa.training.finite import FiniteCheck
@@ -47,7 +48,7 @@ class Run:
 
 
 def open_folder(config: Config, world: World, stack: contextlib.ExitStack) -> RunFolder:
-    """Lock the run folder for as long as `stack` is open, check it, and write the settings into it.
+    """Lock the run folder for as long as `stack` is open, and check again that no other run has used it meanwhile.
 
     Raises:
         RunFolderError: the folder holds another run, or another process uses it.
@@ -57,17 +58,24 @@ def open_folder(config: Config, world: World, stack: contextlib.ExitStack) -> Ru
     def open_on_rank_0() -> None:
         stack.enter_context(folder.locked())
         folder.check(config, config.global_batch(world.world_size))
-        folder.write_config(config)
 
     run_on_rank_0(world, open_on_rank_0)
     return folder
 
 
-def build_run(config: Config, world: World, folder: RunFolder, watchdog: Watchdog, stack: contextlib.ExitStack) -> Run:
-    """Build the parts of a run and restore its newest checkpoint, if there is one.
+def build_run(
+    config: Config,
+    world: World,
+    folder: RunFolder,
+    source: ImageSource,
+    watchdog: Watchdog,
+    stack: contextlib.ExitStack,
+) -> Run:
+    """Build the parts of a run and restore its newest checkpoint, if there is one. Then write the settings.
 
     Args:
         folder: opened by `open_folder`.
+        source: of the images, opened by `check_start`.
         stack: closes what must be closed.
 
     Raises:
@@ -76,17 +84,15 @@ def build_run(config: Config, world: World, folder: RunFolder, watchdog: Watchdo
     """
     runtime, global_batch = config.runtime, config.global_batch(world.world_size)
     loader = build_loader(
-        config.data, seed=runtime.seed, rank=world.rank, world_size=world.world_size, device=world.device
+        config.data, seed=runtime.seed, rank=world.rank, world_size=world.world_size, device=world.device, source=source
     )
     stack.callback(loader.close)
-    schedules = build_schedules(config.optimization, _count_steps_per_epoch(config, world, loader), global_batch)
+    steps_per_epoch = count_steps_per_epoch(config, world.world_size, loader.num_images)
+    schedules = build_schedules(config.optimization, steps_per_epoch, global_batch)
 
     torch.manual_seed(runtime.seed)  # the same weights on every rank
     mesh = build_mesh(world.device.type, world.world_size, runtime.shard_size, world.timeout)
-    try:
-        model = build_model(config, world.device.type)
-    except (ValueError, ModuleNotFoundError) as error:  # what this device or its software cannot do
-        raise ConfigError(str(error)) from error
+    model = build_model_for(config, world.device.type)
     resume_from = find_checkpoint(folder, world)
     if resume_from is None:
         load_initial_weights(model, config, folder, world)
@@ -100,7 +106,9 @@ def build_run(config: Config, world: World, folder: RunFolder, watchdog: Watchdo
         state.restore(resume_from)
         saver.export_missing()
     if world.rank == 0:
-        folder.add_start(world.device, world_size=world.world_size, global_batch=global_batch, step=state.step)
+        folder.record_start(
+            config, world.device, world_size=world.world_size, global_batch=global_batch, step=state.step
+        )
     metrics = Metrics(
         folder, world.rank, world.device,
         schedules=schedules, first_step=state.step, global_batch=global_batch,
@@ -109,16 +117,6 @@ def build_run(config: Config, world: World, folder: RunFolder, watchdog: Watchdo
     batches = _build_batches(config, world, loader, schedules, metrics)
     stack.callback(batches.close)
     return Run(schedules, train_step, state, vote, saver, FiniteCheck(config, world, state, saver), metrics, batches)
-
-
-def _count_steps_per_epoch(config: Config, world: World, loader: Loader) -> int:
-    steps_per_epoch = loader.steps_per_epoch // config.runtime.accumulation
-    if steps_per_epoch == 0:
-        raise ConfigError(
-            f"the global batch of {config.global_batch(world.world_size)} images is larger than the data set of "
-            f"{loader.num_images}; lower runtime.accumulation"
-        )
-    return steps_per_epoch
 
 
 def _build_batches(config: Config, world: World, loader: Loader, schedules: Schedules, metrics: Metrics) -> BatchStream:
@@ -156,16 +154,11 @@ def find_checkpoint(folder: RunFolder, world: World) -> Path | None:
 
 def load_initial_weights(model: DMTJEPA, config: Config, folder: RunFolder, world: World) -> None:
     """Load the weights that `meta.read_checkpoint` names into the model of a new run. Every rank reads the file."""
-    meta = config.meta
-    if not meta.load_checkpoint:
-        return
-    if meta.read_checkpoint is None:
-        if world.rank == 0:
+    path = find_initial_weights(config, folder)
+    if path is None:
+        if config.meta.load_checkpoint and world.rank == 0:
             logger.info("meta.load_checkpoint: %s holds no checkpoint yet; the run starts afresh", folder.path)
         return
-    path = Path(expand_path(meta.read_checkpoint, "meta.read_checkpoint"))
-    if not path.exists():
-        path = folder.path / path
     absent = load_model(model, path)
     if world.rank == 0:
         kept = f"; it holds no {' and no '.join(absent)}: newly drawn" if absent else ""

@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import time
+from types import FrameType
+from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+from dmtjepa.processes import STOP_SIGNALS
+
+# A Ctrl-C that follows another one sooner is the same one. It reaches a process of torchrun twice: from the terminal
+# and from torchrun.
+SAME_SECONDS = 1.0
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGUSR1 and SIGUSR2 are noted instead of obeyed."""
+    """While entered, stop signals are recorded instead of obeyed. A second Ctrl-C ends the process at once.
+
+    Signals that were ignored before, as SIGHUP is under nohup, stay ignored.
+    """
 
     def __init__(self) -> None:
         self.received: list[int] = []
-        self._previous: dict[int, object] = {}
+        self._interrupted: float | None = None  # when the first Ctrl-C came
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, lambda received, _: self.received.append(received))
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        # The process that started this one, if it did (`launch`), looks after a second Ctrl-C.
+        if number == signal.SIGINT and multiprocessing.parent_process() is None:
+            now = time.monotonic()
+            if self._interrupted is None:
+                self._interrupted = now
+            elif now - self._interrupted > SAME_SECONDS:
+                self._end(number)
+        self.received.append(number)
+
+    def _end(self, number: int) -> None:
+        end_by(number)
+
+
+def end_by(number: int) -> None:
+    """Give a signal to its handler. Ctrl-C ends the process without the traceback of a KeyboardInterrupt."""
+    if number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,7 @@ class TrainingState:
             CheckpointError: the checkpoint does not fit this run.
         """
         meta = read_meta(checkpoint)
-        if meta["steps_per_epoch"] != self._schedules.steps_per_epoch:
-            raise CheckpointError(
-                f"{checkpoint} counts {meta['steps_per_epoch']} steps per epoch of {meta['num_images']} images, and "
-                f"this run {self._schedules.steps_per_epoch} of {self._num_images}: the data set has changed"
-            )
+        check_data_unchanged(checkpoint, meta, self._schedules.steps_per_epoch, self._num_images)
         tensors = self.tensors()
         if meta["world_size"] != self._world.world_size:  # the generators belong to another number of ranks
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("rng.")}
@@ -119,6 +116,19 @@ class TrainingState:
                 "resumed from %s: step %d, epoch %d, written by %d processes",
                 checkpoint, meta["step"], meta["epoch"], meta["world_size"],
             )  # fmt: skip
+
+
+def check_data_unchanged(checkpoint: Path, meta: Mapping[str, Any], steps_per_epoch: int, num_images: int) -> None:
+    """Refuse a checkpoint whose epochs have another number of steps.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    if meta["steps_per_epoch"] != steps_per_epoch:
+        raise CheckpointError(
+            f"{checkpoint} counts {meta['steps_per_epoch']} steps per epoch of {meta['num_images']} images, and "
+            f"this run {steps_per_epoch} of {num_images}: the data set has changed"
+        )
 
 
 def model_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -9,13 +9,13 @@ import os
 import socket
 import sys
 import threading
-import time
 from typing import Any
 
 from dmtjepa.training.distributed import World
 from dmtjepa.training.phase import Phase
 
 EXIT_HUNG = 70
+_LOOKS = 3  # intervals between the two looks at the other ranks before the process ends
 
 
 class Watchdog:
@@ -23,6 +23,9 @@ class Watchdog:
 
     A thread on each rank writes the phase and step of that rank into the store every few seconds. A collective that
     hangs, hangs on all ranks: the report shows which of them is in another phase, or has not been heard from.
+
+    The thread counts the intervals that it has waited and reads no clock. Clocks jump, and they go on while a job is
+    suspended (SIGSTOP, a laptop, a virtual machine), when no rank can make progress.
     """
 
     def __init__(self, world: World, timeout: float) -> None:
@@ -31,7 +34,9 @@ class Watchdog:
         # Waiting in a TCPStore blocks its connection: the thread has its own.
         store: Any = world.store  # PyTorch's stubs lack `clone`
         self._store = store.clone() if world.world_size > 1 else store
-        self._place = (Phase.STARTING, 0, time.time())
+        self._place = (Phase.STARTING, 0)
+        self._num_places = 0  # times that `_place` was set
+        self._ticks = 0  # intervals since the start of the thread
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -45,41 +50,73 @@ class Watchdog:
 
     def on_phase(self, phase: Phase, step: int | None = None) -> None:
         """Record that this rank starts `phase` of `step`. None is the same step as before."""
-        self._place = (phase, self._place[1] if step is None else step, time.time())
+        self._place = (phase, self._place[1] if step is None else step)
+        self._num_places += 1
 
     def _watch(self) -> None:
+        seen, since = self._num_places, 0
         while not self._stopped.wait(self._interval):
-            phase, step, since = self._place
-            row = {
-                "phase": phase.value,
-                "step": step,
-                "since": since,
-                "host": socket.gethostname(),
-                "heard": time.time(),
-            }
-            with contextlib.suppress(RuntimeError):  # rank 0, which serves the store, is gone: the report says so
-                self._store.set(f"place/{self._world.rank}", json.dumps(row))
-            if time.time() - since > self._timeout:
-                self._report()
-                os._exit(EXIT_HUNG)
+            self._ticks += 1
+            if self._num_places != seen:
+                seen, since = self._num_places, self._ticks
+            self._write_row(since)
+            if (self._ticks - since) * self._interval > self._timeout:
+                report = self._look_again(seen, since)
+                if report is not None:
+                    _end(report)
 
-    def _report(self) -> None:
-        time.sleep(2 * self._interval)  # let every rank write where it stands now
+    def _write_row(self, since: int) -> None:
+        phase, step = self._place
+        row = {
+            "phase": phase.value,
+            "step": step,
+            "seconds": (self._ticks - since) * self._interval,
+            "ticks": self._ticks,
+            "host": socket.gethostname(),
+        }
+        with contextlib.suppress(RuntimeError):  # rank 0, which serves the store, is gone: the report says so
+            self._store.set(f"place/{self._world.rank}", json.dumps(row))
+
+    def _look_again(self, seen: int, since: int) -> str | None:
+        """Where each rank is, after it had the time to write that; None if this rank has made progress meanwhile."""
+        earlier = self._read_rows()
+        for _ in range(_LOOKS):
+            if self._stopped.wait(self._interval):
+                return None
+            self._ticks += 1
+            self._write_row(since)
+        if self._num_places != seen:
+            return None
         lines = [f"{self._world.name}: no progress for {self._timeout:g} s (runtime.hang_timeout). Where each rank is:"]
-        now = time.time()
+        for rank, (before, row) in enumerate(zip(earlier, self._read_rows(), strict=True)):
+            if isinstance(row, str):
+                lines.append(f"  rank {rank}: {row}")
+                continue
+            silent = isinstance(before, dict) and before["ticks"] == row["ticks"]
+            # The watchdogs of all ranks start together, so that their counts tell how long one of them has stood still.
+            seconds = max(_LOOKS, self._ticks - row["ticks"]) * self._interval
+            lost = f"; NOT HEARD FROM for {seconds:.0f} s" if silent else ""
+            place = f"step {row['step']}, {row['phase']}, since {row['seconds']:.0f} s"
+            lines.append(f"  rank {rank} on {row['host']}: {place}{lost}")
+        return "\n".join(lines)
+
+    def _read_rows(self) -> list[dict[str, Any] | str]:
+        """What each rank has written last, or why that is not known."""
+        rows: list[dict[str, Any] | str] = []
         for rank in range(self._world.world_size):
             try:
-                if not self._store.check([f"place/{rank}"]):
-                    lines.append(f"  rank {rank}: never heard from")
-                    continue
-                row = json.loads(self._store.get(f"place/{rank}"))
+                known = self._store.check([f"place/{rank}"])
+                rows.append(json.loads(self._store.get(f"place/{rank}")) if known else "never heard from")
             except RuntimeError as error:
-                lines.append(f"  rank {rank}: unknown, the store on rank 0 does not answer ({error})")
-                continue
-            place = f"step {row['step']}, {row['phase']}, since {now - row['since']:.0f} s"
-            silent = now - row["heard"]
-            lost = f"; NOT HEARD FROM for {silent:.0f} s" if silent > 4 * self._interval else ""
-            lines.append(f"  rank {rank} on {row['host']}: {place}{lost}")
-        print("\n".join(lines), file=sys.stderr)
+                rows.append(f"unknown, the store on rank 0 does not answer ({error})")
+        return rows
+
+
+def _end(report: str) -> None:
+    """Print the report and all stacks, and end this process, whatever becomes of its output."""
+    try:
+        print(report, file=sys.stderr)
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
+    finally:
+        os._exit(EXIT_HUNG)

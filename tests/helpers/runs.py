@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib
 import logging
-import multiprocessing.forkserver
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from PIL import Image
 
 from dmtjepa.config import Config, parse_config
 from dmtjepa.models import ARCHITECTURES
+from dmtjepa.training.fork_server import start_fork_server
 from dmtjepa.training.launch import launch
 
 HERE = Path(__file__).parent
@@ -42,10 +42,7 @@ def _fork_server():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(ROOT))
-        multiprocessing.forkserver.set_forkserver_preload(
-            ["dmtjepa.training.launch", "tests.helpers.tiny_architecture"]
-        )
-        multiprocessing.forkserver.ensure_running()
+        start_fork_server(["tests.helpers.tiny_architecture"])
 
 
 @pytest.fixture(scope="session", autouse=True)

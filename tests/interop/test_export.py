@@ -121,6 +121,7 @@ def test_timm_reads_the_official_layout(run, images, tmp_path):
         torch.testing.assert_close(model.forward_features(images), encode(run, "encoder", images), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_hugging_face_gives_equal_outputs(run, images, tmp_path):
     transformers = pytest.importorskip("transformers")
     export(run, tmp_path / "hf", "--format", "hf")
@@ -151,6 +152,7 @@ def similarity_to_ours(run, photographs, prepare):
     return torch.cosine_similarity(ours - ours.mean(0), theirs - ours.mean(0)).min().item()
 
 
+@pytest.mark.slow
 def test_hugging_face_crops_as_the_evaluation(run, photographs, tmp_path):
     transformers = pytest.importorskip("transformers")
     export(run, tmp_path / "hf", "--format", "hf")

@@ -197,30 +197,25 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     with pytest.raises(WeightsError, match="holds a Tensor"):
         read_checkpoint(tmp_path / "tensor.pth.tar")
     (tmp_path / "empty.pth.tar").write_bytes(b"")
-    with pytest.raises(WeightsError, match=r"empty\.pth\.tar cannot be read.*the file is empty"):
+    with pytest.raises(WeightsError, match=r"empty\.pth\.tar \(0 bytes\) cannot be read"):
         read_checkpoint(tmp_path / "empty.pth.tar")
     with pytest.raises(WeightsError, match=f"{tmp_path} is a folder; give a .pth.tar file"):
         read_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("zip_file", [True, False])
-def test_files_cut_short_or_garbled_are_named(encoder, tmp_path, zip_file):
-    torch.save({"encoder": encoder.state_dict()}, tmp_path / "a", _use_new_zipfile_serialization=zip_file)
-    contents = (tmp_path / "a").read_bytes()
-    path = tmp_path / "bad.pth.tar"
-    for length in (1, 3, 20, 300, 5000, len(contents) // 2, len(contents) - 30, len(contents) - 1):
-        path.write_bytes(contents[:length])
-        with pytest.raises(WeightsError, match=r"bad\.pth\.tar cannot be read"):
-            read_checkpoint(path)
-    path.write_bytes(torch.randint(256, (5000,), dtype=torch.uint8).numpy().tobytes())
-    with pytest.raises(WeightsError, match=r"bad\.pth\.tar cannot be read"):
+def test_files_of_old_versions_of_pytorch_are_read(tmp_path):
+    torch.save({"encoder": {"a": torch.arange(3.0)}}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
+    assert read_checkpoint(tmp_path / "old.pth.tar")["encoder"]["a"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.9, 0.999])
+def test_a_truncated_file_is_named(tmp_path, zipped, share):
+    path = tmp_path / "a.pth.tar"
+    torch.save({"encoder": {"a": torch.ones(100, 100)}}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(WeightsError, match=r"a\.pth\.tar \(\d+ bytes\) cannot be read as a checkpoint of tensors"):
         read_checkpoint(path)
-
-
-def test_files_of_early_versions_of_torch_are_read(encoder, tmp_path):
-    torch.save({"encoder": encoder.state_dict()}, tmp_path / "a.pth.tar", _use_new_zipfile_serialization=False)
-    weights = read_checkpoint(tmp_path / "a.pth.tar")["encoder"]
-    assert all(torch.equal(value, weights[name]) for name, value in encoder.state_dict().items())
 
 
 def test_position_embeddings_of_another_size_are_resampled(encoder, caplog):

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 import time
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from dmtjepa.training.distributed import (
     DeviceError,
     DistributedError,
+    World,
     check_device,
     first_failure,
     process_group,
@@ -159,6 +161,72 @@ def test_hung_collective_ends_with_a_report_of_where_each_rank_stood(tmp_path):
         assert f"rank 0 on {host}: step 8, targets" in text
         assert f"rank 1 on {host}: step 8, data" in text
         assert "in hang" in text  # its own stack
+
+
+def suspend():
+    """All ranks are stopped for longer than the timeout of the watchdog, as a suspended job is."""
+    with join() as world, Watchdog(world, timeout=4) as watchdog:
+        for step in range(60):
+            watchdog.on_phase(Phase.BACKWARD, step)
+            if step == 5:
+                subprocess.Popen(["sh", "-c", f"sleep 8; kill -CONT {os.getpid()}"])
+                os.kill(os.getpid(), signal.SIGSTOP)
+            dist.all_reduce(torch.ones(1))
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_suspended_job_goes_on(tmp_path):
+    assert run_ranks(suspend, 2, tmp_path) == [(0, ""), (0, "")]
+
+
+class Ticks:
+    """An event whose waits end at once. It is set after `count` of them; `between` is called before each."""
+
+    def __init__(self, count, between):
+        self.count, self.between = count, between
+
+    def wait(self, seconds):
+        self.between()
+        self.count -= 1
+        return self.count < 0
+
+    def set(self):
+        self.count = 0
+
+
+def watch(monkeypatch, count, between):
+    """The reports of a watchdog of 80 s, which counts intervals of 5 s, after `count` of them."""
+    reports = []
+    monkeypatch.setattr("dmtjepa.training.watchdog._end", reports.append)
+    watchdog = Watchdog(World(0, 1, CPU, dist.HashStore()), timeout=80)
+    watchdog._stopped = Ticks(count, lambda: between(watchdog))
+    with watchdog:
+        watchdog._thread.join()
+    return reports
+
+
+def test_jumps_of_the_clock_do_not_end_a_run(monkeypatch):
+    hours = [0]
+
+    def jump(watchdog):
+        hours[0] += 1
+
+    for name, clock in {"time": time.time, "monotonic": time.monotonic}.items():
+        monkeypatch.setattr(time, name, lambda clock=clock: clock() + 3600 * hours[0])
+    assert watch(monkeypatch, 15, jump) == []
+
+
+def test_watchdog_looks_again_before_it_ends_a_run(monkeypatch):
+    ticks = [0]
+
+    def progress(watchdog):
+        ticks[0] += 1
+        if ticks[0] == 18:  # the timeout has passed at the 17th
+            watchdog.on_phase(Phase.DATA, 1)
+
+    assert watch(monkeypatch, 25, progress) == []
+    assert "rank 0 of 1" in watch(monkeypatch, 22, lambda watchdog: None)[0]
 
 
 def test_first_traceback_is_what_the_user_sees(settings, capfd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,7 @@ from dmtjepa.data.crop import crop_center
 from dmtjepa.data.decode import CorruptImage, decode_image, tell_reason
 from dmtjepa.data.loaders.base import start_workers
 from dmtjepa.data.sources.base import DataError, ImageSource, make_printable
+from dmtjepa.processes import enter_worker
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +59,13 @@ class EvaluationLoader:
         self.source = source
         self.corrupt: list[tuple[str, str]] = []
         self.class_names = source.class_names
+        parent = os.getpid()
         self._loader = DataLoader(
-            _CenterCrops(source, image_size), batch_size, num_workers=num_workers, collate_fn=_collate
+            _CenterCrops(source, image_size),
+            batch_size,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            worker_init_fn=lambda worker: enter_worker(parent),
         )
 
     @property

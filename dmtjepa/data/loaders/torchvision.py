@@ -22,6 +22,7 @@ from dmtjepa.data.loaders.base import Loader, start_workers, wait_for_progress
 from dmtjepa.data.resources import check_resources
 from dmtjepa.data.sampling import FLIP_DRAW, BatchRequest, SampleOrder, candidate_images, choose_crop, draw_uniforms
 from dmtjepa.data.sources.base import DataError, ImageSource
+from dmtjepa.processes import enter_worker
 
 _PREFETCH = 2  # batches that each worker loads ahead
 
@@ -37,6 +38,7 @@ class BatchMaker(Dataset):
         # Of each worker: how many images it has started, and the current one. Tells a stalled worker from a slow one.
         self.progress = torch.zeros(max(1, num_workers), 2, dtype=torch.int64).share_memory_()
         self.closing = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._parent = os.getpid()
 
     def __getitem__(self, request: BatchRequest) -> tuple[torch.Tensor | DataError | None, list[tuple[int, str]]]:
         corrupt: list[tuple[int, str]] = []
@@ -97,8 +99,7 @@ class BatchMaker(Dataset):
                 os._exit(0)
 
         signal.signal(signal.SIGTERM, end)
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
+        enter_worker(self._parent)
 
 
 class _Requests(Sampler):

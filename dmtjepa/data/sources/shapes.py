@@ -24,6 +24,7 @@ from PIL import Image
 from dmtjepa.data.cache import cache_folder
 from dmtjepa.data.sources.shape_drawing import CLASS_NAMES, DRAWING_VERSION, ShapesParameters, draw_image, to_rgb
 from dmtjepa.files import sync_folder, write_json
+from dmtjepa.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def _write_set(parameters: ShapesParameters, folder: Path) -> None:
     total = parameters.num_train + parameters.num_val
     processes = min(len(os.sched_getaffinity(0)), 16, total)
     # Spawned, not forked, because the caller may have started CUDA or threads.
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, die_with_parent) as pool:
         chunks = [(parameters, folder, start, min(start + 250, total)) for start in range(0, total, 250)]
         pool.starmap(_write_images, chunks)
 
