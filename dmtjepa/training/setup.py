@@ -11,7 +11,7 @@ import torch
 
 from dmtjepa.checkpoint_format import newest_whole
 from dmtjepa.config import Config
-from dmtjepa.data import ImageSource, Loader, build_loader
+from dmtjepa.data import Loader, StoredSource, build_loader
 from dmtjepa.interop import load_model
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA
@@ -67,7 +67,7 @@ def build_run(
     config: Config,
     world: World,
     folder: RunFolder,
-    source: ImageSource,
+    source: StoredSource,
     watchdog: Watchdog,
     stack: contextlib.ExitStack,
 ) -> Run:
