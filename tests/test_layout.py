@@ -13,7 +13,8 @@ from setuptools import find_packages
 ROOT = Path(__file__).parents[1]
 
 RUNS = {
-    "checkpoint_format", "checkpoint_reader", "config", "errors", "files", "log_file", "output", "run_folder", "step_csv",
+    "checkpoint_format", "checkpoint_reader", "config", "errors", "files", "log_file", "output", "run_folder",
+    "step_csv",
 }  # fmt: skip
 
 # What each part may import of the project; a part may always import itself.
