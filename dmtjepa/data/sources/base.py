@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -93,6 +94,9 @@ class Names:
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self[index] for index in range(len(self)))
 
     def digest(self) -> str:
         """SHA-256 of the names in their order."""
