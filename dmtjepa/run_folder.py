@@ -188,6 +188,7 @@ class RunFolder:
         for path in self.path.glob(f"{WRITING}*"):
             path.unlink(missing_ok=True)
         remove_leftovers(self.checkpoints)
+        remove_leftovers(self.not_finite)
 
     # ---- Settings and environment
 
@@ -244,7 +245,7 @@ class RunFolder:
         """The losses of the run, which are the same on all ranks. None if the run has no CSV.
 
         Raises:
-            ValueError: a column is missing.
+            CsvError: the file cannot be read, or a column is missing.
         """
         path = self.csv_file(0)
         return read_losses(path) if path.is_file() else None

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dmtjepa.errors import UserError
 from dmtjepa.files import open_atomically
 
 COLUMNS = ("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)")
+
+
+class CsvError(UserError, ValueError):
+    """A file that is not the CSV of a rank; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,17 @@ def read_losses(path: Path) -> LossCurve:
     """Read the losses from the CSV of a rank.
 
     Raises:
-        ValueError: a column is missing.
+        CsvError: the file cannot be read, or a column is missing.
     """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        missing = set(COLUMNS[:3]) - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; its header is {reader.fieldnames}")
-        rows = [[_to_number(row[name]) for name in COLUMNS[:3]] for row in reader]
+    try:
+        with path.open(newline="", errors="replace") as file:
+            reader = csv.DictReader(file)
+            missing = set(COLUMNS[:3]) - set(reader.fieldnames or ())
+            if missing:
+                raise CsvError(f"{path} has no column {', '.join(sorted(missing))}; its header is {reader.fieldnames}")
+            rows = [[_to_number(row[name]) for name in COLUMNS[:3]] for row in reader]
+    except (OSError, csv.Error) as error:
+        raise CsvError(f"{path} cannot be read: {error}") from error
     # A killed run can leave a truncated last line, a resumed run a second header.
     numbers = np.array([row for row in rows if None not in row], dtype=float).reshape(-1, 3)
     epoch, step, loss = numbers.T
@@ -90,7 +98,7 @@ def _read_rows_before(path: Path, first_step: int, steps_per_epoch: int) -> list
     if first_step == 0 or not path.is_file():
         return []
     kept = []
-    with path.open(newline="") as file:
+    with path.open(newline="", errors="replace") as file:  # after a power failure a line can hold anything
         for row in csv.reader(file):
             # A killed process can leave half a row at the end.
             if len(row) != len(COLUMNS) or not (row[0].isdigit() and row[1].isdigit()):

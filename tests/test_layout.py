@@ -12,7 +12,7 @@ from setuptools import find_packages
 
 ROOT = Path(__file__).parents[1]
 
-RUNS = {"checkpoint_format", "config", "errors", "files", "run_folder", "step_csv"}
+RUNS = {"checkpoint_format", "checkpoint_reader", "config", "errors", "files", "run_folder", "step_csv"}
 
 # What each part may import of the project; a part may always import itself.
 ALLOWED = {
@@ -24,13 +24,13 @@ ALLOWED = {
     "checkpoint_reader": {"errors"},
     "checkpoint_format": {"checkpoint_reader", "files"},
     "environment": set(),
-    "step_csv": {"files"},
+    "step_csv": {"errors", "files"},
     "run_folder": {"checkpoint_format", "config", "environment", "errors", "files", "processes", "step_csv"},
     "config": {"errors"},
     "packing": set(),
     "tensors": set(),
     "masks": {"config", "errors", "packing"},
-    "data": {"config", "errors", "processes"},
+    "data": {"config", "errors", "files", "processes"},
     "models": {"kernels", "packing"},
     "objective": {"kernels", "config", "masks", "models", "tensors"},
     "reference": {"config", "masks"},

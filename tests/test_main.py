@@ -99,6 +99,7 @@ def test_no_cuda(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_with_another_run_is_left_alone(run, images, tmp_path):
     short = ("meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0")
     small = on_folder(images, "data.batch_size=2", *short)

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from dmtjepa.step_csv import COLUMNS, StepCsv, read_losses
+from dmtjepa.errors import UserError
+from dmtjepa.step_csv import COLUMNS, CsvError, StepCsv, read_losses
 
 HEADER = "epoch,itr,loss,mask-A,mask-B,time (ms)\n"
 
@@ -21,8 +22,25 @@ def test_losses_are_read_from_the_official_csv(tmp_path):
     path.write_text(HEADER)
     assert len(read_losses(path).loss) == 0
     path.write_text("step,value\n1,2\n")
-    with pytest.raises(ValueError, match="no column epoch, itr, loss"):
+    with pytest.raises(CsvError, match="no column epoch, itr, loss"):
         read_losses(path)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_for_users(tmp_path):
+    assert issubclass(CsvError, UserError)
+    with pytest.raises(CsvError, match=r"jepa_r0\.csv cannot be read"):
+        read_losses(tmp_path / "jepa_r0.csv")
+    (tmp_path / "long.csv").write_text(HEADER + "1" * 200_000 + ",0,0.5,50,30,9\n")
+    with pytest.raises(CsvError, match=r"long\.csv cannot be read"):
+        read_losses(tmp_path / "long.csv")
+
+
+def test_rows_that_a_power_failure_has_garbled_are_left_out(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(HEADER.encode() + b"1,0,0.5,50,30,9\n\xff\xfe,\x00\n1,1,0.4,50,30,9\n" + bytes(300))
+    assert read_losses(path).loss.tolist() == [0.5, 0.4]
+    write_steps(path, 2, 3, 0.3)
+    assert read_losses(path).loss.tolist() == [0.5, 0.4, 0.3]
 
 
 def write_steps(path, first_step, last_step, loss):

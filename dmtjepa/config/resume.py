@@ -20,7 +20,7 @@ class Resume(Enum):
     """It changes what is trained. The default."""
     FREE = "yes"
     """It does not change what is trained, or, like the number of steps to skip, decides only whether a run goes on."""
-    SAME_GLOBAL_BATCH = "if the global batch stays the same"
+    SAME_GLOBAL_BATCH = "at the same global batch"
 
 
 def resume_rule(field: FieldInfo) -> Resume:

@@ -137,7 +137,7 @@ class MaskSettings(Section):
 
 
 class PatchSettings(Section):
-    """The aggregation head, which makes DMT-JEPA of I-JEPA."""
+    """The aggregation head, which makes DMT-JEPA of I-JEPA. A file without this section trains I-JEPA."""
 
     local_agg_head: bool = Field(True, description="false trains plain I-JEPA")
     patch_k_num: int = Field(4, ge=1, le=8, description="neighbours aggregated into a target")
@@ -216,7 +216,10 @@ class OptimizationSettings(Section):
 
 
 class RuntimeSettings(Section):
-    """How the run is computed. Only seed, accumulation and teacher_precision change what is trained."""
+    """How the run is computed.
+
+    `seed`, `accumulation` and `teacher_precision` change what is trained. The others change it by rounding alone.
+    """
 
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, sample order, crops and masks")
     attention: Free[Literal["auto", "xformers", "sdpa"]] = Field("auto", description="attention backend on CUDA")

@@ -11,7 +11,7 @@ from dmtjepa.data.build import (
 )
 from dmtjepa.data.loaders.base import Loader
 from dmtjepa.data.loaders.center_crop import EvaluationLoader
-from dmtjepa.data.sources.base import DataError, ImageSource
+from dmtjepa.data.sources.base import DataError, ImageSource, StoredSource
 from dmtjepa.data.sources.folder import FolderSource
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "FolderSource",
     "ImageSource",
     "Loader",
+    "StoredSource",
     "build_eval_loader",
     "build_loader",
     "check_batch_fits",

@@ -15,7 +15,7 @@ from dmtjepa.config import DataSettings
 from dmtjepa.data.loaders.base import Loader
 from dmtjepa.data.loaders.center_crop import EvaluationLoader
 from dmtjepa.data.loaders.torchvision import TorchvisionLoader
-from dmtjepa.data.sources.base import LIST_EXTENSIONS, DataError, ImageSource, make_printable
+from dmtjepa.data.sources.base import LIST_EXTENSIONS, DataError, ImageSource, StoredSource, make_printable
 from dmtjepa.data.sources.file_list import ListSource
 from dmtjepa.data.sources.folder import FolderSource, find_images
 from dmtjepa.data.sources.shapes import find_shapes
@@ -24,7 +24,7 @@ from dmtjepa.data.sources.shards import ShardSource, is_shards
 logger = logging.getLogger(__name__)
 
 
-def open_images(path: str | os.PathLike[str]) -> FolderSource | ListSource | ShardSource:
+def open_images(path: str | os.PathLike[str]) -> StoredSource:
     """Open the images at a path: a folder, a file list (.txt, .tsv, .lst), or tar shards (one, a folder, a pattern).
 
     "shapes:train" and "shapes:val" are the splits of the drawn set, which is drawn now if it is not in the cache.
@@ -50,7 +50,7 @@ def open_images(path: str | os.PathLike[str]) -> FolderSource | ListSource | Sha
     return FolderSource(path)
 
 
-def open_source(settings: DataSettings) -> FolderSource | ListSource | ShardSource:
+def open_source(settings: DataSettings) -> StoredSource:
     """Open the images that the settings name."""
     if settings.dataset == "shapes":
         return open_images("shapes:train")
@@ -95,7 +95,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-    source: FolderSource | ListSource | ShardSource | None = None,
+    source: StoredSource | None = None,
 ) -> Loader:
     """Build the training loader of a rank. Batches are uint8 [batch_size,3,H,W], pinned if the device is CUDA.
 

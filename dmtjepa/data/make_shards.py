@@ -26,6 +26,7 @@ from dmtjepa.data import DataError, ImageSource, open_images
 from dmtjepa.data.decode import tell_reason
 from dmtjepa.data.sources.base import IMAGE_EXTENSIONS
 from dmtjepa.data.sources.tar_index import read_members, write_index
+from dmtjepa.files import WRITING, open_atomically, write_atomically, write_json
 
 
 def make_shards(source: ImageSource, out: Path, shard_size: int, num_threads: int = 8) -> list[tuple[str, str]]:
@@ -35,10 +36,12 @@ def make_shards(source: ImageSource, out: Path, shard_size: int, num_threads: in
         DataError: the folder contains shards of other images or another size, or a shard cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob(f"{WRITING}*"):  # of an interrupted call
+        leftover.unlink(missing_ok=True)
     _check_or_write_note(source, out, shard_size)
     if source.labels is not None:
         lines = "".join(name.replace("\n", " ") + "\n" for name in source.class_names)
-        (out / "classes.txt").write_bytes(os.fsencode(lines))
+        write_atomically(out / "classes.txt", os.fsencode(lines))
     starts = range(0, len(source), shard_size)
     unreadable: list[tuple[str, str]] = []
     with ThreadPoolExecutor(num_threads) as pool, tqdm(total=len(source), unit=" images", disable=None) as bar:
@@ -70,20 +73,18 @@ def _check_or_write_note(source: ImageSource, out: Path, shard_size: int) -> Non
     for image in range(len(source)):
         names.update(os.fsencode(source.name(image)) + b"\n")
     note = {"num_images": len(source), "shard_size": shard_size, "names": names.hexdigest()}
-    path, temporary = out / "pack.json", out / ".pack.json.part"
+    path = out / "pack.json"
     if path.exists() and json.loads(path.read_text()) != note:
         raise DataError(f"{out} contains shards of other images or of another size; write to another folder")
-    temporary.write_text(json.dumps(note, indent=2) + "\n")
-    temporary.replace(path)
+    write_json(path, note)
 
 
 def _write_shard(
     source: ImageSource, path: Path, images: range, advance: Callable[[int], None]
 ) -> list[tuple[str, str]]:
-    temporary = path.with_name(f".{path.name}.part")
     unreadable = []
     try:
-        with tarfile.open(temporary, "w") as archive:
+        with open_atomically(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
             for image in images:
                 advance(1)
                 try:
@@ -95,10 +96,8 @@ def _write_shard(
                 _add(archive, name, data)
                 if source.labels is not None:
                     _add(archive, name.rpartition(".")[0] + ".cls", b"%d" % source.labels[image])
-        os.replace(temporary, path)
         write_index(path.with_suffix(".idx"), read_members(str(path)))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(
             f"cannot write {path}: {error.strerror}. Complete shards are kept: free some space, and start again "
             f"to continue"

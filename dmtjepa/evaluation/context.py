@@ -11,7 +11,7 @@ from dmtjepa.config import Config
 from dmtjepa.data import EvaluationLoader, build_eval_loader
 from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.evaluation.splits import Splits
-from dmtjepa.interop import WeightsError, get_part, load_weights, read_checkpoint
+from dmtjepa.interop import check_finite, get_part, load_weights, read_checkpoint
 from dmtjepa.models import VisionTransformer
 from dmtjepa.objective import build_model
 
@@ -49,10 +49,5 @@ def load_teacher(
     trained, untrained = model.teacher_encoder, model.encoder
     weights = get_part(read_checkpoint(checkpoint_path), "target_encoder", checkpoint_path)
     load_weights(trained, weights, checkpoint_path)
-    broken = [name for name, value in trained.state_dict().items() if not value.isfinite().all()]
-    if broken:
-        raise WeightsError(
-            f"the teacher in {checkpoint_path} holds values that are not finite ({', '.join(broken[:5])}): the run has "
-            f"diverged; measure an earlier file with --checkpoint"
-        )
+    check_finite(trained.state_dict(), f"the teacher in {checkpoint_path}")
     return trained.to(device).eval(), untrained.to(device).eval().requires_grad_(False)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from dmtjepa.files import open_atomically
 from dmtjepa.step_csv import LossCurve
 
 if TYPE_CHECKING:
-    from matplotlib.figure import FigureBase
+    from matplotlib.figure import Figure, FigureBase
 
 WIDTH = 15.0
 """Width of the composite in inches."""
@@ -71,13 +72,18 @@ def save_figures(data: FigureData, folder: Path, title: str) -> list[Path]:
         for panel, subfigure in zip(row, strip.subfigures(1, len(row), squeeze=False)[0], strict=True):
             panel.draw(subfigure)
     paths = [folder / "report.png"]
-    figure.savefig(paths[0], dpi=DPI)
+    _save(figure, paths[0])
     for panel in panels:
         figure = Figure(figsize=(WIDTH if panel not in curves else 0.55 * WIDTH, panel.height), layout="constrained")
         panel.draw(figure)
         paths.append(folder / f"{panel.name}.png")
-        figure.savefig(paths[-1], dpi=DPI)
+        _save(figure, paths[-1])
     return paths
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=DPI, format="png")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dmtjepa.checkpoint_format import CheckpointError, find_checkpoint, find_fault, is_checkpoint, read_meta, step_of
+from dmtjepa.checkpoint_reader import TensorReader
 from dmtjepa.config import parse_config
 from dmtjepa.errors import UserError
 from dmtjepa.interop.huggingface import export_huggingface
@@ -19,6 +20,7 @@ from dmtjepa.interop.timm import export_timm
 from dmtjepa.interop.weights import (
     WeightsError,
     build_encoder,
+    check_finite,
     describe_encoder,
     get_part,
     read_checkpoint,
@@ -83,6 +85,7 @@ def _export(options: argparse.Namespace) -> int:
         export_official(read_checkpoint(path), out)
     else:
         weights = get_part(read_checkpoint(path), options.part, path)
+        check_finite(weights, f"{options.part} of {path}")
         encoder = build_encoder(weights, path, image_size=_find_image_size(options.source))
         {"timm": export_timm, "hf": export_huggingface}[options.format](encoder, out)
     print(f"wrote {out}\nload it with:\n  {LOADING[options.format].format(out=out)}")
@@ -96,6 +99,7 @@ def _verify(options: argparse.Namespace) -> int:
     fault = find_fault(checkpoint)
     if fault is not None:
         raise CheckpointError(f"{checkpoint} is damaged: {fault}")
+    TensorReader(checkpoint).read_metadata()  # raises if the folder holds anything but tensors
     print(f"{checkpoint} is whole: step {step_of(checkpoint)}")
     return 0
 

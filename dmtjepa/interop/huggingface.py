@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from dmtjepa.interop.model_folder import hidden_dim, image_size, write_model_folder
+from dmtjepa.interop.model_folder import hidden_dim, image_size, resized_side, write_model_folder
 from dmtjepa.models import VisionTransformer
 from dmtjepa.models.layers import LAYER_NORM_EPS
 from dmtjepa.models.vit import IMAGENET_MEAN, IMAGENET_STD
+
+PIL_BILINEAR = 2
 
 
 def export_huggingface(encoder: VisionTransformer, folder: Path) -> None:
     """Write config.json, preprocessor_config.json and model.safetensors for `IJepaModel.from_pretrained(FOLDER)`.
 
-    Names are those of the `facebook/ijepa_*` files, which transformers reads from 4.47 on.
+    The preprocessor resizes the shorter side and takes the central crop, as this project's evaluation. Names are those
+    of the `facebook/ijepa_*` files, which transformers reads from 4.47 on.
     """
     height, width = image_size(encoder)
     square = height == width
@@ -39,19 +41,22 @@ def export_huggingface(encoder: VisionTransformer, folder: Path) -> None:
         "initializer_range": 0.02,
         "torch_dtype": "float32",
     }
-    write_model_folder(folder, huggingface_weights(encoder.state_dict()), config)
     preprocessor = {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 2,
+        "size": {"shortest_edge": resized_side(encoder)},
+        "resample": PIL_BILINEAR,
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(IMAGENET_MEAN),
         "image_std": list(IMAGENET_STD),
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    descriptions = {"preprocessor_config.json": preprocessor, "config.json": config}
+    write_model_folder(folder, huggingface_weights(encoder.state_dict()), descriptions)
 
 
 def huggingface_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmtjepa.checkpoint_format import load_full, read_meta
 from dmtjepa.files import open_atomically
-from dmtjepa.interop.weights import MODULES, WeightsError, select_module
+from dmtjepa.interop.weights import MODULES, WeightsError, check_finite, select_module
 
 NUMBERS = ("epoch", "loss", "batch_size", "world_size", "lr", "step")
 # A position embedding is a parameter without gradient in the official code: the official optimizer counts it.
@@ -37,6 +37,9 @@ def write_official(
         weights: state dictionaries by official name (`encoder`, `predictor`, `target_encoder`, `head`, `target_head`).
         numbers: values beside them; those in `NUMBERS` are written.
         optimizer: a state dictionary of AdamW, see `official_optimizer`; None leaves out `opt` and `scaler`.
+
+    Raises:
+        OSError: the file could not be written.
     """
     contents: dict[str, Any] = {
         part: {f"module.{name}": _compact(value) for name, value in weights[part].items()}
@@ -48,7 +51,12 @@ def write_official(
     contents |= {name: numbers[name] for name in NUMBERS if name in numbers}
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_atomically(path) as file:
-        torch.save(contents, file)
+        try:
+            torch.save(contents, file)
+        except RuntimeError as error:  # of torch's zip writer, which hides why a write failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def export_checkpoint(checkpoint: Path, path: Path) -> None:
@@ -56,9 +64,12 @@ def export_checkpoint(checkpoint: Path, path: Path) -> None:
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
+        WeightsError: it holds weights that are not finite.
     """
     state, meta = load_full(checkpoint), read_meta(checkpoint)
     weights = {part: select_module(state, module) for part, module in MODULES.items()}
+    for part, values in weights.items():
+        check_finite(values, f"{part} of {checkpoint}")
     optimizer = official_optimizer(
         meta["parameters"], state, num_steps=meta["optimizer_steps"], lr=meta["lr"], weight_decay=meta["weight_decay"]
     )
@@ -71,11 +82,14 @@ def export_official(checkpoint: Mapping[str, Any], path: Path) -> None:
     All names get the prefix `module.`, without which timm, for one, does not take them.
 
     Raises:
-        WeightsError: the checkpoint has no encoder.
+        WeightsError: the checkpoint has no encoder, or holds weights that are not finite.
     """
     if "encoder" not in checkpoint:
         raise WeightsError(f"the checkpoint has no encoder; it has {', '.join(map(str, checkpoint))}")
-    write_official(path, {part: checkpoint[part] for part in MODULES if part in checkpoint}, checkpoint)
+    weights = {part: checkpoint[part] for part in MODULES if part in checkpoint}
+    for part, values in weights.items():
+        check_finite(values, f"{part} of the checkpoint")
+    write_official(path, weights, checkpoint)
 
 
 def official_optimizer(

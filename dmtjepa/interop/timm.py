@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dmtjepa.interop.model_folder import hidden_dim, image_size, write_model_folder
+from dmtjepa.interop.model_folder import hidden_dim, image_size, resized_side, write_model_folder
 from dmtjepa.models import VisionTransformer
 from dmtjepa.models.vit import IMAGENET_MEAN, IMAGENET_STD
-
-CROP_SHARE = 224 / 256
-"""Side of the central crop over the shorter side of the resized image, as in this project's evaluation."""
 
 
 def export_timm(encoder: VisionTransformer, folder: Path) -> None:
@@ -39,7 +36,7 @@ def export_timm(encoder: VisionTransformer, folder: Path) -> None:
             "input_size": [3, height, width],
             "fixed_input_size": True,
             "interpolation": "bilinear",
-            "crop_pct": CROP_SHARE,
+            "crop_pct": crop_share(encoder),
             "crop_mode": "center",
             "mean": list(IMAGENET_MEAN),
             "std": list(IMAGENET_STD),
@@ -48,4 +45,12 @@ def export_timm(encoder: VisionTransformer, folder: Path) -> None:
             "classifier": "head",
         },
     }
-    write_model_folder(folder, encoder.state_dict(), config)
+    write_model_folder(folder, encoder.state_dict(), {"config.json": config})
+
+
+def crop_share(encoder: VisionTransformer) -> float:
+    """The central crop's share of the resized image.
+
+    timm resizes to the crop over this share, rounded down: the small margin makes that `resized_side` exactly.
+    """
+    return max(image_size(encoder)) / (resized_side(encoder) + 1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import zipfile
 from collections.abc import Mapping
@@ -10,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmtjepa.checkpoint_format import is_checkpoint, load_full, read_meta
 from dmtjepa.errors import UserError
 from dmtjepa.models import ARCHITECTURES, VisionTransformer
+from dmtjepa.models.layers import resample_position_embedding
 from dmtjepa.objective import DMTJEPA
 
+logger = logging.getLogger(__name__)
+
 MAX_LISTED = 8
+POSITION_EMBEDDINGS = ("pos_embed", "predictor_pos_embed")
 MODULES = {
     "encoder": "encoder",
     "predictor": "predictor",
@@ -68,6 +75,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         state, meta = load_full(path), read_meta(path)
         weights = {part: select_module(state, module) for part, module in MODULES.items()}
         return {part: values for part, values in weights.items() if values} | meta
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; give a .pth.tar file or a checkpoints/step-N folder")
     if not path.is_file():
         others = sorted(other.name for other in path.parent.glob("*.pth.tar"))
         hint = f"its folder holds {', '.join(others[-MAX_LISTED:])}" if others else "its folder holds no .pth.tar file"
@@ -105,44 +114,89 @@ def select_module(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
+def check_finite(weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Raises:
+        WeightsError: the message names the first such tensor.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise WeightsError(
+                f"{source} holds values that are not finite ({name}): the run has diverged; take an earlier file or "
+                f"checkpoint"
+            )
+
+
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
     """Copy weights into a module, by name and strictly; nothing is changed unless all fit.
+
+    A position embedding of another square grid is resampled to the grid of the module, and a warning says so.
 
     Raises:
         WeightsError: names are missing or unexpected, or shapes differ; the message lists them and, for an encoder,
             says which model the weights are of.
     """
-    weights = _strip(weights)
-    _check_fit(module, weights, source)
-    module.load_state_dict(weights)
+    module.load_state_dict(_fit(module, _strip(weights), source))
 
 
-def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+def _fit(module: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> Mapping[str, Tensor]:
+    """The weights, with the position embedding resampled to the grid of the module.
+
+    Raises:
+        WeightsError: they do not fit.
+    """
     own = module.state_dict()
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]
-    shapes = [
-        f"{name} is {list(weights[name].shape)}, the model's is {list(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    if not (missing or unexpected or shapes):
-        return
-    kind = type(module).__name__
-    faults = [f"the weights in {source} do not fit the {kind}"]
+    unlike = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    if missing or unexpected or not all(_is_resampled(name, weights[name], own[name]) for name in unlike):
+        raise WeightsError(_describe_misfit(module, weights, source, missing, unexpected, unlike))
+    return {**weights, **{name: _resample(name, weights[name], module, source) for name in unlike}}
+
+
+def _is_resampled(name: str, given: Tensor, own: Tensor) -> bool:
+    """Whether a tensor of another shape is a position embedding [1, N, D] of a square grid, and of the right width."""
+    alike = given.ndim == own.ndim == 3 and given.shape[::2] == own.shape[::2]
+    return name in POSITION_EMBEDDINGS and alike and math.isqrt(given.shape[1]) ** 2 == given.shape[1] > 0
+
+
+def _resample(name: str, given: Tensor, module: Any, source: str | os.PathLike[str]) -> Tensor:
+    side, grid_size = math.isqrt(given.shape[1]), module.grid_size
+    if not dist.is_initialized() or dist.get_rank() == 0:  # all ranks load the same weights
+        logger.warning(
+            "%s: the position embedding (%s) is made for %dx%d patches and is resampled to %dx%d",
+            source, name, side, side, *grid_size,
+        )  # fmt: skip
+    return resample_position_embedding(given[0], (side, side), grid_size)[None]
+
+
+def _describe_misfit(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str | os.PathLike[str],
+    missing: list[str],
+    unexpected: list[str],
+    unlike: list[str],
+) -> str:
+    own = module.state_dict()
+    faults = [f"the weights in {source} do not fit the {type(module).__name__}"]
     if "patch_embed.proj.weight" in own and _is_encoder(weights):
         faults.append(f"  the file holds {describe_encoder(weights)}")
         faults.append(f"  the model is {describe_encoder(own)}")
         faults.append("  set meta.model_name, mask.patch_size and data.crop_size to the file's, or choose another file")
+    shapes = [f"{name} is {list(weights[name].shape)}, the model's is {list(own[name].shape)}" for name in unlike]
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
         if names:
             more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
             faults.append(f"  {title}: {', '.join(names[:MAX_LISTED])}{more}")
-    raise WeightsError("\n".join(faults))
+    return "\n".join(faults)
 
 
 def load_model(model: DMTJEPA, path: str | os.PathLike[str]) -> list[str]:
     """Start a model from a checkpoint: student and teacher, by name and strictly; nothing is changed unless all fit.
+
+    Position embeddings of another grid are resampled, see `load_weights`.
 
     Official files hold no aggregation heads. Where the model has heads and the file has none, they keep the weights
     they were drawn with.
@@ -159,9 +213,9 @@ def load_model(model: DMTJEPA, path: str | os.PathLike[str]) -> list[str]:
     absent = [] if any(part in checkpoint for part in heads) else heads
     parts = [part for part in ("encoder", "predictor", "target_encoder", *heads) if part not in absent]
     modules: dict[str, nn.Module] = {part: getattr(model, MODULES[part]) for part in parts}
-    weights = {part: get_part(checkpoint, part, path) for part in parts}
-    for part, module in modules.items():
-        _check_fit(module, weights[part], f"{part} of {path}")
+    weights = {
+        part: _fit(module, get_part(checkpoint, part, path), f"{part} of {path}") for part, module in modules.items()
+    }
     for part, module in modules.items():
         module.load_state_dict(weights[part])
     return absent
@@ -200,7 +254,8 @@ def build_encoder(
     """The encoder that the weights belong to, with them loaded.
 
     Args:
-        image_size: what it was trained on; None takes the square that the position embedding is made for.
+        image_size: height and width, or the side of a square, to make the encoder for. None takes the square that
+            the position embedding is made for; it is resampled to any other size, see `load_weights`.
 
     Raises:
         WeightsError: the weights are of no architecture known here, or the grid is not square and no size is given.

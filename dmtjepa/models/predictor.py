@@ -39,6 +39,7 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.grid_size = grid_size
         self.predictor_embed = Linear(embed_dim, predictor_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, predictor_dim))
         self.register_buffer("predictor_pos_embed", sincos_position_embedding(grid_size, predictor_dim)[None])

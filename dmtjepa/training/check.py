@@ -11,7 +11,7 @@ import torch
 
 from dmtjepa.checkpoint_format import list_checkpoints, newest_whole, read_meta
 from dmtjepa.config import Config, ConfigError, expand_path
-from dmtjepa.data import ImageSource, check_batch_fits, check_loader, open_source
+from dmtjepa.data import StoredSource, check_batch_fits, check_loader, open_source
 from dmtjepa.interop import load_model
 from dmtjepa.masks import check_masks
 from dmtjepa.objective import DMTJEPA, build_model
@@ -21,7 +21,7 @@ from dmtjepa.training.parallelize import check_shard_size
 from dmtjepa.training.state import check_data_unchanged
 
 
-def check_start(config: Config, world_size: int, device_type: str) -> ImageSource:
+def check_start(config: Config, world_size: int, device_type: str) -> StoredSource:
     """Check everything that a start needs. Each rank of a start calls this first, and `--dry-run` calls it, too.
 
     Args:

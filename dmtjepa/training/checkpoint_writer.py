@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,6 +29,8 @@ from dmtjepa.checkpoint_format import (
     root_cause,
 )
 from dmtjepa.files import WRITING, sync_folder, write_json
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -61,6 +64,16 @@ class CheckpointWriter:
         staged = self._stager.stage(dict(state))
         self._pending = self._thread.submit(self._write, staged, dict(meta), then)
 
+    def run_after(self, work: Callable[[], None]) -> None:
+        """Run `work` on rank 0, in the background, when the last checkpoint is complete.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written.
+        """
+        self.wait()
+        if self._rank == 0:
+            self._pending = self._thread.submit(work)
+
     def failed(self) -> bool:
         """Whether the last checkpoint is known to have failed; never waits."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
@@ -74,6 +87,18 @@ class CheckpointWriter:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
+
+    def wait_after_failure(self, seconds: float) -> None:
+        """Wait at most `seconds` for the last checkpoint, because training has failed. Its own failure is logged."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result(seconds)
+        except TimeoutError:
+            logger.warning("the checkpoint that is being written was not complete after %g s and is abandoned", seconds)
+        except Exception as error:
+            logger.warning("the checkpoint that was being written is lost, too: %s", error)
 
     def close(self) -> None:
         self.wait()
@@ -99,12 +124,7 @@ class CheckpointWriter:
         if self._rank == 0:
             prune(final, self._keep_last)
             if then is not None:
-                try:
-                    then(final)
-                except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-                    raise CheckpointError(
-                        f"{final} is complete, but its export failed (is the disk full?): {error}"
-                    ) from error
+                then(final)
 
     def _hash_and_rename(self, writing: Path, final: Path, meta: dict[str, Any]) -> None:
         """Hash the files in parallel, each rank those it wrote; rank 0 writes the manifest and renames."""

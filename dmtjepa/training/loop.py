@@ -82,6 +82,7 @@ def train(config: Config, world: World) -> Outcome:
 
         watchdog.on_phase(Phase.SAVING, state.step)
         run.vote.finish()
+        run.saver.export_missing()
         run.saver.wait()
         return Outcome(state.step, num_steps, _gather_signals(signals, world))
 

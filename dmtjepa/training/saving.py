@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from dmtjepa.checkpoint_format import CheckpointError, find_fault, list_checkpoints, read_meta
 from dmtjepa.config import Config
 from dmtjepa.files import link_or_copy
-from dmtjepa.interop import export_checkpoint
+from dmtjepa.interop import WeightsError, export_checkpoint, read_checkpoint
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.checkpoint_writer import CheckpointWriter
 from dmtjepa.training.distributed import DistributedError, World, new_gloo_group
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+FAILURE_WAIT = 300.0
+"""After a failure of training, seconds to wait for the checkpoint that is being written."""
 
 
 class Saver:
@@ -54,6 +61,14 @@ class Saver:
         then = (lambda checkpoint: _export(checkpoint, paths)) if paths else None
         self._writer.save(self._state.tensors(), self._state.meta(keep=keep), then)
 
+    def export_missing(self) -> None:
+        """Export in the background what whole checkpoints should have and lack, because a start was killed.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written.
+        """
+        self._writer.run_after(lambda: export_missing(self._folder))
+
     def save_not_finite(self, steps: list[dict[str, Any]]) -> Path:
         """Write the current state and a description of the steps into `not_finite/`, and wait. Returns that folder."""
         self._writer.wait()
@@ -82,10 +97,63 @@ class Saver:
         """
         self._writer.wait()
 
+    def wait_after_failure(self, kind: type[BaseException] | None, *_: object) -> None:
+        """For `ExitStack.push`: after an exception, wait a while for the checkpoint that is being written."""
+        if kind is not None and issubclass(kind, Exception):
+            self._writer.wait_after_failure(FAILURE_WAIT)
+
+
+def export_missing(folder: RunFolder) -> None:
+    """Export what whole checkpoints of a run should have and lack.
+
+    That is `{tag}-latest.pth.tar` of the newest checkpoint that ends an epoch, and `{tag}-ep{N}.pth.tar` of each one
+    that is kept. Files that cannot be read count as missing.
+
+    Raises:
+        CheckpointError: a file could not be written.
+    """
+    latest = [folder.latest_export]
+    for checkpoint in list_checkpoints(folder.checkpoints):
+        try:
+            meta = read_meta(checkpoint)
+        except CheckpointError:
+            continue
+        if meta.get("step_in_epoch") != 0:
+            continue
+        paths = latest + [folder.epoch_export(meta["epoch"])] * bool(meta.get("keep"))
+        paths = [path for path in paths if not _is_exported(path, meta["step"])]
+        if paths:
+            fault = find_fault(checkpoint)
+            if fault is not None:
+                logger.warning("checkpoint %s is damaged and not exported: %s", checkpoint, fault)
+                continue
+            logger.info("exporting %s, whose %s is missing", checkpoint, " and ".join(path.name for path in paths))
+            _export(checkpoint, paths)
+        latest = []
+
+
+def _is_exported(path: Path, step: int) -> bool:
+    """Whether a file holds the state after `step` steps, or a later one."""
+    try:
+        return path.is_file() and read_checkpoint(path).get("step", step) >= step
+    except WeightsError:
+        return False
+
 
 def _export(checkpoint: Path, paths: list[Path]) -> None:
-    """Export to the first path, and link or copy that file to the others."""
+    """Export to the first path, and link or copy that file to the others.
+
+    Raises:
+        CheckpointError: a file could not be written.
+    """
     first, *others = paths
-    export_checkpoint(checkpoint, first)
-    for path in others:
-        link_or_copy(first, path)
+    try:
+        export_checkpoint(checkpoint, first)
+        for path in others:
+            link_or_copy(first, path)
+    except WeightsError as error:  # what becomes of the run is decided by its loss
+        logger.warning("not exported: %s", error)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        raise CheckpointError(
+            f"{checkpoint} is complete, but its export failed (is the disk full?): {error}. The next start makes it"
+        ) from error

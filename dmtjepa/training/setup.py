@@ -11,7 +11,7 @@ import torch
 
 from dmtjepa.checkpoint_format import newest_whole
 from dmtjepa.config import Config
-from dmtjepa.data import ImageSource, Loader, build_loader
+from dmtjepa.data import Loader, StoredSource, build_loader
 from dmtjepa.interop import load_model
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA
@@ -67,7 +67,7 @@ def build_run(
     config: Config,
     world: World,
     folder: RunFolder,
-    source: ImageSource,
+    source: StoredSource,
     watchdog: Watchdog,
     stack: contextlib.ExitStack,
 ) -> Run:
@@ -101,8 +101,10 @@ def build_run(
     state = TrainingState(config, world, model, train_step.optimizer, schedules, loader.num_images)
     vote = RankVote(new_gloo_group(world))
     saver = Saver(config, world, folder, schedules, state)
+    stack.push(saver.wait_after_failure)
     if resume_from is not None:
         state.restore(resume_from)
+        saver.export_missing()
     if world.rank == 0:
         folder.record_start(
             config, world.device, world_size=world.world_size, global_batch=global_batch, step=state.step

@@ -54,6 +54,7 @@ def test_an_epoch_survives_with_the_right_counts(damaged: tuple[Path, set[str]],
     assert set(named) == corrupt
 
 
+@pytest.mark.slow
 @needs_dali
 def test_loaders_agree_on_every_whole_kind(damaged: tuple[Path, set[str]]):
     folder, _ = damaged

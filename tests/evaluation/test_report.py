@@ -89,6 +89,7 @@ def test_prints_a_table_a_verdict_and_what_to_run_next(finished):
     assert f"python -m dmtjepa.interop export {run}" in printed
 
 
+@pytest.mark.slow
 def test_plain_ijepa_has_no_neighbours_and_unlabelled_data_no_knn(tmp_path, capsys):
     write_images(tmp_path / "data", 4, seed=0)
     for image in list((tmp_path / "data").glob("*/*.png")):

@@ -2,12 +2,15 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dmtjepa.config import parse_config
-from dmtjepa.interop import build_encoder, read_checkpoint
+from dmtjepa.data.crop import crop_center
+from dmtjepa.interop import build_encoder, export_official, read_checkpoint
 from dmtjepa.interop.__main__ import main
 from dmtjepa.objective import build_model
 
@@ -118,6 +121,7 @@ def test_timm_reads_the_official_layout(run, images, tmp_path):
         torch.testing.assert_close(model.forward_features(images), encode(run, "encoder", images), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_hugging_face_gives_equal_outputs(run, images, tmp_path):
     transformers = pytest.importorskip("transformers")
     export(run, tmp_path / "hf", "--format", "hf")
@@ -127,6 +131,77 @@ def test_hugging_face_gives_equal_outputs(run, images, tmp_path):
     with torch.no_grad():
         output = model.eval()(images).last_hidden_state
     torch.testing.assert_close(output, encode(run, "target_encoder", images), atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def photographs():
+    """Images of several sizes, none smaller than the 37 pixels that the shorter side is resized to."""
+    generator = np.random.default_rng(0)
+    sizes = ((150, 100), (64, 64), (90, 201), (320, 40))
+    return [
+        Image.fromarray(generator.integers(0, 255, (7, 7, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        for size in sizes
+    ]
+
+
+def similarity_to_ours(run, photographs, prepare):
+    """Smallest cosine of pooled features, minus their mean, of images as the evaluation crops them and as `prepare`."""
+    crops = torch.stack([torch.from_numpy(crop_center(image, (32, 32))).permute(2, 0, 1) for image in photographs])
+    ours = encode(run, "target_encoder", crops).mean(1)
+    theirs = encode(run, "target_encoder", torch.stack([prepare(image) for image in photographs])).mean(1)
+    return torch.cosine_similarity(ours - ours.mean(0), theirs - ours.mean(0)).min().item()
+
+
+@pytest.mark.slow
+def test_hugging_face_crops_as_the_evaluation(run, photographs, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    export(run, tmp_path / "hf", "--format", "hf")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+
+    def prepare(image):
+        return processor(image, return_tensors="pt")["pixel_values"][0]
+
+    assert similarity_to_ours(run, photographs, prepare) > 0.99
+
+
+def test_timm_crops_as_the_evaluation(run, photographs, tmp_path):
+    timm = pytest.importorskip("timm")
+    export(run, tmp_path / "timm", "--format", "timm")
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    assert similarity_to_ours(run, photographs, prepare) > 0.998
+
+
+@pytest.mark.parametrize("format", ["timm", "hf", "official"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_exported(run, tmp_path, capsys, format, value):
+    checkpoint = torch.load(run / "jepa-latest.pth.tar", weights_only=True)
+    checkpoint["target_encoder"]["blocks.3.attn.proj.weight"][1, 2] = value
+    torch.save(checkpoint, tmp_path / "a.pth.tar")
+    assert main(["export", str(tmp_path / "a.pth.tar"), "--format", format, "--out", str(tmp_path / "out")]) == 1
+    assert "not finite (blocks.3.attn.proj.weight)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_exported_files_appear_whole_and_with_the_permissions_of_new_files(run, tmp_path, monkeypatch):
+    export(run, tmp_path / "hf", "--format", "hf")
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in [tmp_path / "new", *(tmp_path / "hf").iterdir()]}
+    assert len(modes) == 1
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    assert main(["export", str(run), "--format", "timm", "--out", str(tmp_path / "timm")]) == 1
+    assert list((tmp_path / "timm").iterdir()) == []
+
+
+def test_a_full_disk_is_named(run, tmp_path, monkeypatch):
+    """The zip writer of torch reports a failed write as `unexpected pos`."""
+    monkeypatch.setattr("dmtjepa.interop.official.open_atomically", lambda _: Path("/dev/full").open("wb"))  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        export_official(read_checkpoint(run / "jepa-latest.pth.tar"), tmp_path / "a.pth.tar")
 
 
 def test_show_says_what_a_file_holds(run, capsys):
@@ -168,3 +243,12 @@ def test_hub_entries_load_weights(run, images):
     encoder = hubconf.dmtjepa_vitt16(image_size=32)
     assert encoder(images).shape == (2, 4, 192)
     assert not encoder.training
+
+
+def test_hub_entries_take_another_image_size(tmp_path):
+    spec = importlib.util.spec_from_file_location("hubconf", Path(__file__).parents[2] / "hubconf.py")
+    hubconf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hubconf)
+    torch.save({"target_encoder": hubconf.dmtjepa_vitt16(image_size=64).state_dict()}, tmp_path / "a.pth.tar")
+    encoder = hubconf.dmtjepa_vitt16(weights=str(tmp_path / "a.pth.tar"), image_size=32)
+    assert encoder.pos_embed.shape == (1, 4, 192)

@@ -13,6 +13,7 @@ from dmtjepa.interop import (
     read_checkpoint,
 )
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
+from dmtjepa.models.layers import resample_position_embedding
 from dmtjepa.models.vit import ARCHITECTURES
 from dmtjepa.objective import DMTJEPA
 
@@ -196,8 +197,10 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     with pytest.raises(WeightsError, match="holds a Tensor"):
         read_checkpoint(tmp_path / "tensor.pth.tar")
     (tmp_path / "empty.pth.tar").write_bytes(b"")
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with pytest.raises(WeightsError, match=r"empty\.pth\.tar \(0 bytes\) cannot be read"):
         read_checkpoint(tmp_path / "empty.pth.tar")
+    with pytest.raises(WeightsError, match=f"{tmp_path} is a folder; give a .pth.tar file"):
+        read_checkpoint(tmp_path)
 
 
 def test_files_of_old_versions_of_pytorch_are_read(tmp_path):
@@ -213,3 +216,37 @@ def test_a_truncated_file_is_named(tmp_path, zipped, share):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(WeightsError, match=r"a\.pth\.tar \(\d+ bytes\) cannot be read as a checkpoint of tensors"):
         read_checkpoint(path)
+
+
+def test_position_embeddings_of_another_size_are_resampled(encoder, caplog):
+    """An encoder made for another size gives what the original gives for images of that size."""
+    images = torch.randint(256, (2, 3, 64, 48), dtype=torch.uint8)
+    larger = build_encoder(encoder.state_dict(), "small.pth.tar", image_size=(64, 48))
+    assert larger.pos_embed.shape == (1, 48, 192)
+    torch.testing.assert_close(larger(images), encoder(images))
+    assert "small.pth.tar: the position embedding (pos_embed) is made for 4x4 patches" in caplog.text
+    assert "resampled to 8x6" in caplog.text
+
+
+def test_a_model_of_another_size_starts_from_a_checkpoint(tmp_path, caplog):
+    source = make_model(0)
+    save_official(tmp_path / "a.pth.tar", **parts_of(source))
+    torch.manual_seed(1)
+    model = DMTJEPA(
+        VisionTransformer(64, 8, **TINY), Predictor((8, 8), 192, 48, depth=1, num_heads=3), AggregationHead(192, 3)
+    )
+    load_model(model, tmp_path / "a.pth.tar")
+    assert torch.equal(model.encoder.blocks[3].attn.qkv.weight, source.encoder.blocks[3].attn.qkv.weight)
+    for position, given in (
+        (model.encoder.pos_embed, source.encoder.pos_embed),
+        (model.teacher_encoder.pos_embed, source.encoder.pos_embed),
+        (model.predictor.predictor_pos_embed, source.predictor.predictor_pos_embed),
+    ):
+        torch.testing.assert_close(position[0], resample_position_embedding(given[0], (4, 4), (8, 8)))
+    assert caplog.text.count("resampled to 8x8") == 3
+
+
+def test_position_embeddings_of_oblong_grids_are_not_resampled():
+    weights = VisionTransformer((32, 48), 8, **TINY).state_dict()
+    with pytest.raises(WeightsError, match=r"pos_embed is \[1, 24, 192\], the model's is \[1, 64, 192\]"):
+        build_encoder(weights, "file", image_size=64)

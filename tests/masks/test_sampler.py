@@ -178,6 +178,7 @@ def test_pinned_masks_reach_the_gpu_unchanged():
 # Statistics of the published sampler, measured: facts about masks at two grids, over 300 batches.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grid_size", "batch_size", "context", "target", "unique", "neighborhood"),
     [((16, 16), 128, 68.3, 44.2, 115, 168), ((14, 14), 256, 48.5, 33.2, 87, 133)],
@@ -204,6 +205,7 @@ def same_distribution(first, second) -> float:
     return stats.chi2_contingency(table[:, table.sum(0) > 0]).pvalue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("grid_size", "options"), [((14, 14), {}), ((9, 14), {}), ((8, 8), CROWDED), ((14, 14), RARE)])
 def test_same_distribution_as_the_plain_sampler(sampler, grid_size, options):

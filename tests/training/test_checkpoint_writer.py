@@ -59,6 +59,7 @@ def test_command_verifies_and_exports(checkpoints, tmp_path, capsys):
         assert "has other contents" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_set_that_changed_is_an_error(settings):
     config = settings(**{"optimization.epochs": 2})
     assert launch(config, ["cpu"]) == 0

@@ -81,6 +81,7 @@ def test_the_next_batch_is_fetched_before_the_host_waits_for_the_device(settings
     assert events == ["fetch", *(e for part in between for e in ("train", *part)), "train", "flush", "save"]
 
 
+@pytest.mark.slow
 def test_the_reported_share_is_that_of_waiting_for_the_loader(settings, monkeypatch):
     """On a clock that only the loader moves, all time is waiting for data; moved by step and logging, none is."""
 

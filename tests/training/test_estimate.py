@@ -86,6 +86,7 @@ def test_dry_run_tells_batch_and_scaled_rate():
     assert "5e-05 to 0.00025 to 2.5e-07 (scaled from a batch of 2048)" in text
 
 
+@pytest.mark.slow
 def test_lack_of_memory_names_what_would_fit(monkeypatch):
     config = load_config(CONFIGS / "in1k_vith14_ep300.yaml", ["data.batch_size=512"])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))

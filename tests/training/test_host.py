@@ -97,10 +97,15 @@ def test_a_step_that_reads_its_loss_is_noticed(settings, monkeypatch):
     "changes",
     [
         {},
-        {"patch.local_agg_head": False},
-        {"optimization.clip_grad": 1.0},
-        {"mask.pack": True},
-        {"runtime.teacher_precision": "fp8"},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow, id=str(changes))
+            for changes in (
+                {"patch.local_agg_head": False},
+                {"optimization.clip_grad": 1.0},
+                {"mask.pack": True},
+                {"runtime.teacher_precision": "fp8"},
+            )
+        ),
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ def final_step(config) -> dict:
     return torch.load(f"{config.logging.folder}/jepa-latest.pth.tar", weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_given_weights(settings, plain):
     """With no learning rate to speak of, the weights that a run ends with are those it started from."""
     given = f"{plain.logging.folder}/jepa-latest.pth.tar"
@@ -32,6 +33,7 @@ def test_missing_weights_are_an_error(settings):
         launch(config, ["cpu"])
 
 
+@pytest.mark.slow
 def test_a_released_file_that_asks_to_load_starts_afresh(settings, plain, losses):
     """The released files for ViT-L and H have `load_checkpoint: true` and no checkpoint."""
     config = settings(**{"meta.load_checkpoint": True})

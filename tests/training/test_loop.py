@@ -188,6 +188,7 @@ class Poison:
         monkeypatch.setattr(TrainStep, "__call__", poisoned_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite_loss_stops_with_step_samples_and_state(settings, monkeypatch, value):
     config = settings()

@@ -58,6 +58,14 @@ class ImageSource(Protocol):
         ...
 
 
+class StoredSource(ImageSource, Protocol):
+    """A source that `open_images` opens."""
+
+    def describe(self) -> str:
+        """How many images there are, and where they are stored."""
+        ...
+
+
 class Names:
     """A list of byte strings, stored in two arrays that worker processes share without copying."""
 

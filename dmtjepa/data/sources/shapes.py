@@ -23,6 +23,7 @@ from PIL import Image
 
 from dmtjepa.data.cache import cache_folder
 from dmtjepa.data.sources.shape_drawing import CLASS_NAMES, DRAWING_VERSION, ShapesParameters, draw_image, to_rgb
+from dmtjepa.files import sync_folder, write_json
 from dmtjepa.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
@@ -54,13 +55,14 @@ def find_shapes(parameters: ShapesParameters = DEFAULT, cache: Path | None = Non
         except OSError:
             if not folder.is_dir():  # otherwise another process was faster
                 raise
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
 def _write_set(parameters: ShapesParameters, folder: Path) -> None:
-    (folder / "parameters.json").write_text(json.dumps(asdict(parameters), indent=2) + "\n")
+    write_json(folder / "parameters.json", asdict(parameters))
     for split in _SPLITS:
         for name in CLASS_NAMES:
             (folder / split / name).mkdir(parents=True)

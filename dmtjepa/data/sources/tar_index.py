@@ -12,12 +12,12 @@ import os
 import posixpath
 import re
 import tarfile
-import threading
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from dmtjepa.data.cache import cache_folder
 from dmtjepa.data.sources.base import DataError, make_printable
+from dmtjepa.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +161,7 @@ def write_index(path: Path, members: list[Member]) -> None:
         ]
         text.append(b" ".join(fields))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
-    temporary.write_bytes(b"\n".join(text) + b"\n")
-    os.replace(temporary, path)
+    write_atomically(path, b"\n".join(text) + b"\n")
 
 
 def _escape(name: bytes) -> bytes:

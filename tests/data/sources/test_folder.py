@@ -128,6 +128,7 @@ def test_names_that_are_not_utf8_survive_from_listing_to_message(tmp_path: Path,
         text.encode()
 
 
+@pytest.mark.slow
 def test_a_locale_that_is_ascii(tmp_path: Path):
     touch(tmp_path / "bild er ü 画" / "é.png")
     touch(tmp_path / "bild er ü 画" / "b.png")

@@ -59,6 +59,7 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path: Path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_raw_pixels_tell_little_about_the_class():
     parameters = ShapesParameters(image_size=32)
     images = [draw_image(parameters, number % 10, number)[0].reshape(-1) / 255 for number in range(500)]
