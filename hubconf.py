@@ -1,7 +1,7 @@
-"""Encoders for `torch.hub.load`: the architectures of the official runs, with weights from a file that you give.
+"""Encoders for `torch.hub.load`: the architectures of the official runs, with weights from your own file.
 
 encoder = torch.hub.load("PATH/OF/THIS/REPOSITORY", "dmtjepa_vitb16", weights="RUN/jepa-latest.pth.tar", source="local")
-features = encoder(images).mean(1)          # images: uint8 [B,3,224,224], or float normalised as ImageNet's
+features = encoder(images).mean(1)  # images: [B, 3, 224, 224] uint8, or float normalised by ImageNet's statistics
 """
 
 from __future__ import annotations
@@ -22,47 +22,56 @@ def _build(model_name: str, patch_size: int, image_size: int, weights: str | Non
 def dmtjepa_vitt16(
     weights: str | None = None, image_size: int = 224, part: str = "target_encoder"
 ) -> VisionTransformer:
-    """ViT-Ti/16. weights: a `.pth.tar` file; None leaves them random. part: `target_encoder` (teacher) or `encoder`."""
+    """ViT-Ti/16.
+
+    Args:
+        weights: a `.pth.tar` file. None keeps random weights.
+        image_size: side of the images in pixels for which the position embedding is made.
+        part: which encoder of the file to load, `target_encoder` (teacher) or `encoder` (student).
+
+    Returns:
+        The encoder in evaluation mode on the CPU.
+    """
     return _build("vit_tiny", 16, image_size, weights, part)
 
 
 def dmtjepa_vits16(
     weights: str | None = None, image_size: int = 224, part: str = "target_encoder"
 ) -> VisionTransformer:
-    """ViT-S/16; arguments as `dmtjepa_vitt16`."""
+    """ViT-S/16; see `dmtjepa_vitt16` for the arguments."""
     return _build("vit_small", 16, image_size, weights, part)
 
 
 def dmtjepa_vitb16(
     weights: str | None = None, image_size: int = 224, part: str = "target_encoder"
 ) -> VisionTransformer:
-    """ViT-B/16; arguments as `dmtjepa_vitt16`."""
+    """ViT-B/16; see `dmtjepa_vitt16` for the arguments."""
     return _build("vit_base", 16, image_size, weights, part)
 
 
 def dmtjepa_vitl16(
     weights: str | None = None, image_size: int = 224, part: str = "target_encoder"
 ) -> VisionTransformer:
-    """ViT-L/16; arguments as `dmtjepa_vitt16`."""
+    """ViT-L/16; see `dmtjepa_vitt16` for the arguments."""
     return _build("vit_large", 16, image_size, weights, part)
 
 
 def dmtjepa_vith14(
     weights: str | None = None, image_size: int = 224, part: str = "target_encoder"
 ) -> VisionTransformer:
-    """ViT-H/14; arguments as `dmtjepa_vitt16`."""
+    """ViT-H/14; see `dmtjepa_vitt16` for the arguments."""
     return _build("vit_huge", 14, image_size, weights, part)
 
 
 def dmtjepa_vith16_448(
     weights: str | None = None, image_size: int = 448, part: str = "target_encoder"
 ) -> VisionTransformer:
-    """ViT-H/16 at 448 pixels; arguments as `dmtjepa_vitt16`."""
+    """ViT-H/16 at 448 pixels; see `dmtjepa_vitt16` for the arguments."""
     return _build("vit_huge", 16, image_size, weights, part)
 
 
 def dmtjepa_vitg16(
     weights: str | None = None, image_size: int = 224, part: str = "target_encoder"
 ) -> VisionTransformer:
-    """ViT-g/16; arguments as `dmtjepa_vitt16`."""
+    """ViT-g/16; see `dmtjepa_vitt16` for the arguments."""
     return _build("vit_giant", 16, image_size, weights, part)

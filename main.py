@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dmtjepa.arguments import USAGE, parse_with_overrides
+from dmtjepa.output import protect_output
 
 if TYPE_CHECKING:
     from dmtjepa.config import Config
@@ -40,6 +41,7 @@ def dry_run(config: Config, world_size: int, device: str) -> None:
 
 
 def main() -> int:
+    protect_output()
     options = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # Imported late: a mistyped command line is answered at once.

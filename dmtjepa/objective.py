@@ -1,10 +1,9 @@
-"""The objective of DMT-JEPA (arXiv 2405.17995): a student predicts what a teacher aggregates."""
+"""The objective of DMT-JEPA (arXiv 2405.17995, section 3): a student predicts targets that a teacher aggregates."""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +20,19 @@ from dmtjepa.tensors import local_tensors
 
 
 class DMTJEPA(nn.Module):
-    """Student (encoder, predictor, head) and teacher (encoder, head), whose weights are averages of the student's.
+    """Student (encoder, predictor, head) and teacher (encoder, head).
+
+    The weights of the teacher are a moving average of the student's. They start as a copy.
 
     Args:
-        encoder, predictor: the student's.
-        head: the student's aggregation head; None trains plain I-JEPA, whose targets are the teacher's own features.
-        loss: `smooth_l1` (beta 1; the published code) or `l2` (the paper's text).
+        encoder: encoder of the student.
+        predictor: predictor of the student.
+        head: aggregation head of the student. None trains plain I-JEPA, whose targets are the features of the teacher.
+        loss: `smooth_l1` with beta 1, as in the official code, or `l2`, as in the paper.
         kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
+
+    Raises:
+        ValueError: `loss` is unknown.
     """
 
     def __init__(
@@ -52,21 +57,24 @@ class DMTJEPA(nn.Module):
         self._indexed_smooth_l1 = operators.backend(kernels).indexed_smooth_l1
 
     def forward(self, images: Tensor, masks: MaskBatch) -> Tensor:
-        """The loss of a batch; see `compute_targets`, `predict_targets` and `loss`."""
+        """Compute the loss of a batch, see `compute_targets`, `predict_targets` and `loss`."""
         targets = self.compute_targets(images, masks)
         predictions = self.predict_targets(images, masks)
         return self.loss(predictions, targets, masks)
 
     @torch.no_grad()
     def compute_targets(self, images: Tensor, masks: MaskBatch) -> Tensor:
-        """The teacher's half: encode, normalise, and aggregate each covered patch from its neighbours.
+        """Compute the targets with the teacher: encode, normalise, aggregate each target patch from its neighbours.
 
         Args:
-            images: [B, 3, H, W] uint8, or float normalised.
-            masks: the batch's masks.
+            images: [B, 3, H, W], uint8, or float normalised by ImageNet's mean and standard deviation.
+            masks: masks of the batch.
 
         Returns:
             [U, D] targets of the patches `masks.target_unique`, without gradient.
+
+        Raises:
+            ValueError: the masks were sampled for another window or border than the head has.
         """
         h = self.teacher_encoder(images)
         h = F.layer_norm(h, h.shape[-1:])
@@ -78,14 +86,26 @@ class DMTJEPA(nn.Module):
         return self.teacher_head.aggregate_neighbors(h, grid_size, masks.target_unique, masks.neighborhood)
 
     def predict_targets(self, images: Tensor, masks: MaskBatch) -> Tensor:
-        """The student's half: encode the context, aggregate it, predict each target block -> [B, M, T, D]."""
+        """Predict the targets with the student: encode the context, aggregate it, predict each target block.
+
+        Args:
+            images: [B, 3, H, W], uint8, or float normalised by ImageNet's mean and standard deviation.
+            masks: masks of the batch.
+
+        Returns:
+            [B, M, T, D] predictions.
+        """
         z = self.encoder(images, masks.context_index, masks.context_packing)
         if self.head is not None:
             z = self.head.aggregate_context(z, masks.context_packing)
         return self.predictor(z, masks.context_index, masks.target_index, masks.prediction_packing)
 
     def loss(self, predictions: Tensor, targets: Tensor, masks: MaskBatch) -> Tensor:
-        """Mean over all of predictions [B, M, T, D] against targets [U, D] -> scalar float32 (float64 from float64)."""
+        """Compute the mean loss of predictions [B, M, T, D] against targets [U, D].
+
+        Returns:
+            A float32 scalar, or float64 for float64 predictions.
+        """
         if self.loss_name == "smooth_l1":
             return self._indexed_smooth_l1(predictions, targets, masks.target_slot)
         dtype = torch.promote_types(predictions.dtype, torch.float32)
@@ -93,7 +113,7 @@ class DMTJEPA(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, for encoder and head, on local shards."""
+        """Set teacher = momentum * teacher + (1 - momentum) * student, for encoder and head, on this rank's shards."""
         pairs: list[tuple[nn.Module, nn.Module]] = [(self.teacher_encoder, self.encoder)]
         if self.teacher_head is not None and self.head is not None:
             pairs.append((self.teacher_head, self.head))
@@ -103,7 +123,7 @@ class DMTJEPA(nn.Module):
 
 
 def _check_predictor_width(config: Config, num_heads: int) -> None:
-    """Refuse a width that the heads or the position embedding do not divide."""
+    """Check that the width suits heads and position embedding. Raises ConfigError."""
     width, step = config.meta.pred_emb_dim, math.lcm(num_heads, 4)
     if width % step:
         below, above = width // step * step, (width // step + 1) * step
@@ -115,25 +135,30 @@ def _check_predictor_width(config: Config, num_heads: int) -> None:
 
 
 def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
-    """Student and teacher of a run, on the CPU in float32, drawn from torch's global generator.
+    """Build student and teacher of a run on the CPU in float32. PyTorch's global generator draws the weights.
 
     Args:
-        config: the run's settings.
-        device_type: `cuda` or `cpu`, where it will train; chooses the attention backend.
+        config: settings of the run.
+        device_type: type of the device that will train the model, `cuda` or `cpu`.
 
     Raises:
         ConfigError: the width of the predictor does not suit its heads.
-        ValueError, ModuleNotFoundError: the device or its software cannot compute what the settings ask for.
+        ValueError: the device does not support a setting.
+        ModuleNotFoundError: a setting needs software that is not installed.
     """
     if device_type == "cpu":
-        protect_from_signals()  # before the weights are drawn: that starts OpenMP's workers
+        protect_from_signals()  # before drawing weights, which starts OpenMP's workers
     architecture = ARCHITECTURES[config.meta.model_name]
     _check_predictor_width(config, architecture["num_heads"])
-    kernels = config.runtime.kernels
-    init_std = config.meta.init_std
-    build: dict[str, Any] = {"attention": config.runtime.attention, "device_type": device_type, "init_std": init_std}
+    kernels, attention, init_std = config.runtime.kernels, config.runtime.attention, config.meta.init_std
     encoder = VisionTransformer(
-        config.data.image_size, config.mask.patch_size, **architecture, **build, kernels=kernels
+        config.data.image_size,
+        config.mask.patch_size,
+        **architecture,
+        init_std=init_std,
+        attention=attention,
+        kernels=kernels,
+        device_type=device_type,
     )
     predictor = Predictor(
         config.grid_size,
@@ -141,7 +166,9 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
         predictor_dim=config.meta.pred_emb_dim,
         depth=config.meta.pred_depth,
         num_heads=encoder.num_heads,
-        **build,
+        init_std=init_std,
+        attention=attention,
+        device_type=device_type,
     )
     head = None
     if config.patch.local_agg_head:

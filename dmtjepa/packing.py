@@ -1,4 +1,4 @@
-"""Sequences of different lengths, one after the other, so that nothing is computed for the places that are missing."""
+"""Sequences of different lengths, concatenated so that nothing is computed for padding."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from torch import Tensor
 
 
 class Packing(NamedTuple):
-    """Where S sequences lie, L elements in all."""
+    """The layout of S concatenated sequences with L elements in total."""
 
-    start: Tensor  # [S + 1] int32, where each sequence begins; the last is L
+    start: Tensor  # [S + 1] int32, the first element of each sequence, then L
     sequence: Tensor  # [L] int64, the sequence of each element
-    padded: Tensor  # [S, longest] int64, the elements of each sequence, over again where there are no more
+    padded: Tensor  # [S, longest] int64, the elements of each sequence, repeated up to the longest length
 
     @property
     def length(self) -> Tensor:
-        """[S] int32, of each sequence."""
+        """[S] int32, the length of each sequence."""
         return self.start[1:] - self.start[:-1]
 
     @property
     def present(self) -> Tensor:
-        """[S, longest] bool, which places of `padded` are no repetition."""
+        """[S, longest] bool, False for the repeated elements in `padded`."""
         place = torch.arange(self.padded.shape[1], device=self.padded.device)
         return place < self.length[:, None]
 
     def pad(self, x: Tensor) -> Tensor:
-        """[1, L, ...] -> [S, longest, ...]; what is beyond a sequence's end (see `present`) repeats it."""
+        """Pad [1, L, ...] -> [S, longest, ...] by repeating each sequence. `present` marks the first occurrences."""
         return x[0].index_select(0, self.padded.flatten()).unflatten(0, self.padded.shape)
 
     def unpad(self, x: Tensor) -> Tensor:
-        """[S, longest, ...] -> [1, L, ...]."""
+        """Undo `pad`: [S, longest, ...] -> [1, L, ...]."""
         place = torch.arange(len(self.sequence), device=x.device) - self.start[self.sequence]
         return x.flatten(0, 1).index_select(0, self.sequence * x.shape[1] + place)[None]
 
 
 class PackedSequences(NamedTuple):
-    """The sequences of a predictor: for each image and target block the image's context, then the block's T patches."""
+    """The predictor's sequences: for each image and target block, the image's context and the block's T patches."""
 
     packing: Packing  # of the B*M sequences
-    index: Tensor  # type: ignore[assignment]  # [1, L] int64, their elements: rows of all contexts' patches, followed by all blocks' patches
-    target: Tensor  # [B*M*T] int64, where the blocks' patches are among these elements
+    token_index: Tensor  # [1, L] int64, the token of each element; tokens are all contexts, then all target blocks
+    target: Tensor  # [B*M*T] int64, the elements that are target patches
 
 
 def pack(length: np.ndarray) -> Packing:
-    """The packing of sequences of these lengths, [S], all at least 1; on the CPU."""
+    """Return the packing of sequences with lengths [S], all at least 1, on the CPU."""
     start = np.concatenate([[0], np.cumsum(length)])
     sequence = np.repeat(np.arange(len(length)), length)
     padded = start[:-1, None] + np.arange(length.max()) % length[:, None]
@@ -54,7 +54,7 @@ def pack(length: np.ndarray) -> Packing:
 
 
 def pack_predictions(length: np.ndarray, num_blocks: int, num_targets: int) -> PackedSequences:
-    """The sequences of images with contexts of these lengths, [B], and M blocks of T patches; on the CPU."""
+    """Return the sequences of images with contexts of lengths [B] and M blocks of T patches, on the CPU."""
     packing = pack(np.repeat(length + num_targets, num_blocks))
     start, sequence = packing.start.numpy().astype(np.int64), packing.sequence.numpy()
     place = np.arange(start[-1]) - start[sequence]

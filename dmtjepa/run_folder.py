@@ -3,6 +3,7 @@
     config.yaml                  the settings, as resolved at the last start
     environment.json             of each start: command, commit, versions, hardware, and the settings that it changed
     {tag}_r{rank}.csv            losses and times of each rank, see `dmtjepa.step_csv`
+    images.gz                    the names of the images, and some sizes, see `dmtjepa.data.fingerprint`
     tensorboard/                 the same, of rank 0, and schedules and speed
     checkpoints/step-{n}/        complete states, see `dmtjepa.checkpoint_format`
     {tag}-latest.pth.tar         the newest epoch in the official layout, see `dmtjepa.interop.official`
@@ -94,6 +95,10 @@ class RunFolder:
     def epoch_export(self, num_epochs: int) -> Path:
         """The file of the state after `num_epochs` epochs."""
         return self.path / f"{self.tag}-ep{num_epochs}.pth.tar"
+
+    @property
+    def image_list(self) -> Path:
+        return self.path / "images.gz"
 
     def csv_file(self, rank: int) -> Path:
         return self.path / f"{self.tag}_r{rank}.csv"

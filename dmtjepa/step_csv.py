@@ -10,6 +10,7 @@ import numpy as np
 
 from dmtjepa.errors import UserError
 from dmtjepa.files import open_atomically
+from dmtjepa.log_file import LogFile
 
 COLUMNS = ("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)")
 
@@ -39,8 +40,7 @@ class StepCsv:
         rows = _read_rows_before(path, first_step, steps_per_epoch)
         with open_atomically(path, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
-        self._file = path.open("a", newline="")
-        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._file = LogFile(path)
 
     def write(
         self, epoch: int, step_in_epoch: int, loss: float, context_size: float, target_size: float, seconds: float
@@ -48,9 +48,10 @@ class StepCsv:
         """Add the row of a step. `epoch` and `step_in_epoch` count from 0; in the file epochs count from 1."""
         # 9 digits tell any two float32 apart.
         row = (epoch + 1, step_in_epoch, f"{loss:.9g}", f"{context_size:.5f}", f"{target_size:.5f}")
-        self._writer.writerow((*row, round(1000 * seconds)))
+        self._file.write(",".join(map(str, (*row, round(1000 * seconds)))).encode() + b"\n")
 
     def flush(self) -> None:
+        """Write the rows to the file. Those that cannot be written stay in memory until they can."""
         self._file.flush()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What student, teacher and optimizer need of sharded tensors."""
+"""Access to the local shards of sharded tensors."""
 
 from __future__ import annotations
 

@@ -72,9 +72,9 @@ def test_neighborhood_changes_nothing():
     model, masks = make_model(case, torch.float64), make_masks(case)
     h = F.layer_norm(torch.randn(3, 126, case.embed_dim, dtype=torch.float64), (case.embed_dim,))
     with torch.no_grad():
-        part = model.head.aggregate_neighbors(h, case.grid, masks.target_unique, masks.neighborhood)
+        subset = model.head.aggregate_neighbors(h, case.grid, masks.target_unique, masks.neighborhood)
         whole = model.head.aggregate_neighbors(h, case.grid, masks.target_unique)
-    torch.testing.assert_close(part, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(subset, whole, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("changes", [{"window": 3}, {"border": "wrap"}], ids=str)
@@ -88,7 +88,7 @@ def test_masks_for_another_window_are_refused(changes):
 
 @pytest.mark.parametrize("border", ["wrap", "clip"])
 def test_an_image_changes_no_other_images_targets(border):
-    """The published code pairs queries with other images' patches when B > 1."""
+    """The official code pairs queries with other images' patches when B > 1."""
     case = Case(4, (6, 6), 4, 3, border)
     model, masks = make_model(case, torch.float32), make_masks(case)
     images = make_images(case, torch.float32)
@@ -219,7 +219,7 @@ def test_unknown_loss_is_refused():
 
 
 @pytest.mark.parametrize("name", ["in1k_vitb16_ep600"])
-def test_a_published_configuration_builds(name, request):
+def test_an_official_configuration_builds(name, request):
     config = load_config(request.config.rootpath / "configs" / f"{name}.yaml")
     with torch.device("meta"):
         encoder = VisionTransformer(224, 16)

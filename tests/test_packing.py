@@ -67,10 +67,10 @@ def test_packing():
 
 def test_sequences_of_the_predictor():
     packed = pack_predictions(torch.tensor([2, 1]).numpy(), 2, 3)
-    # Context patches are rows 0 and 1 of image 0, and 2 of image 1; blocks' patches follow from row 3, 3 for each.
-    assert packed.index.tolist() == [[0, 1, 3, 4, 5, 0, 1, 6, 7, 8, 2, 9, 10, 11, 2, 12, 13, 14]]
+    # Tokens 0 and 1 are the context of image 0, token 2 that of image 1. Then 3 tokens follow for each block.
+    assert packed.token_index.tolist() == [[0, 1, 3, 4, 5, 0, 1, 6, 7, 8, 2, 9, 10, 11, 2, 12, 13, 14]]
     assert packed.packing.start.tolist() == [0, 5, 10, 14, 18]
-    assert packed.index[0, packed.target].tolist() == list(range(3, 15))
+    assert packed.token_index[0, packed.target].tolist() == list(range(3, 15))
 
 
 @pytest.mark.parametrize("sampler", ["released", "corrected"])
@@ -199,7 +199,7 @@ def test_masks_move_with_their_packing():
     moved = masks.to("meta")
     assert moved.context_packing.start.device.type == "meta"
     assert moved.prediction_packing.packing.padded.shape == masks.prediction_packing.packing.padded.shape
-    assert moved.prediction_packing.index.device.type == "meta"
+    assert moved.prediction_packing.token_index.device.type == "meta"
 
 
 def test_flops_of_xformers():

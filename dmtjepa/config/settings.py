@@ -49,6 +49,9 @@ class DataSettings(Section):
     dataset: Literal["folder", "shapes"] = Field("folder", description="a folder of images, or the drawn set `shapes`")
     loader: Literal["auto", "torchvision", "dali"] = Field("auto", description="auto: DALI when it is installed")
     max_broken: Free[float] = Field(0.01, ge=0, le=1, description="share of unreadable images above which a run stops")
+    allow_changed: Free[bool] = Field(
+        False, description="resume although the images, or what loads them, have changed since the checkpoint"
+    )
     max_megapixels: float = Field(
         100, gt=0, le=178, description="larger images, by the size that they declare, count as unreadable"
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, open_images, open_source
-from dmtjepa.data.sources.base import LIST_EXTENSIONS, ImageSource
+from dmtjepa.data.sources.base import LIST_EXTENSIONS, ImageSource, Names
 
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
 HELD_OUT = 5
@@ -34,6 +34,13 @@ class Subset:
 
     def name(self, image: int) -> str:
         return self._source.name(int(self._numbers[image]))
+
+    def keys(self) -> Names:
+        keys = self._source.keys()
+        return Names([keys[number] for number in self._numbers.tolist()])
+
+    def size(self, image: int) -> int:
+        return self._source.size(int(self._numbers[image]))
 
     def read(self, image: int) -> bytes:
         return self._source.read(int(self._numbers[image]))

@@ -1,4 +1,4 @@
-"""The masks of one batch, as the model takes them."""
+"""The masks of one batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MaskBatch:
     neighborhood: torch.Tensor  # [R] flat numbers of all patches in the windows around target_unique, ascending
     window: int  # side of these windows, in patches
     border: str  # `wrap`: these windows continue at the opposite edge of the grid; `clip`: they end at the edge
-    context_packing: Packing | None = None  # with mask.pack: where the patches of each image are in context_index
+    context_packing: Packing | None = None  # with mask.pack: the layout of context_index, one sequence per image
     prediction_packing: PackedSequences | None = None  # with mask.pack: the sequences of the predictor
 
     @property

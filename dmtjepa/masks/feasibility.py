@@ -1,4 +1,4 @@
-"""Whether settings have a valid mask at every step."""
+"""Check that every step of a run has valid masks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dmtjepa.masks.placement import MAX_ATTEMPTS, REMEDY, MaskError, place_block
 
 
 def check_masks(settings: MaskSettings, grid_size: tuple[int, int]) -> None:
-    """Refuse settings under which some step would have no valid mask.
+    """Check that valid masks exist at every step.
 
-    Every block size that can be drawn must have more than min_keep patches, and every pair of a target and a context
-    block size must have a placement in which the context, without the targets, keeps more than min_keep patches. (The
-    published code loops for ever without the first, and always lets targets into the context without the second.) For
-    the corrected sampler such placements must not be too rare either.
+    Every block size that can be drawn must have more than min_keep patches. Otherwise the official code loops forever.
+    Every pair of a target and a context block size must have a placement in which the context, without the targets,
+    keeps more than min_keep patches. Otherwise the official code always puts targets into the context. For the
+    corrected sampler, such placements must not be too rare, either.
 
     Raises:
-        MaskError: with the block sizes at fault and what to change.
+        MaskError: a size or a pair of sizes has no valid mask. The message says which, and what to change.
     """
     rows, cols = grid_size
     keep = settings.min_keep
@@ -39,7 +39,7 @@ def check_masks(settings: MaskSettings, grid_size: tuple[int, int]) -> None:
         return
 
     def longest(target: tuple[int, int], context: tuple[int, int]) -> int:
-        # Targets take least from the context when they coincide, as far from it as the grid allows.
+        # Targets take the fewest patches from the context if all coincide, as far from it as the grid allows.
         overlap = 1
         for side, a, b in zip(usable_grid(grid_size, settings.sampler), target, context, strict=True):
             overlap *= max(0, a + b - side)
@@ -53,8 +53,8 @@ def check_masks(settings: MaskSettings, grid_size: tuple[int, int]) -> None:
             f"more than min_keep {keep}; {REMEDY}"
         )
     if settings.sampler == "corrected":
-        # Where valid placements exist but are rare, a run would stop at some step. If each of these images finds one in
-        # a hundred attempts, at least one attempt in about 20 succeeds, and a thousand in a row will not fail.
+        # If valid placements exist but are rare, a run would stop at some step. If each of these 1024 images finds one
+        # within 100 attempts, about one attempt in 20 succeeds or more, so that 1000 attempts will not all fail.
         crowded = [max(sizes["target"], key=math.prod)] * settings.num_pred_masks
         smallest = min(sizes["context"], key=math.prod)
         place_blocks(settings, grid_size, [*crowded, smallest], 0, 0, 0, 1024, MAX_ATTEMPTS // 10)

@@ -10,29 +10,35 @@ import numpy as np
 
 
 def usable_grid(grid_size: tuple[int, int], sampler: str) -> tuple[int, int]:
-    """Rows and columns that blocks can cover: the released sampler never reaches the last ones."""
+    """Return the rows and columns that blocks can cover. The released sampler never covers the last ones."""
     rows, cols = grid_size
     return (rows - 1, cols - 1) if sampler == "released" else (rows, cols)
 
 
 def block_size(area: int, aspect: float, grid_size: tuple[int, int], sampler: str) -> tuple[int, int]:
-    """Height and width of a block of about `area` patches, `aspect` = height / width."""
+    """Return height and width of a block of about `area` patches with `aspect` = height / width."""
     rows, cols = usable_grid(grid_size, sampler)
     return min(round(math.sqrt(area * aspect)), rows), min(round(math.sqrt(area / aspect)), cols)
 
 
 def interpolate(u: float, bounds: tuple[float, float]) -> float:
-    """The value at u, 0 to 1, of the way through a range."""
+    """Interpolate linearly: the lower bound at u = 0, the upper bound at u = 1."""
     return bounds[0] + u * (bounds[1] - bounds[0])
 
 
 def reachable_sizes(
     scale: tuple[float, float], aspect: tuple[float, float], grid_size: tuple[int, int], sampler: str
 ) -> set[tuple[int, int]]:
-    """Every block size that `draw_sizes` can give from these ranges of area (of the grid's) and aspect.
+    """Return all block sizes that `draw_sizes` can draw.
 
-    The size is a step function of the two random numbers; it is evaluated once between every two neighbouring places
-    where it may step.
+    The size is a step function of two random numbers. It is evaluated once between each pair of neighbouring positions
+    at which it can step.
+
+    Args:
+        scale: range of the area, as a fraction of the grid's.
+        aspect: range of height / width.
+        grid_size: rows and columns of the grid.
+        sampler: `released` or `corrected`.
     """
     num_patches = math.prod(grid_size)
 
@@ -42,7 +48,7 @@ def reachable_sizes(
 
     def pieces(low: float, high: float, edges: list[float]) -> list[tuple[float, float]]:
         inside = sorted({low, high, *(edge for edge in edges if low < edge < high)})
-        # A shorter piece is an edge that two ways of rounding have made two of.
+        # A shorter piece is one edge that was computed twice with different rounding.
         return [(a, b) for a, b in itertools.pairwise(inside) if b - a > 1e-12]
 
     sizes = set()
@@ -52,7 +58,7 @@ def reachable_sizes(
         if area == 0:
             sizes.add((0, 0))
             continue
-        # The aspects at which height or width passes a half, and is rounded to another number.
+        # The aspects at which height or width passes a half, where it is rounded differently.
         halves = [(side + 0.5) ** 2 for side in range(max(grid_size))]
         steps = places([half / area for half in halves] + [area / half for half in halves], aspect)
         bounds = (low, high) if sampler == "released" else (0.0, 1.0)
@@ -64,21 +70,27 @@ def reachable_sizes(
 def overlay_blocks(
     top: np.ndarray, left: np.ndarray, sizes: list[tuple[int, int]], grid_size: tuple[int, int], wrap: bool = False
 ) -> np.ndarray:
-    """[B, N] unsigned: bit m of a patch is set where block m of its image lies.
+    """Mark the patches that each block covers.
 
-    Blocks may reach over the grid's edges; they are cut off there, or go on at the opposite side (wrap).
+    Blocks may extend beyond the edges of the grid. They end at the edge, or with `wrap` continue at the opposite edge.
 
-    top, left: [M, B] int32, the upper left patches of the blocks; sizes: M heights and widths.
+    Args:
+        top, left: [M, B] int32 rows and columns of the upper left patch of each block.
+        sizes: heights and widths of the M blocks.
+        grid_size: rows and columns of the grid.
+
+    Returns:
+        [B, N] unsigned integers. Bit m of a patch is set if block m of its image covers the patch.
     """
     word = np.min_scalar_type((1 << len(sizes)) - 1)
     bit = np.array([[[1 << m]] for m in range(len(sizes))], word)
-    # A patch is in a block when its row and its column are: for all blocks, one AND of a row's and a column's bits.
+    # A block covers a patch if it covers its row and its column. For all blocks, this is one AND of two bit sets.
     spans = []
     for axis, start in enumerate((top, left)):
         side = grid_size[axis]
         length = np.array([min(size[axis], side) if wrap else size[axis] for size in sizes], np.uint32)[:, None, None]
         start = start % side if wrap else start
-        # Seen as unsigned, an offset before the block is a large number, so one comparison does for both ends.
+        # As unsigned numbers, offsets before the block are large, so that one comparison checks both ends.
         offset = np.arange(side, dtype=np.int32) - start[:, :, None]
         inside = offset.view(np.uint32) < length
         if wrap:

@@ -10,10 +10,11 @@ from dmtjepa.config import MaskSettings
 from dmtjepa.errors import UserError
 from dmtjepa.masks.geometry import block_size, interpolate, overlay_blocks, usable_grid
 
-# After so many context blocks that leave too few patches the released sampler gives up one target block.
+# After this many context blocks that leave too few patches, the context may overlap one more target block (released).
 TRIES_PER_REGION = 20
-# Placements that are tried for an image. The released sampler, which gives up all targets in the end, never needs more
-# than 20 for each of them and one; the corrected one would need more only under settings that check_masks refuses.
+# Maximum number of placements that are tried for an image. The released sampler never needs more than 20 per target
+# block and one, since the context may then overlap all targets. The corrected sampler needs more only with settings
+# that check_masks rejects.
 MAX_ATTEMPTS = 1000
 
 REMEDY = "lower mask.min_keep, mask.pred_mask_scale or mask.num_pred_masks, or raise mask.enc_mask_scale"
@@ -23,12 +24,12 @@ SIZES, CORNERS, CUT = range(3)
 
 
 class MaskError(UserError, ValueError):
-    """Settings for which no valid mask exists, or none was found; the message says why and what to change."""
+    """No valid mask exists, or none was found. The message says why and what to change."""
 
 
 def random_words(seed: int, step: int, stream: int, attempt: int, first: int, count: int) -> np.ndarray:
-    """[count] uint64: words first to first + count of the random sequence of (seed, step, stream, attempt)."""
-    # Philox makes four words of each counter, so any word can be had without those before it.
+    """Return words first to first + count of the random sequence (seed, step, stream, attempt): [count] uint64."""
+    # Philox computes four words from each counter value, so that the sequence can start anywhere.
     counter = np.array([first // 4, attempt, stream, 0], np.uint64)
     generator = np.random.Philox(key=np.array([seed, step], np.uint64), counter=counter)
     return generator.random_raw(first % 4 + count)[first % 4 :]
@@ -37,7 +38,11 @@ def random_words(seed: int, step: int, stream: int, attempt: int, first: int, co
 def draw_sizes(
     settings: MaskSettings, grid_size: tuple[int, int], seed: int, step: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width of this step's target blocks, and of its context blocks."""
+    """Draw height and width of the target blocks and of the context blocks of a step.
+
+    Raises:
+        MaskError: a size has not more than min_keep patches.
+    """
     u, v, w = ((random_words(seed, step, SIZES, 0, 0, 3) >> np.uint64(11)) * 2.0**-53).tolist()
     if settings.sampler == "released":
         v = u
@@ -56,6 +61,14 @@ def draw_sizes(
     return target, context
 
 
+def _count_positions(sizes: list[tuple[int, int]], grid_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many rows and how many columns the upper left patch of each block can have: two [M, 1] uint64."""
+    num_tops, num_lefts = (
+        np.array([[side - size[axis] + 1] for size in sizes], np.uint64) for axis, side in enumerate(grid_size)
+    )
+    return num_tops, num_lefts
+
+
 def place_blocks(
     settings: MaskSettings,
     grid_size: tuple[int, int],
@@ -66,19 +79,28 @@ def place_blocks(
     count: int,
     max_attempts: int = MAX_ATTEMPTS,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Blocks of the images first to first + count of the global batch.
+    """Draw the positions of all blocks of some images of the global batch.
 
-    sizes: heights and widths of the M target blocks, then of the context block.
-    Returns top and left [M + 1, count] of their blocks, the context block last; their overlay [count, N], whose bit m
-    is set where block m is; and context [count, N], bool.
+    Args:
+        settings: the `mask` section.
+        grid_size: rows and columns of the patch grid.
+        sizes: heights and widths of the M target blocks, then of the context block.
+        seed, step: address of the random numbers.
+        first, count: the images first to first + count of the global batch.
+        max_attempts: number of placements that are tried for an image.
+
+    Returns:
+        top, left: [M + 1, count] int32 rows and columns of the upper left patches; the context block is last.
+        overlay: [count, N] unsigned integers. Bit m is set if block m covers the patch.
+        context: [count, N] bool, the patches of the context before it is cut.
+
+    Raises:
+        MaskError: an image has no valid placement in `max_attempts` attempts.
     """
     released = settings.sampler == "released"
     num_targets = settings.num_pred_masks
     num_blocks = num_targets + 1
-    num_tops, num_lefts = (
-        np.array([[side - size[axis] + 1] for size in sizes], np.uint64)
-        for axis, side in enumerate(usable_grid(grid_size, settings.sampler))
-    )
+    num_tops, num_lefts = _count_positions(sizes, usable_grid(grid_size, settings.sampler))
     num_excluded = 0 if settings.allow_overlap else num_targets
 
     top, left = np.empty((2, num_blocks, count), np.int32)
@@ -87,13 +109,13 @@ def place_blocks(
         words = random_words(seed, step, CORNERS, attempt, first * num_blocks, count * num_blocks)
         words = words.reshape(count, num_blocks)[pending].T
         redrawn = slice(num_targets if released and attempt else 0, None)
-        # Half a word for each coordinate; the bias, the number of positions over 2**32, is beyond any measurement.
+        # Half a word for each coordinate. The bias, number of positions / 2**32, is negligible.
         top[redrawn, pending] = (((words >> 32) * num_tops) >> 32)[redrawn]
         left[redrawn, pending] = (((words & 0xFFFFFFFF) * num_lefts) >> 32)[redrawn]
 
         redone = overlay_blocks(top[:, pending], left[:, pending], sizes, grid_size)
         excluded = num_excluded - attempt // TRIES_PER_REGION if released else num_excluded
-        # In the context block, and in none of the targets that are kept out of it.
+        # Patches in the context block and in none of the excluded target blocks.
         free = (redone & ((1 << num_targets) + (1 << excluded) - 1)) == 1 << num_targets
         if attempt == 0:
             overlay, context = redone, free

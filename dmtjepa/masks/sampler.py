@@ -5,8 +5,8 @@ of an image is its context block without its target blocks, cut to the shortest 
 have one shape. With `mask.pack` no context is cut; contexts of different lengths are concatenated. There are two
 samplers:
 
-`released`   reproduces the official I-JEPA and DMT-JEPA code, with which the published results were trained. One random
-             number sets both area and aspect ratio of a target block. A block is smaller than the grid and never covers
+`released`   reproduces the official I-JEPA and DMT-JEPA code, which trained the models of the papers. One random number
+             sets both area and aspect ratio of a target block. A block is smaller than the grid and never covers
              the last row or column. Contexts keep their first patches in raster order. After 20 consecutive context
              blocks that leave too few patches, the context may overlap the last target block; after 20 more, the last
              two; and so on.
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -114,17 +114,28 @@ class MaskSampler:
         slot[target_unique] = np.arange(len(target_unique))
         target_slot = slot[target_index + np.arange(0, self.batch_size * num_patches, num_patches)[:, None, None]]
 
+        context_packing, prediction_packing = packings
+        return MaskBatch(
+            context_index=torch.from_numpy(context_index),
+            target_index=torch.from_numpy(target_index),
+            target_unique=torch.from_numpy(target_unique),
+            target_slot=torch.from_numpy(target_slot),
+            neighborhood=torch.from_numpy(self._find_neighborhood(top, left, target_size)),
+            window=self.window,
+            border=self.border,
+            context_packing=context_packing,
+            prediction_packing=prediction_packing,
+        )
+
+    def _find_neighborhood(self, top: np.ndarray, left: np.ndarray, target_size: tuple[int, int]) -> np.ndarray:
+        """Return `neighborhood` of the target blocks whose upper left patches are top, left [M, B]."""
         # The union of the windows around the patches of a block is the block, enlarged by half a window on all sides.
         margin = self.window // 2
         enlarged_size = (target_size[0] + 2 * margin, target_size[1] + 2 * margin)
         enlarged = overlay_blocks(
-            top - margin, left - margin, [enlarged_size] * num_targets, self.grid_size, wrap=self.border == "wrap"
+            top - margin, left - margin, [enlarged_size] * len(top), self.grid_size, wrap=self.border == "wrap"
         )
-        neighborhood = np.flatnonzero(enlarged != 0)
-
-        arrays = (context_index, target_index, target_unique, target_slot, neighborhood)
-        tensors: tuple[Any, ...] = (*map(torch.from_numpy, arrays), self.window, self.border, *packings)
-        return MaskBatch(*tensors)
+        return np.flatnonzero(enlarged != 0)
 
     def _index_context(
         self, context: np.ndarray, num_kept: int, target_area: int, step: int, shard: int

@@ -1,14 +1,18 @@
-"""The aggregation head of DMT-JEPA: targets from similar neighbours, and its counterpart on the context.
+"""The aggregation head of DMT-JEPA (arXiv 2405.17995, section 3.2), for targets and for the context.
 
-The algebra that makes it cheap (all exact): keys and values depend on a patch alone, so they are projected once per
-patch, then gathered; queries, MLPs and outputs exist only for patches that some target block covers; the first block
-has one query per image, and the context side one per image and block, so W_k is absorbed into the query and W_v is
-applied after pooling. The slow form, which this is tested against, is `dmtjepa.reference.step`.
+Three exact rearrangements make it fast:
+
+* Keys and values depend on one patch only. They are projected once per patch and then gathered.
+* Only the patches that some target block covers need queries, MLPs and outputs.
+* The first block has one query per image; on the context, each block has one query per image. There, W_k is absorbed
+  into the query and W_v is applied after pooling.
+
+`dmtjepa.reference.step` is the slow form that this module is tested against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +24,7 @@ from dmtjepa.packing import Packing
 
 
 class QueryAttention(nn.Module):
-    """The projections of single-query attention. Its heads of size E are the rows [h*E, (h+1)*E) of each weight."""
+    """The projections of single-query attention. Head h of size E has the rows [h*E, (h+1)*E) of each weight."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -34,30 +38,30 @@ class QueryAttention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def absorb(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores against any key row r as `(key_map @ r + key_bias)`, without projecting r.
+        """Return a map that computes the score of any token r as `key_map @ r + key_bias`, without projecting r.
 
         With q = W_q x + b_q per head: q . (W_k r + b_k) = (W_k^T q) . r + q . b_k.
 
         Args:
-            x: [B, D], one query row per image.
+            x: [B, D], one query token per image.
 
         Returns:
-            key_map [B, H, D] and key_bias [B, H], both with the softmax scale.
+            key_map [B, H, D] and key_bias [B, H], both multiplied by the softmax scale.
         """
         query = self.q(x).unflatten(-1, (self.num_heads, -1)) * self.scale
         key_map = torch.einsum("bhe,hed->bhd", query, self.k.weight.unflatten(0, (self.num_heads, -1)))
-        # q . b_k is the same for all keys and cancels in the softmax; kept, so that b_k has its (zero) gradient.
+        # q . b_k is the same for all keys and cancels in the softmax. It is kept so that b_k has its (zero) gradient.
         key_bias = torch.einsum("bhe,he->bh", query, self.k.bias.unflatten(0, (self.num_heads, -1)))
         return key_map, key_bias
 
     def project_pooled(self, pooled: Tensor) -> Tensor:
-        """W_o (W_v pooled + b_v) for key rows pooled per head, [B, H, D] -> [B, D]; exact as the weights sum to 1."""
+        """Compute W_o (W_v pooled + b_v) for tokens pooled per head: [B, H, D] -> [B, D]. Exact if weights sum to 1."""
         value = torch.einsum("bhd,hed->bhe", pooled, self.v.weight.unflatten(0, (self.num_heads, -1)))
         return self.proj(value.flatten(1) + self.v.bias)
 
 
 class AggregationBlock(nn.Module):
-    """A pre-norm block whose attention has one query: LN1, attention, LN2, MLP."""
+    """A pre-norm transformer block whose attention has one query."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -67,42 +71,55 @@ class AggregationBlock(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
 
     def aggregate_context(self, z: Tensor, packing: Packing | None = None) -> Tensor:
-        """One context block: the mean of z attends to [mean; z], and the result is added to every patch."""
+        """Add what the mean of z finds in [mean; z] to every patch, then the MLP.
+
+        Args:
+            z: [B, C, D] encoded context, or [1, L, D] with a packing.
+            packing: which elements of z belong to which image.
+
+        Returns:
+            A tensor of the shape of z.
+        """
         if packing is None:
             mean = z.mean(dim=1)
         else:
             z, present = packing.pad(z), packing.present
             mean = (z * present[:, :, None]).sum(dim=1) / packing.length[:, None]
-        rows = self.norm1(z)
+        tokens = self.norm1(z)
         mean = self.norm1(mean)
         key_map, key_bias = self.attn.absorb(mean)
-        score = torch.cat([mean[:, None] @ key_map.transpose(1, 2), rows @ key_map.transpose(1, 2)], dim=1)
+        score = torch.cat([mean[:, None] @ key_map.transpose(1, 2), tokens @ key_map.transpose(1, 2)], dim=1)
         score = score + key_bias[:, None]
         if packing is not None:
             score = score.masked_fill(~F.pad(present, (1, 0), value=True)[:, :, None], -torch.inf)
         weight = score.softmax(dim=1)
-        pooled = weight[:, 0, :, None] * mean[:, None] + weight[:, 1:].transpose(1, 2) @ rows
+        pooled = weight[:, 0, :, None] * mean[:, None] + weight[:, 1:].transpose(1, 2) @ tokens
         z = z + self.attn.project_pooled(pooled)[:, None]
         if packing is not None:
             z = packing.unpad(z)
         return z + self.mlp(self.norm2(z))
 
     def finish(self, x: Tensor, aggregated: Tensor) -> Tensor:
-        """The rest of the block after the attention, at [U, D]."""
+        """Compute the rest of the block from the input x and the attention's output, both [U, D]."""
         x = x + self.attn.proj(aggregated)
         return x + self.mlp(self.norm2(x))
 
 
 class AggregationHead(nn.Module):
-    """DMT-JEPA's head of two blocks (paper section 3.2); student and teacher have one each.
+    """The aggregation head of two blocks (DMT-JEPA section 3.2). Student and teacher have one each.
 
     Args:
-        embed_dim, num_heads: width D and heads, the encoder's.
-        num_neighbors: K, neighbours aggregated into a target.
-        window: side of the window they are chosen from, odd.
-        border: `wrap` takes the window round the grid (the published code), `clip` keeps to the grid.
+        embed_dim: width D of the encoder.
+        num_heads: number of attention heads of the encoder.
+        num_neighbors: number of neighbours K that are aggregated into a target.
+        window: side of the window from which the neighbours are chosen, in patches; odd.
+        border: `wrap` continues the window at the opposite edge of the grid, as the official code does; `clip` ends it
+            at the edge.
         init_std: standard deviation of the initial weights.
         kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
+
+    Raises:
+        ValueError: `border` is unknown, or `embed_dim` is not a multiple of `num_heads`.
     """
 
     def __init__(
@@ -128,10 +145,14 @@ class AggregationHead(nn.Module):
         self.num_neighbors = num_neighbors
         self.window = window
         self.border = border
-        blocks = nn.ModuleList(AggregationBlock(embed_dim, num_heads) for _ in range(2))
-        self.cls_blocks: Sequence[AggregationBlock] = blocks  # type: ignore[assignment]
+        self.cls_blocks = nn.ModuleList(AggregationBlock(embed_dim, num_heads) for _ in range(2))
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         initialize_weights(self, init_std)
+
+    @property
+    def blocks(self) -> list[AggregationBlock]:
+        """The two blocks. Their parameters are named `cls_blocks`, as in official checkpoints."""
+        return cast("list[AggregationBlock]", list(self.cls_blocks))
 
     def check_window(self, window: int, border: str) -> None:
         """Check that neighbourhoods were computed for the window and border of this head.
@@ -149,8 +170,16 @@ class AggregationHead(nn.Module):
             )
 
     def aggregate_context(self, z: Tensor, packing: Packing | None = None) -> Tensor:
-        """Aggregate the encoded context over each image: [B, C, D] -> [B, C, D]; [1, L, D] with a packing."""
-        for block in self.cls_blocks:
+        """Aggregate the encoded context over each image.
+
+        Args:
+            z: [B, C, D], or [1, L, D] with a packing.
+            packing: which elements of z belong to which image.
+
+        Returns:
+            A tensor of the shape of z.
+        """
+        for block in self.blocks:
             z = block.aggregate_context(z, packing)
         return self.norm(z)
 
@@ -160,50 +189,50 @@ class AggregationHead(nn.Module):
         """Aggregate each covered patch from its most similar neighbours.
 
         Args:
-            h: [B, N, D] teacher features, layer-normalised.
-            grid_size: rows and columns, N = rows * columns.
-            target_unique: [U] patches that some target block covers, as b*N + n.
-            neighborhood: [R] all patches within the windows of `target_unique`, ascending (`MaskBatch.neighborhood`):
-                keys and values are projected at these only. None projects all B*N.
+            h: [B, N, D] layer-normalised features of the teacher.
+            grid_size: rows and columns of the grid, with N = rows * columns.
+            target_unique: [U] int64 flat numbers b*N + n of the patches that some target block covers.
+            neighborhood: [R] int64 flat numbers of all patches in the windows around `target_unique`, ascending
+                (`MaskBatch.neighborhood`). Keys and values are projected for these patches only; None projects all.
 
         Returns:
             [U, D] targets.
         """
         batch, num_patches, _ = h.shape
-        rows = h.flatten(0, 1)
+        tokens = h.flatten(0, 1)
         image = target_unique // num_patches
         neighbor_index = self._select_neighbors(
             h, target_unique, grid_size, num_neighbors=self.num_neighbors, window=self.window, border=self.border
         )
         if neighborhood is not None:
-            rows = self._gather_tokens(rows[None], neighborhood[None])[0]
+            tokens = self._gather_tokens(tokens[None], neighborhood[None])[0]
             neighbor_index = _renumber(neighbor_index, neighborhood, batch * num_patches)
 
-        first, second = self.cls_blocks
-        # Block 1: one query per image, the mean of its patches.
+        first, second = self.blocks
+        # Block 1: one query per image, which is the mean of its patches.
         mean = h.mean(dim=1)
-        query_row = first.norm1(mean)
-        key_map, key_bias = first.attn.absorb(query_row)
-        self_score = torch.einsum("bhd,bd->bh", key_map, query_row) + key_bias
+        query_token = first.norm1(mean)
+        key_map, key_bias = first.attn.absorb(query_token)
+        self_score = torch.einsum("bhd,bd->bh", key_map, query_token) + key_bias
         score = (first.norm1(h) @ key_map.transpose(1, 2) + key_bias[:, None]).flatten(0, 1)
         if neighborhood is not None:
             score = score[neighborhood]
-        value = first.attn.v(first.norm1(rows))
-        pooled = self._pool_neighbors(self_score, first.attn.v(query_row), score, value, neighbor_index, image)
+        value = first.attn.v(first.norm1(tokens))
+        pooled = self._pool_neighbors(self_score, first.attn.v(query_token), score, value, neighbor_index, image)
         y = first.finish(mean[image], pooled)
         # Block 2: one query per covered patch.
-        query_row, rows = second.norm1(y), second.norm1(rows)
+        query_token, tokens = second.norm1(y), second.norm1(tokens)
         attn = second.attn
         aggregated = self._aggregate_neighbors(
-            attn.q(query_row), attn.k(query_row), attn.v(query_row), attn.k(rows), attn.v(rows), neighbor_index,
-            num_heads=self.num_heads,
+            attn.q(query_token), attn.k(query_token), attn.v(query_token), attn.k(tokens), attn.v(tokens),
+            neighbor_index, num_heads=self.num_heads,
         )  # fmt: skip
         return self.norm(second.finish(y, aggregated))
 
 
-def _renumber(neighbor_index: Tensor, neighborhood: Tensor, num_rows: int) -> Tensor:
-    """Patch numbers [U, K] as places in `neighborhood` [R]; missing slots stay -1."""
-    # One place more than there are patches, so that -1 finds the last, which is -1.
-    place = torch.full((num_rows + 1,), -1, dtype=neighbor_index.dtype, device=neighbor_index.device)
+def _renumber(neighbor_index: Tensor, neighborhood: Tensor, num_patches: int) -> Tensor:
+    """Convert flat patch numbers [U, K] to positions in `neighborhood` [R]. Missing neighbours stay -1."""
+    # The additional last element is -1, and index -1 finds it.
+    place = torch.full((num_patches + 1,), -1, dtype=neighbor_index.dtype, device=neighbor_index.device)
     place[neighborhood] = torch.arange(len(neighborhood), dtype=place.dtype, device=place.device)
     return place[neighbor_index]

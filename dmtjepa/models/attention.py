@@ -1,7 +1,7 @@
-"""Attention behind one function, chosen once when a model is built.
+"""Backends of attention. A model chooses one when it is built.
 
 Every backend maps queries, keys and values [B, L, H, E] (E is the head size) to [B, L, H, E]: softmax(q k / sqrt(E)) v.
-With a `Packing` they are [1, L, H, E], and each element attends to those of its own sequence.
+With a `Packing`, the shape is [1, L, H, E], and each element attends to the elements of its own sequence.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from dmtjepa.packing import Packing
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Packing | None], Tensor]
 
-# Measurements that overrule the default of `auto`: (compute capability, head size) -> backend. A row belongs to a
-# result file in benchmarks/results; none has been measured yet.
+# Measurements that override the default of `auto`: (compute capability, head size) -> backend. Every entry needs a
+# result file in benchmarks/results. Nothing has been measured yet.
 MEASURED_CHOICES: dict[tuple[tuple[int, int], int], str] = {}
 
 
-# Of head sizes, in xFormers' flash kernels.
+# xFormers' flash kernels need head sizes that are multiples of this.
 HEAD_SIZE_MULTIPLE = 8
 
 
 def choose_attention(backend: str, device_type: str, head_dim: int) -> AttentionFunction:
-    """The attention function for a model.
+    """Return the attention function for a model.
 
     Args:
-        backend: `xformers`, `sdpa` (PyTorch's), or `auto`, which on CUDA takes xFormers unless a measurement kept in
-            `MEASURED_CHOICES` says otherwise, or the head size is none of its.
-        device_type: where the model will run; a CPU runs `cpu_attention`, since xFormers has no CPU operators.
+        backend: `xformers`, `sdpa` (PyTorch's scaled_dot_product_attention), or `auto`. On CUDA, `auto` chooses
+            xFormers if it has a kernel for the head size and no entry of `MEASURED_CHOICES` says otherwise.
+        device_type: type of the device on which the model will run. On a CPU, all backends are `cpu_attention`, since
+            xFormers has no CPU operators.
         head_dim: head size E.
 
     Raises:
-        ValueError: the backend is unknown, or `xformers` was asked for by name and has no kernel for the head size.
-        ModuleNotFoundError: `xformers` was asked for by name and is not installed.
+        ValueError: the backend is unknown, or it is `xformers`, which has no kernel for the head size.
+        ModuleNotFoundError: the backend is `xformers`, which is not installed.
     """
     if backend not in ("auto", "xformers", "sdpa"):
         raise ValueError(f"attention backend {backend!r}: choose auto, xformers or sdpa")
@@ -68,7 +69,7 @@ def choose_attention(backend: str, device_type: str, head_dim: int) -> Attention
 
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None = None) -> Tensor:
-    """PyTorch's scaled_dot_product_attention; sequences of a packing are padded for it."""
+    """Compute attention by PyTorch's scaled_dot_product_attention. Pads the sequences of a packing."""
     mask = None
     if packing is not None:
         query, key, value = map(packing.pad, (query, key, value))
@@ -79,9 +80,10 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing |
 
 
 def cpu_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None = None) -> Tensor:
-    """SDPA in float32; two batched products in bfloat16, where SDPA's backward pass is 3 to 6 times slower on a CPU.
+    """Compute attention on a CPU: by SDPA, or by two batched products in bfloat16.
 
-    A model that was built for a CPU and moved to a GPU has SDPA there.
+    In bfloat16, the backward pass of SDPA is 3 to 6 times slower on a CPU than that of the products. A model that was
+    built for a CPU and then moved to a GPU uses SDPA.
     """
     if query.dtype != torch.bfloat16 or query.device.type != "cpu":
         return sdpa_attention(query, key, value, packing)
@@ -96,9 +98,9 @@ def cpu_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | 
 
 
 def xformers_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None = None) -> Tensor:
-    """xFormers' flash attention; CUDA, bfloat16 or float16, head sizes that are multiples of 8.
+    """Compute attention by xFormers' flash kernels, for bfloat16 and float16 on CUDA. Other dtypes use SDPA.
 
-    A packing's sequences lie one after the other, as its kernels take them: nothing is padded. Other dtypes go to SDPA.
+    Head sizes must be multiples of 8. The kernels take concatenated sequences, so that a packing needs no padding.
     """
     if query.dtype not in (torch.bfloat16, torch.float16):
         return sdpa_attention(query, key, value, packing)
@@ -110,7 +112,7 @@ def xformers_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packi
 
 @functools.cache
 def load_xformers() -> None:
-    """Import xFormers' flash operators, and tell PyTorch's flop counter what they cost."""
+    """Import xFormers' flash operators and register their FLOPs with PyTorch's counter."""
     logger = logging.getLogger("xformers")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns that its C++ library is missing, which these operators do not need
@@ -119,8 +121,8 @@ def load_xformers() -> None:
     finally:
         logger.setLevel(level)
     operators = torch.ops.xformers_flash
-    # Two products of the queries with as many rows as there are keys: of a packing, its longest sequence's. In the
-    # backward pass five: the scores again, and the gradients of scores, queries, keys and values.
+    # Forward: two products of the queries with all keys of a sequence; for a packing, with those of the longest one.
+    # Backward: five products, for the scores again and the gradients of scores, queries, keys and values.
     register_flop_formula(operators.flash_fwd)(
         lambda query, key, value, starts, key_starts, used, most_queries, most_keys, *_, **__: (
             4 * math.prod(query) * most_keys
@@ -136,11 +138,12 @@ def load_xformers() -> None:
 class _FlashAttention(torch.autograd.Function):
     """xFormers' operators `flash_fwd` and `flash_bwd`, which run PyTorch's own flash kernels.
 
-    They are called without `xformers.ops.memory_efficient_attention`: its dispatch refuses everything on CUDA where
-    xFormers' C++ library does not load, as that of release 0.0.35 on PyPI does not with a PyTorch built for CUDA 13;
-    these operators need none of it.
+    `xformers.ops.memory_efficient_attention` is not used. Its dispatch rejects all inputs on CUDA if xFormers' C++
+    library does not load, which is the case for release 0.0.35 on PyPI with a PyTorch built for CUDA 13. These
+    operators do not need that library.
 
-    Queries [B, L, H, E], keys and values [B, S, H, E]; or all [L, H, E], of sequences that begin at `start` [num + 1].
+    Queries are [B, L, H, E], keys and values [B, S, H, E]. With `start` [num + 1], where concatenated sequences begin,
+    all are [L, H, E].
     """
 
     @staticmethod

@@ -1,22 +1,22 @@
 """The teacher's encoder in 8-bit floating point: the linear layers of its blocks multiply in float8_e4m3fn.
 
-There is only a forward pass; a teacher needs no more. Each row of the activations and each row of a weight (an output
-channel) has its own scale, which maps its largest magnitude to 448, the largest number of the format.
+There is only a forward pass, since the teacher has no backward pass. Each token of the activations and each output
+channel of a weight has its own scale, which maps its largest magnitude to 448, the largest number of the format.
 
-Weights are quantised at each call from what FSDP2 has gathered. Parameters, checkpoints and the average of the teacher
-stay as they are, and no quantised copy can become stale after an update. This costs 5 bytes of traffic per weight:
-about 1 ms of a step of ViT-H on an H100 (predicted), where the products in bfloat16 take about 50 ms.
+Each call quantises the weights that FSDP2 has gathered. Parameters, checkpoints and the average of the teacher do not
+change, and no quantised copy can become stale after an update. This costs 5 bytes of memory traffic per weight: about
+1 ms of a step of ViT-H on an H100 (predicted), compared to about 50 ms for the products in bfloat16.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from dmtjepa.models.layers import Linear
 from dmtjepa.models.replace_method import replace_method
 
 # (x [M, K] float8, scale [M, 1], weight [N, K] float8, scale [N, 1], bias [N]) -> [M, N]
@@ -33,19 +33,19 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor, *, product: Product) -> 
     return out.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
-def compute_in_fp8(blocks: Iterable[Any], device_type: str) -> None:
-    """Let the linear layers of transformer blocks multiply in float8, in place.
+def compute_in_fp8(module: nn.Module, device_type: str) -> None:
+    """Let all `Linear` layers in `module` multiply in float8, in place.
 
     Args:
-        blocks: blocks of an encoder that is not compiled or sharded yet.
+        module: the blocks of an encoder that is not compiled or sharded yet.
         device_type: `cuda`, which must support float8 products, or `cpu`, which emulates them.
 
     Raises:
         ValueError: the GPU has no float8 products, or a width is not a multiple of 16.
     """
     multiply = functools.partial(fp8_linear, product=choose_product(device_type))
-    for block in blocks:
-        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+    for linear in module.modules():
+        if isinstance(linear, Linear):
             check_widths(linear)
             replace_method(linear, "multiply", multiply)
 
@@ -70,7 +70,7 @@ def computes_in_fp8(module: nn.Module) -> bool:
 
 
 def choose_product(device_type: str) -> Product:
-    """The product for a device: the GPU's own, or on a CPU, which has none, the same roundings in float32."""
+    """Return the product for a device type: `scaled_product` on CUDA, `emulated_product` on a CPU."""
     if device_type != "cuda":
         return emulated_product
     _check_device(torch.cuda.current_device())
@@ -79,13 +79,17 @@ def choose_product(device_type: str) -> Product:
 
 @functools.cache
 def _check_device(device: int) -> None:
-    """Refuse a GPU on which `scaled_product` does not run."""
+    """Check that `scaled_product` runs on a GPU.
+
+    Raises:
+        ValueError: the GPU, or this build of PyTorch, has no float8 products with a scale per row.
+    """
     capability = torch.cuda.get_device_capability(device)
     reason = f"has {capability[0]}.{capability[1]}"
     if capability >= (8, 9):
         try:
-            rows, scale = quantize_rows(torch.ones(MULTIPLE, MULTIPLE, device="cuda"))
-            scaled_product(rows, scale, rows, scale, torch.zeros(MULTIPLE, device="cuda"))
+            quantized, scale = quantize_rows(torch.ones(MULTIPLE, MULTIPLE, device="cuda"))
+            scaled_product(quantized, scale, quantized, scale, torch.zeros(MULTIPLE, device="cuda"))
             return
         except RuntimeError as error:  # this build of PyTorch lacks the kernel for it
             reason += f" and says: {str(error).splitlines()[0]}"
@@ -96,9 +100,9 @@ def _check_device(device: int) -> None:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[M, K] -> float8_e4m3fn [M, K] and float32 scales [M, 1], so that rows are about float8 * scale.
+    """Quantise each row of x [M, K]: float8_e4m3fn [M, K] and float32 scales [M, 1], whose product is about x.
 
-    A row that is not finite becomes NaN.
+    A row that contains an infinity or NaN becomes NaN.
     """
     x = x.float()
     scale = x.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * LARGEST) / LARGEST
@@ -106,23 +110,23 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scaled_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight.T + bias on a GPU -> [M, N] bfloat16.
+    """Compute `x @ weight.T + bias` on a GPU -> [M, N] bfloat16. See `Product` for the arguments.
 
-    cuBLAS runs it on compute capability 9.0, CUTLASS elsewhere. (With torch < 2.12 the kernel for 8.9 is launched on
-    the default stream, whichever is current, pytorch#177651; this project computes on that one.)
+    PyTorch uses cuBLAS on compute capability 9.0 and CUTLASS on others. With torch < 2.12, the kernel for 8.9 always
+    runs on the default stream (pytorch#177651), on which this project computes.
     """
     return torch._scaled_mm(
         x,
-        weight.t(),  # it takes a row-major times a column-major matrix, and scales [M, 1] and [1, N]
+        weight.t(),  # the second matrix must be column-major; the scales are [M, 1] and [1, N]
         scale_a=x_scale,
         scale_b=weight_scale.t(),
         bias=bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
-        # Partial sums have 14 bits, far more than the 4 of their terms; without it Hopper is slower.
+        # Faster on Hopper. Partial sums have 14 bits, far more than the 4 bits of their terms.
         use_fast_accum=True,
     )
 
 
 def emulated_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight.T + bias of the same float8 numbers, with sums in float32 -> [M, N] float32."""
+    """Compute `x @ weight.T + bias` of float8 matrices on any device, with sums in float32 -> [M, N] float32."""
     return (x.float() @ weight.float().t()) * x_scale * weight_scale.t() + bias

@@ -1,4 +1,4 @@
-"""The parts of a pre-norm vision transformer, with the parameter names of the released checkpoints."""
+"""Layers of a pre-norm vision transformer, with the parameter names of the official checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 def sincos_position_embedding(grid_size: tuple[int, int], embed_dim: int) -> Tensor:
-    """The fixed 2-D sine-cosine position embedding of MAE (arXiv 2111.06377) and I-JEPA.
+    """Return the fixed 2-D sine-cosine position embedding of MAE (arXiv 2111.06377) and I-JEPA.
 
     The first half of the channels encodes the column, the second the row; each half is [sin, cos] of the position
     times frequencies 10000^(-i / (embed_dim/4)).
@@ -24,11 +24,14 @@ def sincos_position_embedding(grid_size: tuple[int, int], embed_dim: int) -> Ten
 
     Returns:
         [N, D] float32, patches in raster order.
+
+    Raises:
+        ValueError: `embed_dim` is not a multiple of 4.
     """
     if embed_dim % 4:
         raise ValueError(f"embed_dim {embed_dim}: the 2-D sine-cosine position embedding needs a multiple of 4")
     rows, columns = grid_size
-    # In float64, as the released code, so that the table equals the one stored in its checkpoints.
+    # In float64, like the official code, so that the table equals the one in official checkpoints.
     frequencies = 10000.0 ** (-torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim / 4))
 
     def encode(position: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ def sincos_position_embedding(grid_size: tuple[int, int], embed_dim: int) -> Ten
 
 
 def resample_position_embedding(position: Tensor, from_grid: tuple[int, int], to_grid: tuple[int, int]) -> Tensor:
-    """Resample a position embedding [N, D] to another grid of patches (bicubic) -> [rows*columns, D]."""
+    """Resample a position embedding [N, D] to another grid of N' patches by bicubic interpolation -> [N', D]."""
     if from_grid == to_grid:
         return position
     image = position.reshape(1, *from_grid, -1).permute(0, 3, 1, 2)
@@ -53,21 +56,22 @@ def initialize_weights(model: nn.Module, std: float) -> None:
     """Draw weights from a truncated normal; biases are 0, LayerNorms 1 and 0.
 
     Args:
-        std: 0.02 in all published models. It suits widths of 768 and more: the smaller the width, the less of the
-            input such weights let through.
+        model: all of its Linear, Conv2d and LayerNorm modules are initialised.
+        std: standard deviation. All official models use 0.02, which suits widths of 768 and more. In narrower models
+            such weights shrink the signal; use a larger value there.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.trunc_normal_(module.weight, std=std)
-            assert module.bias is not None
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
 
 
 class Linear(nn.Linear):
-    """A linear layer [..., K] -> [..., N] whose product, `multiply(x, weight, bias)`, can be exchanged."""
+    """A linear layer [..., K] -> [..., N]. `replace_method` can replace its `multiply(x, weight, bias)`."""
 
     multiply = staticmethod(F.linear)
 
@@ -76,7 +80,7 @@ class Linear(nn.Linear):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with an exact GELU between: [..., D] -> [..., D]."""
+    """Two linear layers with an exact GELU between them: [..., D] -> [..., D]."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -88,9 +92,9 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention [B, L, D] -> [B, L, D] with a joint projection to queries, keys and values.
+    """Multi-head self-attention [B, L, D] -> [B, L, D] with one projection for queries, keys and values.
 
-    With a packing, [1, L, D] holds sequences of different lengths, and each attends to itself.
+    With a packing, the input [1, L, D] contains sequences of different lengths, and each attends to itself.
     """
 
     def __init__(self, dim: int, num_heads: int, attend: AttentionFunction) -> None:
@@ -106,17 +110,17 @@ class Attention(nn.Module):
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         return self.proj(self.attend(query, key, value, packing).flatten(2))
 
-    def attend_from(self, rows: Tensor, x: Tensor) -> Tensor:
-        """Attention from `rows` [B, Q, D] alone, which are some rows of x [B, L, D] -> [B, Q, D]."""
+    def attend_from(self, queries: Tensor, x: Tensor) -> Tensor:
+        """Attend only from `queries` [B, Q, D], which are some of the tokens x [B, L, D] -> [B, Q, D]."""
         dim = x.shape[-1]
         weight, bias, multiply = self.qkv.weight, self.qkv.bias, self.qkv.multiply
-        query = multiply(rows, weight[:dim], bias[:dim]).unflatten(-1, (self.num_heads, -1))
+        query = multiply(queries, weight[:dim], bias[:dim]).unflatten(-1, (self.num_heads, -1))
         key, value = multiply(x, weight[dim:], bias[dim:]).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         return self.proj(self.attend(query, key, value, None).flatten(2))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block [B, L, D] -> [B, L, D]; for a packing see `Attention`."""
+    """A pre-norm transformer block."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attend: AttentionFunction) -> None:
         super().__init__()
@@ -125,10 +129,19 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, packing: Packing | None = None, rows: Tensor | None = None) -> Tensor:
-        """Where the outputs of `rows` [B, Q, D] alone are needed, which are some rows of x: those, [B, Q, D]."""
-        if rows is None:
+    def forward(self, x: Tensor, packing: Packing | None = None, queries: Tensor | None = None) -> Tensor:
+        """Compute the block.
+
+        Args:
+            x: [B, L, D], or [1, L, D] with a packing.
+            packing: sequences of different lengths in x, see `Attention`.
+            queries: [B, Q, D], those tokens of x whose outputs are needed; None for all. Not supported with a packing.
+
+        Returns:
+            [B, L, D], or [B, Q, D] with `queries`.
+        """
+        if queries is None:
             x = x + self.attn(self.norm1(x), packing)
         else:
-            x = rows + self.attn.attend_from(self.norm1(rows), self.norm1(x))
+            x = queries + self.attn.attend_from(self.norm1(queries), self.norm1(x))
         return x + self.mlp(self.norm2(x))

@@ -1,6 +1,6 @@
-"""Linear layers on a CPU, by oneDNN.
+"""Linear layers computed by oneDNN on a CPU.
 
-PyTorch computes float32 products by MKL: it copies the bias into the output, then adds the product. oneDNN adds the
+PyTorch computes float32 products by MKL: it copies the bias to the output and then adds the product. oneDNN adds the
 bias when it writes the output, and is faster for `x @ weight.T` and `grad @ weight` (docs/performance.md).
 """
 
@@ -21,7 +21,7 @@ _protected = False  # whether this process has called `protect_from_signals`
 
 
 def compute_by_onednn(model: nn.Module) -> None:
-    """Let the linear layers of a model on a CPU multiply by oneDNN, in place. No effect if PyTorch has no oneDNN."""
+    """Let the `Linear` layers of a model on a CPU multiply by oneDNN, in place. No effect if PyTorch has no oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return
     protect_from_signals()
@@ -33,8 +33,8 @@ def compute_by_onednn(model: nn.Module) -> None:
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `x @ weight.T + bias`: [..., K], [N, K], [N] -> [..., N].
 
-    oneDNN computes float32, and bfloat16 if the CPU has instructions for it. PyTorch's own `linear` computes other
-    dtypes, and everything under `torch.autocast`, which decides about dtypes itself.
+    oneDNN computes float32, and bfloat16 if the CPU has instructions for it. `torch.nn.functional.linear` computes
+    other dtypes. It also computes everything under `torch.autocast`, which chooses dtypes itself.
     """
     if torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)

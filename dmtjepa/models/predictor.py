@@ -1,4 +1,4 @@
-"""The predictor: a narrow ViT that fills in each target block from the context."""
+"""The predictor: a narrow vision transformer that predicts each target block from the context."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from dmtjepa.packing import PackedSequences
 
 
 class Predictor(nn.Module):
-    """Predicts the targets of each block separately, from the context and the places of its patches (I-JEPA section 3).
+    """Predicts each target block separately from the context and the positions of its patches (I-JEPA section 3).
 
     Args:
         grid_size: rows and columns of patches.
         embed_dim: width D of the encoder.
         predictor_dim: width of the predictor.
-        depth, num_heads: blocks and heads; the published predictors have as many heads as their encoders.
+        depth: number of transformer blocks.
+        num_heads: number of attention heads. The official predictors have as many as their encoders.
         init_std: standard deviation of the initial weights.
         attention, device_type: see `choose_attention`.
+
+    Raises:
+        ValueError: `predictor_dim` is not a multiple of `num_heads` or of 4.
     """
 
-    predictor_pos_embed: Tensor
+    predictor_pos_embed: Tensor  # [1, N, predictor_dim], a buffer
 
     def __init__(
         self,
@@ -56,11 +60,10 @@ class Predictor(nn.Module):
         """Predict the targets.
 
         Args:
-            context: [B, C, D] encoded context.
-            context_index: [B, C] its patches.
-            target_index: [B, M, T] patches of the M target blocks.
-            packed: where images have different numbers of context patches; context and context_index then are
-                [1, L, D] and [1, L] of b*N + n.
+            context: [B, C, D] encoded context; [1, L, D] with `packed`.
+            context_index: [B, C] int64 numbers of its patches; [1, L] flat numbers b*N + n with `packed`.
+            target_index: [B, M, T] int64 patches of the M target blocks.
+            packed: the sequences, if images have different numbers of context patches.
 
         Returns:
             [B, M, T, D] predictions.
@@ -73,12 +76,12 @@ class Predictor(nn.Module):
         if packed is None:
             x = torch.cat([context[:, None].expand(-1, num_blocks, -1, -1), queries], dim=2).flatten(0, 1)
         else:
-            x = F.embedding(packed.index, torch.cat([context[0], queries.flatten(0, 2)]))
+            x = F.embedding(packed.token_index, torch.cat([context[0], queries.flatten(0, 2)]))
         *blocks, last = self.predictor_blocks
         for block in blocks:
             x = block(x, packed and packed.packing)
         if packed is None:
-            x = last(x, None, x[:, -num_targets:])  # of the last block, the outputs of the targets alone are read
+            x = last(x, None, x[:, -num_targets:])  # only the outputs of the targets are used
         else:
             x = last(x, packed.packing)[0].index_select(0, packed.target)
         return self.predictor_proj(self.predictor_norm(x)).view(batch, num_blocks, num_targets, -1)

@@ -1,6 +1,7 @@
-"""The one way in which this project changes how an object computes after it was built.
+"""Replace a method of one object.
 
-oneDNN and float8 products, activation checkpointing, `torch.compile` and the weight casts of FSDP2 all use it.
+oneDNN and float8 products, activation checkpointing, `torch.compile` and the weight casts of FSDP2 all use this
+function to change how a module computes after it was built.
 """
 
 from __future__ import annotations

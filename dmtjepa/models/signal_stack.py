@@ -1,4 +1,4 @@
-"""Signals must not arrive on the stack of a oneDNN kernel.
+"""Protect oneDNN kernels from signals.
 
 While a oneDNN kernel for matrix products runs, its stack pointer points into a buffer on the heap. Linux writes the
 frame of a signal below the stack pointer, so a signal that arrives at that moment overwrites heap memory that belongs
@@ -32,11 +32,11 @@ class _Stack(ctypes.Structure):
 
 
 def protect_from_signals() -> None:
-    """Make it safe that the calling thread and its OpenMP workers compute by oneDNN while signals arrive.
+    """Let the calling thread and its OpenMP workers use oneDNN safely while signals arrive.
 
-    Call this before the first parallel operation of a thread: workers that exist already keep their signal mask. An
-    alternate signal stack that the thread has, for example that of `faulthandler`, stays. Forked processes inherit
-    both measures. Does nothing on systems other than Linux.
+    Call this before the first parallel operation of a thread: existing workers keep their signal mask. If the thread
+    already has an alternate signal stack, for example that of `faulthandler`, it is kept. Forked processes inherit both
+    measures. Does nothing on systems other than Linux.
     """
     if sys.platform != "linux":
         return
@@ -58,7 +58,7 @@ def _set_alternate_stack() -> None:
 
 
 def _start_workers() -> None:
-    """Start OpenMP's workers with all signals blocked: a thread inherits the mask of the one that starts it."""
+    """Start OpenMP's workers with all signals blocked. A thread inherits the mask of the thread that starts it."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         torch.empty(1 << 17, device="cpu").fill_(0)  # PyTorch divides 2**15 elements and more among the workers

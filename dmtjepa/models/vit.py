@@ -1,8 +1,8 @@
-"""The encoder: a vision transformer without class token, which embeds only the patches it is asked for."""
+"""The encoder: a vision transformer without class token that embeds only the requested patches."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,19 @@ from dmtjepa.packing import Packing
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# width, depth, heads, MLP ratio: ViT (arXiv 2010.11929), DeiT for tiny and small, I-JEPA for giant; nano is this
-# project's, for CPUs.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
+
+class Architecture(TypedDict):
+    """Keyword arguments of `VisionTransformer` that define its size."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+
+
+# Sources: ViT (arXiv 2010.11929); DeiT (arXiv 2012.12877) for tiny and small; I-JEPA for giant. This project adds nano,
+# which trains on a CPU.
+ARCHITECTURES: dict[str, Architecture] = {
     "vit_nano": {"embed_dim": 128, "depth": 4, "num_heads": 2, "mlp_ratio": 4.0},
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.0},
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4.0},
@@ -36,32 +46,39 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 class PatchEmbed(nn.Module):
-    """Projects patches of pixels to tokens; the weight is kept as the convolution's of the released checkpoints."""
+    """Projects patches of pixels to tokens. The weight has the shape of the convolution in official checkpoints."""
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """[..., 3*p*p] pixels of a patch in (channel, row, column) order -> [..., D]."""
-        return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Project [..., 3*p*p] pixels of patches in (channel, row, column) order -> [..., D]."""
+        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
     """A pre-norm ViT with a fixed sine-cosine position embedding and no class token.
 
     Args:
-        image_size: side in pixels, or (height, width), that the position embedding is made for. Images of another
-            size are encoded with the embedding resampled to their grid.
+        image_size: side, or (height, width), of the images in pixels. For images of another size, the position
+            embedding is resampled to their grid.
         patch_size: side of a patch in pixels.
-        embed_dim, depth, num_heads, mlp_ratio: width D, blocks, heads, MLP width over D (see `ARCHITECTURES`).
+        embed_dim: width D.
+        depth: number of transformer blocks.
+        num_heads: number of attention heads.
+        mlp_ratio: hidden width of the MLPs divided by D.
         init_std: standard deviation of the initial weights.
-        attention: backend, see `choose_attention`.
+        attention, device_type: see `choose_attention`.
         kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
-        device_type: where the model will run; chooses the attention backend.
+
+    `ARCHITECTURES` lists the sizes by name.
+
+    Raises:
+        ValueError: the image size is not a multiple of the patch size, or D is not a multiple of `num_heads` or of 4.
     """
 
-    pos_embed: Tensor
+    pos_embed: Tensor  # [1, N, D], a buffer
 
     def __init__(
         self,
@@ -97,16 +114,19 @@ class VisionTransformer(nn.Module):
         initialize_weights(self, init_std)
 
     def forward(self, images: Tensor, index: Tensor | None = None, packing: Packing | None = None) -> Tensor:
-        """Encode the patches of `index`, or all.
+        """Encode the patches in `index`, or all patches.
 
         Args:
-            images: [B, 3, H, W], uint8, or float normalised with ImageNet's mean and standard deviation.
-            index: [B, C] patches to encode, in raster order of the grid; None for all. The others are never read.
-            packing: where images have different numbers of patches: how they lie in `index`, which then is [1, L] of
-                b*N + n.
+            images: [B, 3, H, W], uint8, or float normalised by ImageNet's mean and standard deviation.
+            index: [B, C] int64 patches to encode, numbered in raster order; None for all. Other patches are not read.
+                With a packing, [1, L] flat numbers b*N + n.
+            packing: the sequences in `index`, if images have different numbers of patches.
 
         Returns:
-            [B, C or N, D] in the dtype of the weights; [1, L, D] with a packing.
+            [B, C, D] or [B, N, D] in the dtype of the weights; [1, L, D] with a packing.
+
+        Raises:
+            ValueError: the size of the images is not a multiple of the patch size.
         """
         x = self.embed(images, index, packing)
         for block in self.blocks:
@@ -114,7 +134,7 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
     def embed(self, images: Tensor, index: Tensor | None = None, packing: Packing | None = None) -> Tensor:
-        """Patches with their position embedding, before the first block; arguments and shapes as in `forward`."""
+        """Return the tokens with position embedding, before the first block. Arguments and shapes as in `forward`."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"images of {height}x{width} pixels are no multiple of the patch size {self.patch_size}")
@@ -122,23 +142,23 @@ class VisionTransformer(nn.Module):
         dtype = self.patch_embed.proj.weight.dtype
         position = resample_position_embedding(self.pos_embed[0], self.grid_size, grid_size).to(dtype)
         if packing is not None:
-            # Patch b*N + n of the images is patch b*N + n of one tall image, which has them below one another.
+            # Stack the images to one tall image, in which patch n of image b has the number b*N + n.
             images = images.transpose(0, 1).flatten(1, 2)[None]
         if images.dtype == torch.uint8:
-            rows = self._embed_patches(
+            pixels = self._embed_patches(
                 images, self.patch_size, index, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype
             )
         else:
-            rows = patchify(images.to(dtype), self.patch_size)
+            pixels = patchify(images.to(dtype), self.patch_size)
             if index is not None:
-                rows = self._gather_tokens(rows, index)
+                pixels = self._gather_tokens(pixels, index)
         if index is not None:
             position = F.embedding(index if packing is None else index % len(position), position)
-        return self.patch_embed(rows) + position
+        return self.patch_embed(pixels) + position
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """[B, 3, H, W] -> [B, N, 3*p*p], patches in raster order, columns in (channel, row, column) order."""
+    """Split images [B, 3, H, W] into patches [B, N, 3*p*p] in raster order, pixels in (channel, row, column) order."""
     batch, channels, height, width = images.shape
     x = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch_size**2)

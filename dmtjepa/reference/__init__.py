@@ -1,1 +1,1 @@
-"""The method again, slow and obvious: what the fast code is tested against (`step`: training; `masks`: sampling)."""
+"""Slow and simple implementations that the fast code is tested against: `step` (training) and `masks` (sampling)."""

@@ -1,6 +1,6 @@
-"""The masks again, slow and obvious, one image and one patch at a time: what `dmtjepa.masks` is tested against.
+"""A slow and simple mask sampler that `dmtjepa.masks` is tested against.
 
-The distributions are those described there; the random numbers are its own.
+It has the same distributions, but other random numbers.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ Size = tuple[int, int]  # height and width
 def sample_masks_reference(
     settings: MaskSettings, grid_size: tuple[int, int], batch_size: int, rng: random.Random
 ) -> tuple[list[list[int]], list[list[list[int]]], Size, Size]:
-    """Patch numbers row * cols + col of the context of each image and of each target block of each image, all in raster
-    order; the size of the target blocks and of the context blocks.
+    """Sample the masks of a batch of B images with M target blocks each.
 
     Settings must be valid (`check_masks`).
+
+    Returns:
+        The context of each image, B lists; the target blocks of each image, B lists of M lists; the size of the target
+        blocks; the size of the context blocks. Patches are numbers row * cols + col, in raster order.
     """
     cols = grid_size[1]
     target_size = draw_size(settings.pred_mask_scale, settings.aspect_ratio, grid_size, settings.sampler, rng)
     context_size = draw_size(settings.enc_mask_scale, (1.0, 1.0), grid_size, settings.sampler, rng)
 
-    all_targets, all_contexts = [], []
+    all_targets: list[list[list[int]]] = []
+    all_contexts: list[list[int]] = []
     for _ in range(batch_size):
         num_failures = 0
         while True:
@@ -50,12 +54,11 @@ def sample_masks_reference(
         all_contexts.append([row * cols + col for row, col in context])
 
     shortest = min(len(context) for context in all_contexts)
-    for b, patches in enumerate(all_contexts):
-        if settings.sampler == "released":
-            all_contexts[b] = patches[:shortest]
-        else:
-            all_contexts[b] = sorted(rng.sample(patches, shortest))
-    return all_contexts, all_targets, target_size, context_size
+    if settings.sampler == "released":
+        cut_contexts = [patches[:shortest] for patches in all_contexts]
+    else:
+        cut_contexts = [sorted(rng.sample(patches, shortest)) for patches in all_contexts]
+    return cut_contexts, all_targets, target_size, context_size
 
 
 def draw_size(
@@ -65,7 +68,7 @@ def draw_size(
     sampler: str,
     rng: random.Random,
 ) -> Size:
-    """A random block size: `scale` bounds its area as a share of the grid's, `aspect` its height over its width."""
+    """Draw a block size. `scale` is the range of area / area of the grid, `aspect` the range of height / width."""
     rows, cols = grid_size
     u = rng.random()
     v = u if sampler == "released" else rng.random()
@@ -79,7 +82,7 @@ def draw_size(
 
 
 def draw_block(size: Size, grid_size: tuple[int, int], sampler: str, rng: random.Random) -> list[Patch]:
-    """The patches of a block somewhere on the grid; the released sampler never reaches its last row and column."""
+    """Draw a block and return its patches. The released sampler never covers the last row and column of the grid."""
     rows, cols = grid_size if sampler == "corrected" else (grid_size[0] - 1, grid_size[1] - 1)
     top = rng.randint(0, rows - size[0])
     left = rng.randint(0, cols - size[1])
@@ -89,7 +92,7 @@ def draw_block(size: Size, grid_size: tuple[int, int], sampler: str, rng: random
 def index_targets_reference(
     targets: list[list[list[int]]], grid_size: tuple[int, int], window: int, border: str
 ) -> tuple[list[int], list[list[list[int]]], list[int]]:
-    """target_unique, target_slot and neighborhood (see MaskBatch) of the target blocks of each image."""
+    """Return target_unique, target_slot and neighborhood (see `MaskBatch`) for the target blocks of each image."""
     rows, cols = grid_size
     num_patches = rows * cols
     unique = sorted({b * num_patches + n for b, blocks in enumerate(targets) for block in blocks for n in block})

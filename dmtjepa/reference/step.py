@@ -1,8 +1,8 @@
-"""The whole step again, slow and obvious: what everything else is tested against.
+"""A slow and simple training step that everything else is tested against.
 
-Plain eager PyTorch, op for op as the method was published, with one correction: the query of the target head's first
-block is the mean of the *same* image. Nothing here is shared with the fast code; functions take the parameters of a
-module by name, so that gradients land in the very parameters that are compared.
+It is plain eager PyTorch and follows the method operation by operation, with one correction of the official code: the
+query of the first block of the target head is the mean of the *same* image. It shares no code with the fast
+implementation. Functions take the parameters of a module by name, so that gradients reach the compared parameters.
 
 Sources: I-JEPA (arXiv 2301.08243) section 3, DMT-JEPA (arXiv 2405.17995) section 3; `docs/differences.md`.
 """
@@ -12,11 +12,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dmtjepa.objective import DMTJEPA
 
 Parameters = dict[str, Tensor]
 
@@ -25,7 +28,7 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 def parameters_of(module: nn.Module) -> Parameters:
-    """Parameters and buffers by name."""
+    """Return parameters and buffers by name."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
@@ -42,12 +45,12 @@ def _mlp(p: Parameters, name: str, x: Tensor) -> Tensor:
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, L, D] -> [B, H, L, E]."""
+    """Split heads: [B, L, D] -> [B, H, L, E]."""
     return x.reshape(x.shape[0], x.shape[1], num_heads, -1).transpose(1, 2)
 
 
 def _block(p: Parameters, name: str, x: Tensor, num_heads: int) -> Tensor:
-    """A pre-norm transformer block, [B, L, D] -> [B, L, D]."""
+    """Compute a pre-norm transformer block: [B, L, D] -> [B, L, D]."""
     query, key, value = _linear(p, f"{name}.attn.qkv", _layer_norm(p, f"{name}.norm1", x)).chunk(3, dim=-1)
     query, key, value = (_split_heads(t, num_heads) for t in (query, key, value))
     attention = (query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])).softmax(dim=-1)
@@ -56,19 +59,19 @@ def _block(p: Parameters, name: str, x: Tensor, num_heads: int) -> Tensor:
 
 
 def normalize_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 images [B, 3, H, W] to ImageNet-normalised ones of `dtype`."""
+    """Normalise uint8 images [B, 3, H, W] by ImageNet's mean and standard deviation, in `dtype`."""
     mean = torch.tensor(PIXEL_MEAN, dtype=dtype)[:, None, None]
     std = torch.tensor(PIXEL_STD, dtype=dtype)[:, None, None]
     return (images.to(dtype) / 255 - mean) / std
 
 
 def take_patches(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, N, D] at index [B, K] -> [B, K, D]."""
+    """Select patches: x [B, N, D], index [B, K] -> [B, K, D]."""
     return torch.stack([image[places] for image, places in zip(x, index, strict=True)])
 
 
 def encode(p: Parameters, images: Tensor, num_heads: int, index: Tensor | None = None) -> Tensor:
-    """The encoder: normalised images [B, 3, H, W] -> [B, N, D], or [B, C, D] of the patches `index` [B, C]."""
+    """Encode normalised images: [B, 3, H, W] -> [B, N, D], or [B, C, D] for the patches `index` [B, C]."""
     weight = p["patch_embed.proj.weight"]
     x = F.conv2d(images, weight, p["patch_embed.proj.bias"], stride=weight.shape[-1])
     x = x.flatten(2).transpose(1, 2) + p["pos_embed"].to(x.dtype)
@@ -81,7 +84,7 @@ def encode(p: Parameters, images: Tensor, num_heads: int, index: Tensor | None =
 
 
 def predict(p: Parameters, context: Tensor, context_index: Tensor, target_index: Tensor, num_heads: int) -> Tensor:
-    """The predictor: [B, C, D], [B, C], [B, M, T] -> [B, M, T, D], one target block after the other."""
+    """Predict one target block after the other: [B, C, D], [B, C], [B, M, T] -> [B, M, T, D] (I-JEPA section 3)."""
     batch, num_context, _ = context.shape
     context = _linear(p, "predictor_embed", context)
     position = p["predictor_pos_embed"].to(context.dtype).expand(batch, -1, -1)
@@ -98,7 +101,7 @@ def predict(p: Parameters, context: Tensor, context_index: Tensor, target_index:
 
 
 def window_patches(patch: int, grid_size: tuple[int, int], window: int, border: str) -> list[int]:
-    """The other patches in the window around a patch, ascending."""
+    """Return the other patches in the window around a patch, ascending."""
     rows, columns = grid_size
     row, column = divmod(patch, columns)
     reach = window // 2
@@ -115,13 +118,16 @@ def window_patches(patch: int, grid_size: tuple[int, int], window: int, border: 
 def choose_neighbors(
     h: Tensor, grid_size: tuple[int, int], num_neighbors: int, window: int, border: str
 ) -> tuple[Tensor, Tensor]:
-    """The most similar patches (cosine) in each patch's window; ties go to the lower patch number.
+    """Choose the patches with the largest cosine similarity in the window of each patch.
+
+    Of equally similar patches, those with lower numbers are chosen.
 
     Args:
-        h: [B, N, D].
+        h: [B, N, D] features.
 
     Returns:
-        index [B, N, K] of patches, and present [B, N, K] bool: False where the window holds fewer than K others.
+        index: [B, N, K] int64 patches.
+        present: [B, N, K] bool, False for missing neighbours, in windows with fewer than K other patches.
     """
     width = window * window - 1
     windows = [window_patches(patch, grid_size, window, border) for patch in range(h.shape[1])]
@@ -138,7 +144,7 @@ def choose_neighbors(
 
 
 def _query_attention(p: Parameters, name: str, x: Tensor, num_heads: int, present: Tensor | None = None) -> Tensor:
-    """The first token of x [B, L, D] attends to all of x -> [B, 1, D]; `present` [B, L] says which keys exist."""
+    """Attend from the first token of x [B, L, D] to all tokens -> [B, 1, D]. `present` [B, L] marks existing keys."""
     query = _split_heads(_linear(p, f"{name}.q", x[:, :1]), num_heads)
     key = _split_heads(_linear(p, f"{name}.k", x), num_heads)
     value = _split_heads(_linear(p, f"{name}.v", x), num_heads)
@@ -158,31 +164,31 @@ def aggregate_neighbors(
     window: int = 3,
     border: str = "wrap",
 ) -> Tensor:
-    """The target head at every patch: [B, N, D] -> [B, N, D]."""
+    """Aggregate the neighbours of every patch: [B, N, D] -> [B, N, D] (DMT-JEPA section 3.2)."""
     batch, num_patches, dim = h.shape
     index, present = choose_neighbors(h, grid_size, num_neighbors, window, border)
     neighbors = h.gather(1, index.flatten(1)[..., None].expand(-1, -1, dim)).reshape(-1, num_neighbors, dim)
     present = torch.cat([torch.ones(batch * num_patches, 1, dtype=torch.bool), present.flatten(0, 1)], dim=1)
-    # The released code repeats the images' means so that rows and images no longer match; this is the right order.
+    # The official code repeats the means in an order that does not match the patches' images. This order does.
     query = h.mean(dim=1).repeat_interleave(num_patches, dim=0)[:, None]  # [B*N, 1, D]
     for i in range(2):
-        rows = _layer_norm(p, f"cls_blocks.{i}.norm1", torch.cat([query, neighbors], dim=1))
-        query = query + _query_attention(p, f"cls_blocks.{i}.attn", rows, num_heads, present)
+        tokens = _layer_norm(p, f"cls_blocks.{i}.norm1", torch.cat([query, neighbors], dim=1))
+        query = query + _query_attention(p, f"cls_blocks.{i}.attn", tokens, num_heads, present)
         query = query + _mlp(p, f"cls_blocks.{i}.mlp", _layer_norm(p, f"cls_blocks.{i}.norm2", query))
     return _layer_norm(p, "norm", query.reshape(h.shape))
 
 
 def aggregate_context(p: Parameters, z: Tensor, num_heads: int) -> Tensor:
-    """The head on the context, [B, C, D] -> [B, C, D]: the mean attends, its answer is added to every patch."""
+    """Aggregate the context: [B, C, D] -> [B, C, D]. What the mean attends to is added to every patch."""
     for i in range(2):
-        rows = _layer_norm(p, f"cls_blocks.{i}.norm1", torch.cat([z.mean(dim=1, keepdim=True), z], dim=1))
-        z = z + _query_attention(p, f"cls_blocks.{i}.attn", rows, num_heads)
+        tokens = _layer_norm(p, f"cls_blocks.{i}.norm1", torch.cat([z.mean(dim=1, keepdim=True), z], dim=1))
+        z = z + _query_attention(p, f"cls_blocks.{i}.attn", tokens, num_heads)
         z = z + _mlp(p, f"cls_blocks.{i}.mlp", _layer_norm(p, f"cls_blocks.{i}.norm2", z))
     return _layer_norm(p, "norm", z)
 
 
-def compute_targets(model: Any, images: Tensor, target_index: Tensor) -> Tensor:
-    """The targets of a `DMTJEPA`'s teacher for normalised images: [B, M, T, D]."""
+def compute_targets(model: DMTJEPA, images: Tensor, target_index: Tensor) -> Tensor:
+    """Compute the targets [B, M, T, D] of normalised images with the teacher."""
     encoder, head = model.teacher_encoder, model.teacher_head
     with torch.no_grad():
         h = encode(parameters_of(encoder), images, encoder.num_heads)
@@ -196,11 +202,11 @@ def compute_targets(model: Any, images: Tensor, target_index: Tensor) -> Tensor:
 
 
 def predict_targets(
-    model: Any, images: Tensor, context_index: Tensor | Sequence[Tensor], target_index: Tensor
+    model: DMTJEPA, images: Tensor, context_index: Tensor | Sequence[Tensor], target_index: Tensor
 ) -> Tensor:
-    """The predictions of a `DMTJEPA`'s student for normalised images: [B, M, T, D].
+    """Compute the predictions [B, M, T, D] for normalised images with the student.
 
-    context_index is [B, C], or the patches of each image, as many as it has.
+    `context_index` is [B, C], or B tensors of different lengths.
     """
     if not isinstance(context_index, Tensor):
         each = zip(images.split(1), context_index, target_index.split(1), strict=True)
@@ -213,13 +219,13 @@ def predict_targets(
 
 
 def compute_loss(
-    model: Any,
+    model: DMTJEPA,
     images: Tensor,
     context_index: Tensor | Sequence[Tensor],
     target_index: Tensor,
     loss: str = "smooth_l1",
 ) -> Tensor:
-    """The loss of a batch of normalised images, with gradient to the student; contexts as in `predict_targets`."""
+    """Compute the loss of a batch of normalised images. `context_index` is as in `predict_targets`."""
     targets = compute_targets(model, images, target_index)
     predictions = predict_targets(model, images, context_index, target_index)
     if loss == "l2":
@@ -229,23 +235,25 @@ def compute_loss(
 
 
 def train(
-    model: Any,
+    model: DMTJEPA,
     batches: Sequence[tuple[Tensor, Tensor, Tensor]],
     learning_rates: Sequence[float],
     weight_decays: Sequence[float],
     momenta: Sequence[float],
-) -> tuple[nn.Module, list[float]]:
-    """Train a copy of a `DMTJEPA` on (images, context_index, target_index) batches, one step each.
+) -> tuple[DMTJEPA, list[float]]:
+    """Train a copy of a model, one step per batch (images, context_index, target_index).
 
-    AdamW written out (arXiv 1711.05101, beta 0.9 and 0.999, eps 1e-8), without weight decay on biases and vectors;
-    then the teacher's average.
+    Each step applies AdamW (arXiv 1711.05101, betas 0.9 and 0.999, eps 1e-8) without weight decay for biases and
+    vectors, then updates the average of the teacher.
 
     Returns:
         The trained copy and the loss of each step.
     """
     model = copy.deepcopy(model)
     student = [m for m in (model.encoder, model.predictor, model.head) if m is not None]
-    pairs = [(model.teacher_encoder, model.encoder), (model.teacher_head, model.head)]
+    pairs: list[tuple[nn.Module, nn.Module]] = [(model.teacher_encoder, model.encoder)]
+    if model.teacher_head is not None and model.head is not None:
+        pairs.append((model.teacher_head, model.head))
     trained = [p for module in student for p in module.parameters()]
     first = [torch.zeros_like(p) for p in trained]
     second = [torch.zeros_like(p) for p in trained]
@@ -266,7 +274,6 @@ def train(
                 m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
                 p.sub_(lr * m_hat / (v_hat.sqrt() + 1e-8))
             for teacher, trained_module in pairs:
-                if teacher is not None:
-                    for average, p in zip(teacher.parameters(), trained_module.parameters(), strict=True):
-                        average.copy_(momenta[step] * average + (1 - momenta[step]) * p)
+                for average, p in zip(teacher.parameters(), trained_module.parameters(), strict=True):
+                    average.copy_(momenta[step] * average + (1 - momenta[step]) * p)
     return model, losses

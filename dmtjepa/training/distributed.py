@@ -235,10 +235,11 @@ def first_failure(world: World) -> Iterator[None]:
         yield
     except Exception as error:
         text = f"{world.name} failed first: {type(error).__name__}: {error}"
+        lost = world.world_size > 1 and _is_broken_connection(error)
         try:
-            first = _read_failure(world) if _is_broken_connection(error) else _write_failure(world, text)
+            first = _read_failure(world) if lost else _write_failure(world, text)
         except RuntimeError:  # the rank that serves the store is gone
-            first = None if _is_broken_connection(error) else text
+            first = None if lost else text
         if first is None:
             raise LostPeer(f"{world.name} lost another rank, which ended without a message: {error}") from None
         if first != text:
@@ -250,6 +251,8 @@ def first_failure(world: World) -> Iterator[None]:
 
 def _is_broken_connection(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone. Failures of gloo have no type of their own."""
+    if isinstance(error, OSError):  # of a file or pipe of this process
+        return False
     gone = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
     return gone or any(word in str(error) for word in ("gloo", "Connection closed", "Connection reset", "Broken pipe"))
 

@@ -1,7 +1,7 @@
-"""What a configuration asks of a machine, computed before anything runs: FLOPs, parameters, memory.
+"""Estimate FLOPs, parameters and memory of a configuration before anything runs.
 
-FLOPs count multiplications and additions of matrix products (2 per product of two numbers); a backward pass costs two
-forward passes. Everything is per image at the mean mask shapes of the configured sampler.
+FLOPs count the multiplications and additions of matrix products, 2 for each product of two numbers. A backward pass
+costs as much as two forward passes. FLOPs are per image, at the mean mask shapes of the configured sampler.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dmtjepa.training.parallelize import UNIT_PARAMETERS
 from dmtjepa.training.schedules import build_schedules
 
 GIB = 2**30
-USABLE = 0.95  # share of a GPU's memory; the rest is CUDA's own, NCCL's and the allocator's gaps
+USABLE = 0.95  # fraction of a GPU's memory; CUDA, NCCL and gaps of the allocator take the rest
 
 
 @dataclass(frozen=True)
 class MaskShapes:
-    """Patches per image: context C, of a target block T, unique targets U, neighbourhood R."""
+    """Numbers of patches per image: context C, target block T, unique targets U, neighbourhood R."""
 
     context: float
     target: float
@@ -36,26 +36,29 @@ class MaskShapes:
 
 
 def measure_masks(config: Config, num_steps: int = 32) -> tuple[MaskShapes, MaskShapes]:
-    """Mean and largest shapes over the first steps of a run."""
-    rows = []
+    """Return the mean and the largest shapes over the first steps of a run."""
+    shapes = []
     batch = config.data.batch_size
     sampler = MaskSampler.from_config(config)
     for step in range(num_steps):
         masks = sampler.sample(step)
         sizes = masks.context_size, masks.target_index.shape[2]
-        rows.append((*sizes, len(masks.target_unique) / batch, len(masks.neighborhood) / batch))
-    columns = list(zip(*rows, strict=True))
+        shapes.append((*sizes, len(masks.target_unique) / batch, len(masks.neighborhood) / batch))
+    columns = list(zip(*shapes, strict=True))
     return MaskShapes(*(sum(column) / num_steps for column in columns)), MaskShapes(*map(max, columns))
 
 
-def transformer_flops(num_patches: float, dim: float, depth: float, mlp_ratio: float) -> float:
-    """`depth` blocks, forward: per patch, 4 D^2 of projections, 2 r D^2 of MLP, 2 L D of attention."""
+def transformer_flops(num_patches: float, dim: int, depth: int, mlp_ratio: float) -> float:
+    """Count the FLOPs of a forward pass through `depth` blocks of width D.
+
+    Multiplications per patch and block: 4 D^2 in projections, 2 r D^2 in the MLP of ratio r, 2 L D in attention.
+    """
     per_patch = 2 * (4 + 2 * mlp_ratio) * dim**2 + 4 * num_patches * dim
     return depth * num_patches * per_patch
 
 
 def step_flops(config: Config, shapes: MaskShapes) -> dict[str, float]:
-    """FLOPs per image of each part of a training step at the given mask shapes."""
+    """Count the FLOPs per image of each part of a training step at the given mask shapes."""
     architecture = ARCHITECTURES[config.meta.model_name]
     dim, depth = architecture["embed_dim"], architecture["depth"]
     heads, ratio = architecture["num_heads"], architecture["mlp_ratio"]
@@ -68,7 +71,7 @@ def step_flops(config: Config, shapes: MaskShapes) -> dict[str, float]:
 
     sequence = shapes.context + shapes.target
     predictor = blocks * transformer_flops(sequence, narrow, config.meta.pred_depth - 1, 4.0)
-    # The last block has keys and values of all patches, and all else of the targets alone.
+    # The last block computes keys and values of all patches, and everything else of the targets only.
     predictor += blocks * narrow * (4 * narrow * sequence + shapes.target * (20 * narrow + 4 * sequence))
     predictor += 2 * dim * narrow * (shapes.context + blocks * shapes.target)
     flops = {
@@ -77,17 +80,17 @@ def step_flops(config: Config, shapes: MaskShapes) -> dict[str, float]:
         "predictor": 3 * predictor,
     }
     if config.patch.local_agg_head:
-        # First block: values of the neighbourhood, scores of all patches; second: keys and values too, and queries.
+        # First block: values of the neighbourhood, scores of all patches. Second: keys, values and queries.
         per_target = 2 * (2 * 1 + 2 * 8 + 3)  # two output maps, two MLPs, query and own key and value
         head = (per_target * shapes.unique + 6 * shapes.neighborhood) * dim**2 + 2 * num_patches * heads * dim
         flops["target head"] = head
-        # Single-query attention: scores and pooling over LN1(z) per head; the MLPs are nearly all of it.
+        # Single-query attention: scores and pooling over LN1(z) per head. The MLPs dominate.
         flops["context head"] = 3 * 2 * shapes.context * (2 * 8 * dim**2 + 4 * heads * dim)
     return flops
 
 
 def count_parameters(config: Config) -> dict[str, int]:
-    """Parameters of each part of the model, without building it in memory."""
+    """Count the parameters of each module of the model, without allocating them."""
     with torch.device("meta"):
         model = build_model(config)
     return {
@@ -98,10 +101,15 @@ def count_parameters(config: Config) -> dict[str, int]:
 
 
 def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: bool) -> dict[str, float]:
-    """Largest memory of a device, by part; `shapes` are the largest that occur.
+    """Estimate the peak memory of a device in bytes, by use.
 
-    Weights, gradients and AdamW's averages are float32 and sharded. What the backward pass needs of a block of width D
-    is 16 D numbers per patch, 10 D where it recomputes GELU and norms, or D where it recomputes all.
+    Weights, gradients and AdamW's averages are float32 and sharded. See `ComputePlan` for what the backward pass keeps.
+
+    Args:
+        config: settings of the run.
+        shapes: the largest mask shapes that occur.
+        world_size: number of processes.
+        on_cuda: whether the device is a GPU.
     """
     architecture = ARCHITECTURES[config.meta.model_name]
     dim, depth = architecture["embed_dim"], architecture["depth"]
@@ -140,7 +148,7 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
 
 
 class OutOfMemory(UserError, RuntimeError):
-    """A step did not fit into the memory of its device; the message says what would, by estimate."""
+    """A step did not fit into the memory of its device. The message names settings that should fit."""
 
 
 def _changed(config: Config, section: str, **values: object) -> Config:
@@ -148,7 +156,7 @@ def _changed(config: Config, section: str, **values: object) -> Config:
 
 
 def largest_batch(config: Config, shapes: MaskShapes, world_size: int, capacity: float) -> int:
-    """Images per device that fit into `capacity` bytes of a GPU, by estimate; 0 where not even one does."""
+    """Estimate how many images per device fit into `capacity` bytes of a GPU; 0 if not even one does."""
     one, two = (
         sum(memory_bytes(_changed(config, "data", batch_size=batch), shapes, world_size, on_cuda=True).values())
         for batch in (1, 2)
@@ -157,7 +165,7 @@ def largest_batch(config: Config, shapes: MaskShapes, world_size: int, capacity:
 
 
 def explain_oom(config: Config, world_size: int, device: torch.device, error: torch.OutOfMemoryError) -> str:
-    """What ran out of memory, and which settings would not."""
+    """Describe an out-of-memory error and suggest settings that should fit."""
     total = torch.cuda.get_device_properties(device).total_memory
     _, largest = measure_masks(config)
     needed = sum(memory_bytes(config, largest, world_size, on_cuda=True).values())
@@ -175,11 +183,11 @@ def explain_oom(config: Config, world_size: int, device: torch.device, error: to
             choices.append(f"runtime.activation_checkpointing={how} data.batch_size={batch}")
     if choices:
         text += f"By estimate these fit: {'; or '.join(choices)}. "
-    return text + "runtime.accumulation keeps the global batch where data.batch_size is lowered."
+    return text + "Raise runtime.accumulation to keep the global batch with a lower data.batch_size."
 
 
 def describe(config: Config, world_size: int, device: str) -> str:
-    """The text of `--dry-run`."""
+    """Return the text of `--dry-run`."""
     on_cuda = device.startswith("cuda")
     mean, largest = measure_masks(config)
     flops, parameters = step_flops(config, mean), count_parameters(config)
@@ -188,9 +196,9 @@ def describe(config: Config, world_size: int, device: str) -> str:
     schedules = build_schedules(config.optimization, 1, global_batch)
     width = max(map(len, [*flops, *parameters, *memory]))
 
-    def table(rows: Mapping[str, float], unit: str, scale: float) -> list[str]:
-        rows = dict(rows) | {"total": sum(rows.values())}
-        return [f"  {name:{width}} {value / scale:10.2f} {unit}" for name, value in rows.items()]
+    def table(values: Mapping[str, float], unit: str, scale: float) -> list[str]:
+        values = dict(values) | {"total": sum(values.values())}
+        return [f"  {name:{width}} {value / scale:10.2f} {unit}" for name, value in values.items()]
 
     meant_for = config.optimization.lr_batch_size
     lines = [

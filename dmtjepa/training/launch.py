@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from dmtjepa.config import Config
 from dmtjepa.errors import UserError
+from dmtjepa.output import protect_output
 from dmtjepa.processes import STOP_SIGNALS
 from dmtjepa.training.distributed import check_device, first_failure, process_group
 from dmtjepa.training.estimate import OutOfMemory, explain_oom
@@ -45,6 +46,7 @@ def run_process(config: Config, device_name: str) -> Outcome:
 
     Raises the process's own failure, or DistributedError with the failure that another process met first.
     """
+    protect_output()
     device = check_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     runtime = config.runtime
     with process_group(device, start_timeout=runtime.start_timeout, hang_timeout=runtime.hang_timeout) as world:

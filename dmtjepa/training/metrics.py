@@ -7,7 +7,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,11 +15,9 @@ from tqdm import tqdm
 
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.batches import StepBatch
+from dmtjepa.training.event_file import EventFile
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.stopwatch import Event, Stopwatch
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +87,10 @@ class Metrics:
         self._rate: float | None = None  # images per second, a moving average
         self._waits: list[tuple[float, float]] | None = []  # (seconds, seconds without data) of steps; None: has warned
         self._csv = folder.open_csv(rank, first_step=first_step, steps_per_epoch=schedules.steps_per_epoch)
-        self._board: SummaryWriter | None = None
+        self._board: EventFile | None = None
         self._bar: tqdm | None = None
         if rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
+            self._board = EventFile(folder.tensorboard, purge_step=first_step)
             if sys.stderr.isatty():
                 self._bar = tqdm(
                     total=schedules.num_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1
@@ -216,7 +211,7 @@ class Metrics:
         self._waits = None
 
     @staticmethod
-    def _write_board(board: SummaryWriter, steps: Sequence[StepValues], rate: float, wait_share: float) -> None:
+    def _write_board(board: EventFile, steps: Sequence[StepValues], rate: float, wait_share: float) -> None:
         for value in steps:
             board.add_scalar("loss", value.loss, value.record.step)
             board.add_scalar("gradient norm", value.norm, value.record.step)
@@ -225,3 +220,4 @@ class Metrics:
             board.add_scalar(name.replace("_", " "), getattr(record, name), record.step)
         board.add_scalar("images per second", rate, record.step)
         board.add_scalar("data wait share", wait_share, record.step)
+        board.flush()

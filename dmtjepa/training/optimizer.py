@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,54 +12,63 @@ from dmtjepa.tensors import local_tensors
 
 
 def parameter_groups(modules: Iterable[nn.Module]) -> list[dict]:
-    """AdamW's groups in the published order: weights of the first two modules (encoder, predictor), their biases and
-    1-dimensional parameters (never decayed), then the same two groups of each further module (the head)."""
+    """Return the parameter groups of AdamW in the order of the official code.
+
+    Encoder and predictor, the first two modules, have two groups of weights, then two groups of biases and
+    1-dimensional parameters, which have no weight decay. Each further module (the head) has one group of each.
+    """
     modules = list(modules)
     groups = []
-    for part in (modules[:2], *([module] for module in modules[2:])):
+    for together in (modules[:2], *([module] for module in modules[2:])):
         for decayed in (True, False):
-            for module in part:
-                chosen = [p for name, p in module.named_parameters() if p.requires_grad and _decays(name, p) == decayed]
+            for module in together:
+                chosen = [
+                    p for name, p in module.named_parameters() if p.requires_grad and _is_decayed(name, p) == decayed
+                ]
                 groups.append({"params": chosen, "decayed": decayed} | ({} if decayed else {"weight_decay": 0.0}))
     return [group for group in groups if group["params"]]
 
 
-def _decays(name: str, parameter: Tensor) -> bool:
+def _is_decayed(name: str, parameter: Tensor) -> bool:
     return "bias" not in name and parameter.ndim != 1
 
 
 class ShardedAdamW(torch.optim.AdamW):
-    """AdamW in one fused kernel, on this rank's shards as ordinary tensors; betas 0.9 and 0.999, eps 1e-8.
+    """AdamW in one fused kernel, on the shards of this rank as ordinary tensors. Betas are 0.9 and 0.999, eps is 1e-8.
 
-    Through sharded tensors (DTensor) the same kernel would cost time on the host, and memory without end: their
-    dispatch remembers each call by its arguments, and learning rate and weight decay are new ones at every step.
+    With sharded tensors (DTensor), the same kernel would cost more time on the host, and memory that grows with every
+    step: the dispatcher of DTensor caches calls by their arguments, and learning rate and weight decay always change.
 
-    `found_inf`, a float32 scalar on the device, makes a step do nothing where it is 1, without asking the host.
+    Args:
+        groups: parameter groups, see `parameter_groups`.
     """
 
     def __init__(self, groups: list[dict]) -> None:
         super().__init__(groups, lr=0.0, fused=True)
+        # A float32 scalar on the device. If it is 1, `step` changes nothing; the host does not wait for it.
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]  # takes no closure
         for group in self.param_groups:
             state: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *state)
             beta1, beta2 = group["betas"]
-            tensors: list[Any] = [local_tensors(part) for part in state]
-            options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-            options |= {"fused": True, "found_inf": self.found_inf, "amsgrad": False, "maximize": False}
-            adamw(*tensors, beta1=beta1, beta2=beta2, **options)
+            params, grads, averages, square_averages, maxima, steps = map(local_tensors, state)
+            adamw(
+                params, grads, averages, square_averages, maxima, steps, fused=True, found_inf=self.found_inf,
+                amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+                eps=group["eps"], maximize=False,
+            )  # fmt: skip
 
 
 def build_optimizer(modules: Iterable[nn.Module]) -> ShardedAdamW:
-    """The optimizer with the published groups."""
+    """Build the optimizer for encoder, predictor and, if there is one, head."""
     return ShardedAdamW(parameter_groups(modules))
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
-    """Write a step's learning rate, and its weight decay where a group is decayed, into the optimizer."""
+    """Set the learning rate of all groups and the weight decay of those that are decayed."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         if group["decayed"]:
@@ -69,13 +77,17 @@ def set_schedules(optimizer: torch.optim.Optimizer, learning_rate: float, weight
 
 @torch.no_grad()
 def gradient_norm(parameters: Sequence[nn.Parameter], loss: Tensor, num_copies: int = 1) -> Tensor:
-    """The norm of the whole gradient: a float32 scalar on the device, the same on every rank.
+    """Compute the norm of the whole gradient.
 
-    It is not finite if any gradient or the loss of any rank is not: all ranks see alike whether a step can be made.
+    The norm is not finite if a gradient or the loss of any rank is not, so that all ranks skip the same steps.
 
     Args:
-        parameters: sharded over the ranks of `num_copies` groups which all hold the same gradient.
-        loss: this rank's, a scalar.
+        parameters: the parameters, sharded over the ranks of each of `num_copies` groups.
+        loss: scalar loss of this rank.
+        num_copies: number of groups of ranks. All of them have the same gradient.
+
+    Returns:
+        A float32 scalar on the device, equal on all ranks.
     """
     gradients = local_tensors(p.grad for p in parameters if p.grad is not None)
     squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
@@ -86,6 +98,6 @@ def gradient_norm(parameters: Sequence[nn.Parameter], loss: Tensor, num_copies: 
 
 @torch.no_grad()
 def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients so that their norm, given as `norm`, is at most `max_norm`."""
+    """Scale all gradients so that their norm is at most `max_norm`. `norm` is the result of `gradient_norm`."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(local_tensors(p.grad for p in parameters if p.grad is not None), scale)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import cast
 
 import torch
 import torch._functorch.config
@@ -31,7 +31,11 @@ UNIT_PARAMETERS = 32e6
 
 
 def check_shard_size(world_size: int, shard_size: int | None) -> None:
-    """Refuse groups that the processes cannot be divided into."""
+    """Check that groups of `shard_size` divide the processes.
+
+    Raises:
+        ConfigError: `world_size` is not a multiple of `shard_size`.
+    """
     if shard_size is not None and world_size % shard_size:
         raise ConfigError(f"runtime.shard_size: {world_size} processes cannot be divided into groups of {shard_size}")
 
@@ -77,11 +81,11 @@ class FsdpUnits:
         """The same for the backward pass."""
         return [self.module, *(unit[0] for unit in self.blocks[::-1])]
 
-    def shard(self, **options) -> None:
+    def shard(self, mesh: DeviceMesh, policy: MixedPrecisionPolicy, *, reshard_after_forward: bool) -> None:
         """Apply `fully_shard` to blocks and module, inner modules first."""
         for unit in self.blocks:
-            fully_shard(unit, **options)
-        fully_shard(self.module, **options)
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(self.module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
 
 
 def parallelize(model: DMTJEPA, mesh: DeviceMesh, plan: ComputePlan) -> DMTJEPA:
@@ -122,18 +126,18 @@ def shard_units(
     model: DMTJEPA, teacher: list[FsdpUnits], student: list[FsdpUnits], mesh: DeviceMesh, plan: ComputePlan
 ) -> None:
     """Apply `fully_shard` to all units, then to the model."""
-    shared: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(plan.dtype, torch.float32)}
+    policy = MixedPrecisionPolicy(plan.dtype, torch.float32)
     for units in teacher:
-        units.shard(reshard_after_forward=True, **shared)  # there is no backward pass
-    # Without units of blocks, a module is gathered as a whole, and needed soon again: resharding would save nothing.
+        units.shard(mesh, policy, reshard_after_forward=True)  # the teacher has no backward pass
+    # Without units of blocks, a module is gathered as a whole and needed again soon. Resharding would save nothing.
     reshard = plan.reshard_after_forward and any(units.blocks for units in student)
     for units in student:
-        units.shard(reshard_after_forward=reshard, **shared)
-    fully_shard(model, reshard_after_forward=False, **shared)
+        units.shard(mesh, policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def register_forward_methods(model: DMTJEPA) -> None:
-    """Let the methods that training calls gather weights as `forward` does."""
+    """Let the methods that training calls gather weights, like `forward`."""
     for method in ("compute_targets", "predict_targets"):
         register_fsdp_forward_method(model, method)
     for head in (model.teacher_head, model.head):
@@ -144,12 +148,17 @@ def register_forward_methods(model: DMTJEPA) -> None:
 
 def prefetch(teacher: list[FsdpUnits], student: list[FsdpUnits]) -> None:
     """Gather the weights of the next unit while a unit computes."""
-    forward: list[Any] = [module for units in teacher + student for module in units.forward_order]
+    forward = _sharded(module for units in teacher + student for module in units.forward_order)
     for current, following in itertools.pairwise(forward):
         current.set_modules_to_forward_prefetch([following])
-    backward: list[Any] = [module for units in student[::-1] for module in units.backward_order]
+    backward = _sharded(module for units in student[::-1] for module in units.backward_order)
     for current, following in itertools.pairwise(backward):
         current.set_modules_to_backward_prefetch([following])
+
+
+def _sharded(modules: Iterable[nn.Module]) -> list[FSDPModule]:
+    """Return modules after `fully_shard`, which makes each of them an FSDPModule."""
+    return cast("list[FSDPModule]", list(modules))
 
 
 def group_fsdp_units(blocks: Iterable[nn.Module], mesh: DeviceMesh) -> list[list[nn.Module]]:
@@ -173,9 +182,9 @@ def group_fsdp_units(blocks: Iterable[nn.Module], mesh: DeviceMesh) -> list[list
 def cast_at_once(model: nn.Module) -> None:
     """Cast all weights of a unit with one call, in a model that is not sharded; in place.
 
-    FSDP2 casts and copies parameter by parameter there, which launches 800 of the 2000 kernels of a step of ViT-B/16
-    (docs/performance.md). With several processes it already copies all at once. This replaces a private method of
-    PyTorch 2.11; other versions keep their own.
+    In such a model, FSDP2 casts and copies each parameter separately, which launches 800 of the 2000 kernels of a step
+    of ViT-B/16 (docs/performance.md). With several processes, it already copies all at once. This function replaces a
+    private method of PyTorch 2.11. It has no effect with other versions.
     """
     if not torch.__version__.startswith("2.11."):
         return
@@ -188,7 +197,7 @@ def cast_at_once(model: nn.Module) -> None:
 
 def _cast_weights(group) -> None:
     """Replace `FSDPParamGroup.wait_for_unshard` in a process that has all weights. Clears the marker of `unshard`."""
-    if group._all_gather_result is None:  # the weights are there already
+    if group._all_gather_result is None:  # already gathered
         return
     weights = [parameter._sharded_param_data for parameter in group.fsdp_params]
     for parameter, weight in zip(group.fsdp_params, weights, strict=True):
@@ -196,7 +205,7 @@ def _cast_weights(group) -> None:
         parameter.init_all_gather_outputs([weight.numel()], [dtype], 1, group.device)
         parameter.alloc_all_gather_outputs()
     outputs = tuple(parameter.all_gather_outputs[0] for parameter in group.fsdp_params)
-    # The backward pass may have saved these tensors; they get the values that they had.
+    # The backward pass may have saved these tensors. They get the same values again, so that is no modification.
     with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(outputs):
         torch._foreach_copy_(outputs, weights)
     for parameter in group.fsdp_params:
@@ -220,14 +229,15 @@ _PRODUCTS = frozenset(
 ) | {torch.ops.dmtjepa.onednn_linear.default}
 
 
-def checkpoint_blocks(blocks: Sequence[nn.Module], recompute: str) -> None:
-    """Let the backward pass of `blocks` recompute activations, see `ComputePlan`."""
+def checkpoint_blocks(blocks: Iterable[nn.Module], recompute: str) -> None:
+    """Let the backward pass of `blocks` recompute activations, see `ComputePlan`. Replaces their `forward`."""
     if recompute == "none":
         return
-    contexts: dict[str, Any] = {"context_fn": _keep_products} if recompute == "pointwise" else {}
+    run = functools.partial(checkpoint, use_reentrant=False)
+    if recompute == "pointwise":
+        run = functools.partial(run, context_fn=_keep_products)
     for block in blocks:
-        wrapped = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
-        replace_method(block, "forward", wrapped)
+        replace_method(block, "forward", functools.partial(run, block.forward))
 
 
 def _keep_products():
@@ -240,10 +250,10 @@ def _keep_products():
 
 
 def set_memory_budget(recompute: str) -> None:
-    """Do the same for compiled blocks, where the partitioner of their graphs decides what is recomputed.
+    """Set the memory budget with which the partitioner of compiled graphs decides what to recompute.
 
-    With a budget of 1 it keeps everything that a backward pass without recomputation needs. With less it first gives up
-    the outputs of pointwise operators; that suffices for 0.9.
+    With a budget of 1, it keeps everything that a backward pass without recomputation needs. With less, it recomputes
+    the outputs of pointwise operators first. They suffice for a budget of 0.9.
     """
     torch._functorch.config.activation_memory_budget = 0.9 if recompute == "pointwise" else 1.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from dmtjepa.data import Loader, StoredSource, build_loader
 from dmtjepa.interop import load_model
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA
-from dmtjepa.run_folder import RunFolder
+from dmtjepa.run_folder import RunFolder, RunFolderError
 from dmtjepa.training.batches import BatchStream
 from dmtjepa.training.check import build_model_for, count_steps_per_epoch, find_initial_weights
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
 from dmtjepa.training.finite import FiniteCheck
+from dmtjepa.training.images import check_images, record_images
 from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.parallelize import build_mesh, parallelize
 from dmtjepa.training.saving import Saver
@@ -96,27 +98,42 @@ def build_run(
     resume_from = find_checkpoint(folder, world)
     if resume_from is None:
         load_initial_weights(model, config, folder, world)
+    images = run_on_rank_0(world, lambda: check_images(config, folder, source, loader.name, resume_from))
     model = parallelize(model, mesh, ComputePlan.from_config(config, world.device.type))
     train_step = TrainStep(model, config.optimization, schedules, mesh, world.device, watchdog.on_phase)
-    state = TrainingState(config, world, model, train_step.optimizer, schedules, loader.num_images)
+    state = TrainingState(config, world, model, train_step.optimizer, schedules, images)
     vote = RankVote(new_gloo_group(world))
     saver = Saver(config, world, folder, schedules, state)
     stack.push(saver.wait_after_failure)
     if resume_from is not None:
         state.restore(resume_from)
         saver.export_missing()
-    if world.rank == 0:
-        folder.record_start(
-            config, world.device, world_size=world.world_size, global_batch=global_batch, step=state.step
-        )
-    metrics = Metrics(
-        folder, world.rank, world.device,
-        schedules=schedules, first_step=state.step, global_batch=global_batch,
-    )  # fmt: skip
+    with _named_failure(folder):
+        if world.rank == 0:
+            folder.record_start(
+                config, world.device, world_size=world.world_size, global_batch=global_batch, step=state.step
+            )
+            record_images(folder, source, images)
+        metrics = Metrics(
+            folder, world.rank, world.device,
+            schedules=schedules, first_step=state.step, global_batch=global_batch,
+        )  # fmt: skip
     stack.callback(metrics.close)
     batches = _build_batches(config, world, loader, schedules, metrics)
     stack.callback(batches.close)
     return Run(schedules, train_step, state, vote, saver, FiniteCheck(config, world, state, saver), metrics, batches)
+
+
+@contextlib.contextmanager
+def _named_failure(folder: RunFolder) -> Iterator[None]:
+    """Files that cannot be written at a start end it: checkpoints could not be written either."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder.path} (logging.folder) cannot be written to: {error}. Is the disk full? Nothing that was there "
+            "is lost; start again when it can be written"
+        ) from error
 
 
 def _build_batches(config: Config, world: World, loader: Loader, schedules: Schedules, metrics: Metrics) -> BatchStream:

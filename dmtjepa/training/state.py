@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dmtjepa.checkpoint_format import CheckpointError, load_into, read_meta
 from dmtjepa.config import Config
+from dmtjepa.data.fingerprint import Fingerprint
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.distributed import World
 from dmtjepa.training.optimizer import ShardedAdamW
@@ -27,7 +28,7 @@ class TrainingState:
         config, world, schedules: of the run.
         model: sharded (`parallelize`).
         optimizer: of the student's parameters.
-        num_images: size of the data set.
+        images: what the run trains on.
 
     Attributes:
         step: number of finished steps.
@@ -42,10 +43,10 @@ class TrainingState:
         model: DMTJEPA,
         optimizer: ShardedAdamW,
         schedules: Schedules,
-        num_images: int,
+        images: Fingerprint,
     ) -> None:
         self.model, self.optimizer = model, optimizer
-        self._config, self._world, self._schedules, self._num_images = config, world, schedules, num_images
+        self._config, self._world, self._schedules, self._images = config, world, schedules, images
         self.step = 0
         self.num_skipped = 0
         self.epoch_loss: tuple[float, int] = (0.0, 0)
@@ -72,7 +73,8 @@ class TrainingState:
             "epoch": epoch,
             "step_in_epoch": step_in_epoch,
             "steps_per_epoch": self._schedules.steps_per_epoch,
-            "num_images": self._num_images,
+            "num_images": self._images.num_images,
+            "images": self._images.to_meta(),
             "loss": loss / count if count else None,
             "epoch_loss": self.epoch_loss,
             "lr": self._schedules.learning_rate(last),
@@ -95,7 +97,7 @@ class TrainingState:
             CheckpointError: the checkpoint does not fit this run.
         """
         meta = read_meta(checkpoint)
-        check_data_unchanged(checkpoint, meta, self._schedules.steps_per_epoch, self._num_images)
+        check_data_unchanged(checkpoint, meta, self._schedules.steps_per_epoch, self._images.num_images)
         tensors = self.tensors()
         if meta["world_size"] != self._world.world_size:  # the generators belong to another number of ranks
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("rng.")}

@@ -4,7 +4,7 @@ from dmtjepa.config import Config, Resume, changed_settings, parse_config, resum
 
 # Settings that change nothing about what is trained.
 FREE = {
-    "data": {"num_workers", "pin_mem", "root_path", "max_broken", "worker_timeout"},
+    "data": {"num_workers", "pin_mem", "root_path", "max_broken", "allow_changed", "worker_timeout"},
     "logging": {"folder"},
     "meta": {"copy_data", "load_checkpoint", "read_checkpoint"},
     "optimization": {"max_skipped_steps"},

@@ -58,11 +58,11 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def test_rows_are_rounded_to_four_bits_of_their_own_scale():
     torch.manual_seed(0)
     x = torch.randn(64, 80) * torch.logspace(-6, 6, 64)[:, None]
-    rows, scale = fp8.quantize_rows(x)
-    assert (rows.dtype, scale.dtype, scale.shape) == (torch.float8_e4m3fn, torch.float32, (64, 1))
-    assert torch.equal(rows.float().abs().amax(1), torch.full((64,), 448.0))
+    quantized, scale = fp8.quantize_rows(x)
+    assert (quantized.dtype, scale.dtype, scale.shape) == (torch.float8_e4m3fn, torch.float32, (64, 1))
+    assert torch.equal(quantized.float().abs().amax(1), torch.full((64,), 448.0))
     # Half a unit in the last of four bits, or of the smallest numbers' spacing 2^-9.
-    error = (rows.float() * scale - x).abs()
+    error = (quantized.float() * scale - x).abs()
     assert (error <= torch.maximum(x.abs() / 16, scale * 2**-10) * 1.0001).all()
     assert (error > x.abs() / 100).any()
 
@@ -70,8 +70,8 @@ def test_rows_are_rounded_to_four_bits_of_their_own_scale():
 def test_rows_of_zeros_and_rows_that_are_not_finite():
     x = torch.ones(4, 16)
     x[0], x[1, 3], x[2, 5] = 0, float("inf"), float("nan")
-    rows, scale = fp8.quantize_rows(x)
-    out = fp8.emulated_product(rows, scale, *fp8.quantize_rows(torch.ones(32, 16)), torch.zeros(32))
+    quantized, scale = fp8.quantize_rows(x)
+    out = fp8.emulated_product(quantized, scale, *fp8.quantize_rows(torch.ones(32, 16)), torch.zeros(32))
     torch.testing.assert_close(out[[0, 3]], torch.tensor([[0.0], [16.0]]).expand(2, 32))
     assert out[1:3].isnan().all()
 

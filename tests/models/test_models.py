@@ -35,7 +35,7 @@ def test_uint8_batches_in_both_memory_layouts():
     torch.testing.assert_close(encoder(images.contiguous(memory_format=torch.channels_last)), encoder(images))
 
 
-def test_released_parameter_names():
+def test_official_parameter_names():
     encoder = VisionTransformer(image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
     block = [
         f"{part}.{kind}"
@@ -62,7 +62,7 @@ def test_released_parameter_names():
     }  # fmt: skip
 
 
-# Parameters of the published encoders: ViT-B/16 and H/14 as in I-JEPA, without class token and with 3 image channels.
+# Parameters of the official encoders: ViT-B/16 and H/14 as in I-JEPA, without class token and with 3 image channels.
 @pytest.mark.parametrize(
     ("name", "patch", "millions"),
     [("vit_nano", 16, 0.9), ("vit_tiny", 16, 5.4), ("vit_small", 16, 21.5), ("vit_base", 16, 85.6),
@@ -94,7 +94,7 @@ def test_other_image_sizes_resample_the_position_embedding():
     assert encoder(torch.randn(2, 3, 56, 24)).shape == (2, 21, 32)
     smooth = sincos_position_embedding((8, 8), 32)
     doubled = resample_position_embedding(smooth, (8, 8), (16, 16)).view(16, 16, 32)
-    # A resampled table is the same picture: its 2x2 means are close to the original.
+    # A resampled table is the same image: its 2x2 means are close to the original.
     means = doubled.view(8, 2, 8, 2, 32).mean((1, 3))
     assert (means - smooth.view(8, 8, 32))[1:-1, 1:-1].abs().max() < 0.1
     assert resample_position_embedding(smooth, (8, 8), (8, 8)) is smooth

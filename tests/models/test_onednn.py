@@ -40,7 +40,7 @@ def test_outputs_and_gradients_equal_the_definition(shape, dtype, compiled):
 
 
 def test_rows_of_a_weight_and_strided_gradients():
-    """As a block computes the queries of some rows alone, and as attention hands its gradients back."""
+    """A block computes the queries of some tokens only; attention returns strided gradients."""
     torch.manual_seed(0)
     weight, x = torch.randn(30, 16, requires_grad=True), torch.randn(2, 9, 16, requires_grad=True)
     grad = torch.randn(9, 2, 10).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Predictions of --dry-run against published counts and against PyTorch's own counter of operations."""
+"""Predictions of --dry-run against official counts and PyTorch's counter of operations."""
 
 import re
 from pathlib import Path
@@ -31,12 +31,12 @@ AT_16 = MaskShapes(context=68.3, target=44.2, unique=115, neighborhood=168)
     ("name", "shapes", "gigaflops"),
     [("in1k_vitb16_ep600", AT_14, 88.1), ("in1k_vitl16_ep600", AT_14, 265.7), ("in1k_vith14_ep300", AT_16, 677)],
 )
-def test_flops_of_the_published_runs(name, shapes, gigaflops):
+def test_flops_of_the_official_runs(name, shapes, gigaflops):
     flops = step_flops(load_config(CONFIGS / f"{name}.yaml"), shapes)
     assert sum(flops.values()) / 1e9 == pytest.approx(gigaflops, rel=0.03)
 
 
-def test_mean_mask_shapes_are_those_of_the_published_sampler():
+def test_mean_mask_shapes_are_those_of_the_official_sampler():
     mean, largest = measure_masks(load_config(CONFIGS / "in1k_vith14_ep300.yaml"), num_steps=100)
     assert mean.context == pytest.approx(AT_16.context, rel=0.1)
     assert mean.target == pytest.approx(AT_16.target, rel=0.05)
@@ -70,6 +70,7 @@ def test_parameters_are_those_of_the_built_model(settings):
     assert counted["teacher_encoder"] == counted["encoder"]
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_number_of_devices():
     config = load_config(CONFIGS / "in1k_vith14_ep300.yaml")
     _, largest = measure_masks(config)

@@ -16,7 +16,7 @@ from dmtjepa.training.optimizer import (
 )
 
 
-def test_groups_stand_in_the_published_order_and_spare_biases_and_norms():
+def test_groups_have_the_official_order_and_do_not_decay_biases_and_norms():
     modules = [nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)) for _ in range(3)]
     groups = parameter_groups(modules)
     assert [group["decayed"] for group in groups] == [True, True, False, False, True, False]

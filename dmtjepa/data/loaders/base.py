@@ -22,6 +22,8 @@ _POLL_SECONDS = 1  # how often a waiting loader checks that its workers make pro
 class Loader(ABC):
     """Batches of random crops, uint8 [B,3,H,W], in the order of SampleOrder."""
 
+    name: str  # in data.loader
+
     def __init__(
         self, source: ImageSource, settings: DataSettings, *, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:

@@ -29,6 +29,8 @@ _IN_FLIGHT = 2  # batches that DALI decodes
 class DaliLoader(Loader):
     """Batches on the device."""
 
+    name = "dali"
+
     def __init__(
         self,
         source: ImageSource,

@@ -115,6 +115,8 @@ class _Requests(Sampler):
 class TorchvisionLoader(Loader):
     """Batches in the memory of the CPU, pinned if asked for."""
 
+    name = "torchvision"
+
     def __init__(
         self,
         source: ImageSource,

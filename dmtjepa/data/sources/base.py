@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from typing import Protocol
@@ -53,6 +54,14 @@ class ImageSource(Protocol):
         """The name of an image in messages."""
         ...
 
+    def keys(self) -> Names:
+        """The names of all images within their folder, list or shards: the same wherever that is."""
+        ...
+
+    def size(self, image: int) -> int:
+        """The number of encoded bytes; -1 if that cannot be found out."""
+        ...
+
     def read(self, image: int) -> bytes:
         """The encoded bytes. Raises OSError if they cannot be read."""
         ...
@@ -85,6 +94,10 @@ class Names:
     def __len__(self) -> int:
         return len(self._ends)
 
+    def digest(self) -> str:
+        """SHA-256 of the names in their order."""
+        return hashlib.sha256(self._ends.tobytes() + self._bytes.tobytes()).hexdigest()
+
     def __getitem__(self, index: int) -> bytes:
         start = int(self._ends[index - 1]) if index else 0
         return self._bytes[start : int(self._ends[index])].tobytes()
@@ -108,6 +121,14 @@ def number_labels(numbers: list[bytes]) -> tuple[np.ndarray, list[str]]:
 def describe_classes(class_names: list[str]) -> str:
     """ " of 3 classes", or nothing if there are no classes."""
     return f" of {len(class_names)} {'class' if len(class_names) == 1 else 'classes'}" if class_names else ""
+
+
+def file_size(path: bytes) -> int:
+    """The size of a file in bytes; -1 if it cannot be found out."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def read_file(path: bytes) -> bytes:

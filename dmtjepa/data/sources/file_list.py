@@ -13,6 +13,7 @@ from dmtjepa.data.sources.base import (
     DataError,
     Names,
     describe_classes,
+    file_size,
     label_names,
     number_labels,
     read_file,
@@ -64,6 +65,12 @@ class ListSource:
 
     def describe(self) -> str:
         return f"{len(self)} images{describe_classes(self.class_names)} in the list {self.path}"
+
+    def keys(self) -> Names:
+        return self._names
+
+    def size(self, image: int) -> int:
+        return file_size(os.path.join(self._folder, self._names[image]))
 
     def read(self, image: int) -> bytes:
         return read_file(os.path.join(self._folder, self._names[image]))

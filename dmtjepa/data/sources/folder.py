@@ -15,6 +15,7 @@ from dmtjepa.data.sources.base import (
     DataError,
     Names,
     describe_classes,
+    file_size,
     label_names,
     read_file,
 )
@@ -135,6 +136,12 @@ class FolderSource:
 
     def describe(self) -> str:
         return f"{len(self)} images{describe_classes(self.class_names)} below {self.folder}"
+
+    def keys(self) -> Names:
+        return self._names
+
+    def size(self, image: int) -> int:
+        return file_size(self._prefix + self._names[image])
 
     def read(self, image: int) -> bytes:
         return read_file(self._prefix + self._names[image])

@@ -186,6 +186,12 @@ class ShardSource:
         """Without classes: they would have to be read from all over the shards."""
         return f"{len(self)} images in {len(self._shards)} tar shards, the first of which is {self._shards[0]}"
 
+    def keys(self) -> Names:
+        return self._keys
+
+    def size(self, image: int) -> int:
+        return int(self._place[image, 1])
+
     def read(self, image: int) -> bytes:
         return self._pread(int(self._shard[image]), *self._place[image, :2].tolist())
 

@@ -1,0 +1,46 @@
+"""Standard output and standard error, without which training can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Any, TextIO
+
+
+class SafeStream:
+    """A text stream whose errors are ignored: a full disk, a pipe that nobody reads, a terminal that is gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def protect_output() -> None:
+    """Let standard output and standard error fail without an error in this process.
+
+    Closed ones lead to /dev/null from now on. Otherwise the next file that is opened gets their number, and messages
+    are written into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        if not isinstance(stream, SafeStream):
+            setattr(sys, name, SafeStream(stream))
