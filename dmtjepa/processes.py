@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
+import multiprocessing.util
 import os
+import shutil
 import signal
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that ask a run to save and stop."""
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+# multiprocessing adds up to 33 bytes to the path of its folder; a socket's name has at most 107.
+_MAX_FOLDER_BYTES = 70
 
 _private_descriptors: set[int] = set()
 
@@ -58,6 +65,19 @@ def blocked_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def shorten_socket_names() -> None:
+    """Keep the sockets of multiprocessing out of a temporary folder whose path is too long for them.
+
+    Call it before the first child that shares tensors or forks from a server. Children inherit the choice.
+    """
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    if "tempdir" in settings or len(os.fsencode(tempfile.gettempdir())) <= _MAX_FOLDER_BYTES:
+        return
+    folder = tempfile.mkdtemp(prefix="pymp-", dir="/tmp")
+    multiprocessing.util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-100)
+    settings["tempdir"] = folder
 
 
 @contextlib.contextmanager

@@ -1,268 +1,347 @@
-"""Kill a training run again and again, and see that nothing is lost: `python tests/kill_test.py --kills 1000`.
+"""Kill programs again and again, and see that nothing is lost: `python -m tests.kill_test --kills 300 --out FILE.json`.
 
-A run of a tiny network is killed with SIGKILL: while it starts, between steps, and while it saves; all processes at
-once, or one of them. After each kill the newest checkpoint must be whole and no older than the last one that was
-published, and the next start must resume from it. Each run that reaches its end must have the losses and weights of a
-run that was never killed, bit by bit.
+Runs of a tiny network, of one and two processes, with both loaders and their workers, get SIGKILL, SIGTERM, SIGINT or
+SIGHUP: a rank, the program or its whole process group; while they start, between steps, while they log, save or export.
+Finished runs are evaluated, and the evaluation is killed too. After each kill:
+
+- every process of the program ends;
+- the newest checkpoint is whole, and no older than the last one that was published; a stop signal saved every step;
+- the losses of all steps before it are in the CSV of each rank, and no exported file is lost or damaged;
+- the next start, at once, resumes from that checkpoint.
+
+Each run ends with the losses, weights and exported files of a run that was never killed, bit by bit.
+
+The results are in FILE.json after each run. The same command continues where an earlier one was ended.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import socket
+import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
-import numpy as np
-import torch
-from PIL import Image
+from dmtjepa.data.build import is_dali_installed
+from dmtjepa.files import WRITING, write_json
+from tests.helpers.killed_runs import (
+    NUM_STEPS,
+    SAVE_EVERY,
+    Lost,
+    Run,
+    Setup,
+    check_same_result,
+    digest,
+    require,
+    write_images,
+)
+from tests.helpers.programs import Program, fork_instead_of_import
 
-import tests.helpers.tiny_architecture  # noqa: F401
-from dmtjepa import checkpoint_format
-from dmtjepa.config import Config, parse_config
-from dmtjepa.training.launch import run_process
+KILLS_PER_RUN = 10
+EVALUATE_EVERY, EVALUATION_KILLS = 5, 3  # an evaluation takes longer than a run
+END_SECONDS = 60  # only ends a hang
+LEFT_SECONDS = 10  # after the program has ended, for those that it started
 
-NUM_STEPS = 24
-SAVE_EVERY = 3
-MOMENTS = ("start", "step", "save", "save", "save")
-
-
-def settings(folder: Path, images: Path, processes: int) -> Config:
-    """24 steps with a checkpoint every 3."""
-    return parse_config(
-        {
-            "data": {
-                "batch_size": 8 // processes,
-                "crop_size": 32,
-                "root_path": str(images),
-                "num_workers": 0,
-                "loader": "torchvision",
-            },
-            "logging": {"folder": str(folder)},
-            "mask": {"patch_size": 4, "min_keep": 4},
-            "patch": {"local_agg_head": True},
-            "meta": {"model_name": "vit_tiny", "pred_depth": 1, "pred_emb_dim": 16},
-            "optimization": {"epochs": 3, "warmup": 1},
-            "runtime": {"log_every": 1, "save_every_steps": SAVE_EVERY, "start_timeout": 600, "hang_timeout": 3600},
-        }
-    )
+MOMENTS = ("start", "step", "log", "save", "save", "export")
+KILLS = (
+    (signal.SIGKILL, "a rank"), (signal.SIGKILL, "main.py"), (signal.SIGKILL, "the group"),
+    (signal.SIGTERM, "main.py"), (signal.SIGTERM, "the group"), (signal.SIGINT, "main.py"),
+    (signal.SIGINT, "the group"), (signal.SIGHUP, "main.py"), (signal.SIGHUP, "the group"),
+)  # fmt: skip
+WEIGHTS = [2, 2, 2, 1, 1, 1, 1, 1, 1]
+SETUPS = (Setup(2, "torchvision", 1), Setup(1, "dali", 2), Setup(1, "torchvision", 2), Setup(2, "dali", 2))
 
 
-class Processes:
-    """The processes of a run, forked from this one, which has imported everything and never computed."""
-
-    def __init__(self, config: Config, count: int, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.pids = []
-        for rank in range(count):
-            pid = os.fork()
-            if pid == 0:
-                descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(descriptor, 1)
-                os.dup2(descriptor, 2)
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                _exit_with(lambda: run_process(config, "cpu"))
-            self.pids.append(pid)
-
-    def poll(self) -> bool:
-        """Whether any process is still running; those that ended are collected."""
-        self.pids = [pid for pid in self.pids if os.waitpid(pid, os.WNOHANG) == (0, 0)]
-        return bool(self.pids)
-
-    def kill(self, pids: list[int]) -> None:
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-
-    def end(self, seconds: float) -> None:
-        """Give the rest some seconds to notice that the others are gone, then kill them too."""
-        deadline = time.monotonic() + seconds
-        while self.poll() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.kill(self.pids)
-        while self.poll():
-            time.sleep(0.01)
+# ---- When to kill, and what
 
 
-def _exit_with(work: Callable[[], object]) -> None:
-    """Run `work` in a forked child, and end it."""
-    code = 1
-    try:
-        work()
-        code = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def same_result(first: Config, second: Config) -> bool:
-    """Whether two finished runs have equal losses and equal weights, bit by bit."""
-    if read_losses(first) != read_losses(second) or len(read_losses(first)) != NUM_STEPS:
-        return False
-    pid = os.fork()
-    if pid == 0:
-
-        def compare() -> None:
-            old, new = (
-                checkpoint_format.load_full(checkpoint_format.newest_whole(Path(config.logging.folder, "checkpoints")))
-                for config in (first, second)
-            )
-            assert old.keys() == new.keys()
-            # The generators' states are no result: each start of a loader draws from them a seed that nothing uses.
-            assert all(torch.equal(old[name], new[name]) for name in old if not name.startswith("rng."))
-
-        _exit_with(compare)
-    return os.waitpid(pid, 0)[1] == 0
-
-
-def read_losses(config: Config) -> list[str]:
-    path = Path(config.logging.folder, "jepa_r0.csv")
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return [row["loss"] for row in csv.DictReader(file)]
-
-
-def wait_for_moment(moment: str, run: Processes, config: Config, generator: random.Random) -> bool:
-    """Wait until the moment to kill; False when the run ended before."""
-    checkpoints = Path(config.logging.folder, "checkpoints")
+def wait_for_moment(moment: str, run: Run, program: Program, seconds: float, generator: random.Random) -> bool:
+    """Wait until the moment to kill; False when the program ended before. `seconds`: what a start takes."""
     if moment == "start":
-        deadline = time.monotonic() + generator.uniform(0.0, 0.6)
-        return _poll_until(run, lambda: time.monotonic() > deadline)
+        end = program.started + generator.uniform(0, 1.2 * seconds)
+        return program.wait_until(lambda: time.monotonic() > end)
     if moment == "step":
-        rows = len(read_losses(config)) + generator.randint(1, 2 * SAVE_EVERY)
-        ready = _poll_until(run, lambda: len(read_losses(config)) >= rows)
-        time.sleep(generator.uniform(0.0, 0.05))
-        return ready
+        rows = len(run.losses()) + generator.randint(1, 2 * SAVE_EVERY)
+        program.wait_until(lambda: len(run.losses()) >= rows)
+        time.sleep(generator.uniform(0, 0.05))
+        return program.is_running()
+    if moment == "log":
+        path = run.files.csv_file(generator.randrange(run.setup.processes))
+        for _ in range(generator.randint(1, SAVE_EVERY)):
+            before = size_of(path)
+            if not program.wait_until(lambda: size_of(path) > before):  # noqa: B023
+                return False
+        return program.is_running()
+    if moment == "export":
+        ready = program.wait_until(lambda: any(run.files.path.glob(f"{WRITING}*.pth.tar*")))
+        time.sleep(generator.uniform(0, 0.02))
+        return ready and program.is_running()
     for _ in range(generator.randint(0, 2)):  # saves to let pass
-        before = newest_step(checkpoints)
-        if not _poll_until(run, lambda: newest_step(checkpoints) > before):  # noqa: B023
+        before = run.newest_published()
+        if not program.wait_until(lambda: run.newest_published() > before):  # noqa: B023
             return False
-    if not _poll_until(run, lambda: any(checkpoints.glob(".writing-*"))):
-        return False
-    time.sleep(generator.uniform(0.0, 0.15))
-    return run.poll()
+    ready = program.wait_until(lambda: any(run.files.checkpoints.glob(f"{WRITING}*")))
+    time.sleep(generator.uniform(0, 0.15))
+    return ready and program.is_running()
 
 
-def newest_step(checkpoints: Path) -> int:
-    """Steps of the newest published checkpoint; 0 without any."""
-    return max(map(checkpoint_format.step_of, checkpoint_format.list_checkpoints(checkpoints)), default=0)
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
-def _poll_until(run: Processes, condition: Callable[[], bool]) -> bool:
-    while not condition():
-        if not run.poll():
-            return False
-        time.sleep(0.001)
-    return run.poll()
+def kill(program: Program, number: signal.Signals, target: str, generator: random.Random) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        if target == "the group":
+            os.killpg(program.pid, number)
+        else:
+            os.kill(generator.choice(program.ranks()) if target == "a rank" else program.pid, number)
 
 
-def last_start(config: Config) -> dict:
-    return json.loads(Path(config.logging.folder, "environment.json").read_text())["starts"][-1]
+def check_ended(program: Program) -> float:
+    """Wait until a killed program has ended. Returns the seconds it took."""
+    killed = time.monotonic()
+    if not program.wait(END_SECONDS):
+        raise Lost(f"still runs {END_SECONDS} s later: {[row.name for row in program.members()]}")
+    return time.monotonic() - killed
 
 
-def num_starts(config: Config) -> int:
-    path = Path(config.logging.folder, "environment.json")
-    return len(json.loads(path.read_text())["starts"]) if path.exists() else 0
+def check_none_left(program: Program) -> None:
+    """Every process of a program that has ended is gone, or soon will be."""
+    deadline = time.monotonic() + LEFT_SECONDS
+    while left := program.members():
+        if time.monotonic() > deadline:
+            raise Lost(f"processes are left {LEFT_SECONDS} s later: {[f'{row.name} {row.pid}' for row in left]}")
+        time.sleep(0.01)
+
+
+# ---- One run, killed until it ends
+
+
+class Campaign:
+    """All runs, and what came of them.
+
+    Args:
+        folder: where to write.
+        seed: of the moments to kill at.
+        results: of earlier runs of the same campaign.
+    """
+
+    def __init__(self, folder: Path, seed: int, results: dict) -> None:
+        self.folder, self.seed, self.results = folder, seed, results
+        self.images = folder / "images"
+        shutil.rmtree(self.images, ignore_errors=True)
+        write_images(self.images)
+        self._references: dict[Setup, tuple[Run, float]] = {}
+        self._evaluation_seconds: float | None = None
+
+    def reference(self, setup: Setup) -> tuple[Run, float]:
+        """A run that is never killed, and the seconds to its first row."""
+        if setup not in self._references:
+            name = f"reference-{setup.processes}-{setup.loader}"
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            run = Run(self.folder / name, self.images, setup)
+            program = run.train()
+            program.wait_until(lambda: bool(run.losses()))
+            seconds = time.monotonic() - program.started
+            program.wait(600)
+            if program.code != 0:
+                raise SystemExit(f"the run that is not killed failed:\n{run.log.read_text()[-6000:]}")
+            check_none_left(program)
+            self._references[setup] = run, seconds
+        return self._references[setup]
+
+    def evaluation_seconds(self) -> float:
+        """What the evaluation of a run takes that is not killed."""
+        if self._evaluation_seconds is None:
+            run, _ = self.reference(SETUPS[0])
+            program = run.evaluate()
+            program.wait(600)
+            if program.code != 0:
+                raise SystemExit(f"the evaluation that is not killed failed:\n{run.log.read_text()[-6000:]}")
+            self._evaluation_seconds = time.monotonic() - program.started
+        return self._evaluation_seconds
+
+    def run(self, number: int, kills_left: int) -> None:
+        """Kill a run until it ends, and then its evaluation. Adds a row to the results."""
+        generator = random.Random(1000 * self.seed + number)
+        setup = SETUPS[number % len(SETUPS)]
+        name = f"run-{number}"
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        run = Run(self.folder / name, self.images, setup)
+        row: dict = {"run": number, "setup": str(setup), "kills": [], "failure": None}
+        program: list[Program] = []  # the one that runs now
+        begun = time.monotonic()
+        try:
+            self._train(run, row["kills"], min(kills_left, KILLS_PER_RUN), generator, program)
+            if number % EVALUATE_EVERY == 0 and kills_left > len(row["kills"]):
+                most = min(kills_left - len(row["kills"]), EVALUATION_KILLS)
+                self._evaluate(run, row["kills"], most, generator, program)
+            for path in (run.files.path, run.settings, run.log):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except Exception as error:  # the campaign goes on
+            row["failure"] = f"{error}" if isinstance(error, Lost) else repr(error)
+            row["log"] = run.log.read_text(errors="replace")[-3000:] if run.log.exists() else ""
+        finally:
+            for one in program:
+                one.kill_all()
+        row["seconds"] = round(time.monotonic() - begun, 1)
+        self.results["runs"].append(row)
+
+    def _train(self, run: Run, kills: list, most: int, generator: random.Random, current: list[Program]) -> None:
+        reference, start_seconds = self.reference(run.setup)
+        expected: int | None = None  # the step that the next start must resume from
+        while True:
+            starts = len(run.files.read_starts())
+            current[:] = [*current, run.train()]
+            program = current[-1]
+            for earlier in current[:-1]:  # the restart did not wait for them
+                check_none_left(earlier)
+            current[:] = [program]
+            moment = generator.choice(MOMENTS)
+            killing = len(kills) < most and wait_for_moment(moment, run, program, start_seconds, generator)
+            if killing:
+                before = (run.newest_published(), len(run.losses()), run.exports())
+                number, target = generator.choices(KILLS, WEIGHTS)[0]
+                row = {"program": "train", "moment": moment, "signal": number.name, "target": target}
+                kills.append(row)
+                kill(program, number, target, generator)
+                row["seconds_to_end"] = round(check_ended(program), 3)
+                row["half_written"] = any(run.files.path.rglob(f"{WRITING}*"))
+            else:
+                check_ended_by_itself(program)
+            now = run.files.read_starts()
+            if len(now) > starts and expected is not None:
+                require(now[-1]["step"] == expected, f"resumed from step {now[-1]['step']} instead of {expected}")
+            if not killing:
+                check_none_left(program)
+                check_same_result(reference, run)
+                return
+            expected = self._check_killed(run, reference, program, number, *before)
+
+    def _check_killed(
+        self, run: Run, reference: Run, program: Program, number: signal.Signals, published: int, rows: int,
+        exports: set[str],
+    ) -> int:  # fmt: skip
+        """Nothing is lost. Returns the step that the next start must resume from."""
+        whole = run.newest_whole()
+        require(whole >= published, f"step {published} was published, but the newest whole checkpoint is of {whole}")
+        for rank in range(run.setup.processes):
+            losses = run.losses(rank)
+            require(len(losses) >= whole, f"rank {rank} has {len(losses)} rows before step {whole}")
+            require(losses == reference.losses(rank)[: len(losses)], f"other losses in the CSV of rank {rank}")
+        # A save goes on while the next interval is trained.
+        require(len(run.losses()) - whole <= 2 * SAVE_EVERY, f"{len(run.losses())} rows, but a checkpoint of {whole}")
+        run.check_files(exports)
+        if number != signal.SIGKILL:
+            expected = {-number, 128 + number} | ({0} if whole == NUM_STEPS else set())
+            require(program.code in expected, f"ended with {program.code} after {number.name}")
+            if rows > published:  # it was training
+                require(whole == len(run.losses()), f"{number.name} saved {whole} of {len(run.losses())} steps")
+        return whole
+
+    def _evaluate(self, run: Run, kills: list, most: int, generator: random.Random, current: list[Program]) -> None:
+        seconds = self.evaluation_seconds()
+        before = digest(run.files.path)
+        for _ in range(most):
+            current[:] = [run.evaluate()]
+            end = current[0].started + generator.uniform(0, seconds)
+            if current[0].wait_until(lambda: time.monotonic() > end):  # noqa: B023
+                number, target = generator.choice([one for one in KILLS if one[1] != "a rank"])
+                row = {"program": "evaluation", "moment": "evaluation", "signal": number.name, "target": target}
+                kills.append(row)
+                kill(current[0], number, target, generator)
+                row["seconds_to_end"] = round(check_ended(current[0]), 3)
+                row["half_written"] = any(run.files.path.rglob(f"{WRITING}*"))
+            check_none_left(current[0])
+            run.check_files(run.exports())
+            require(digest(run.files.path) == before, "an evaluation changed files of the run")
+        current[:] = [run.evaluate()]
+        check_ended_by_itself(current[0])
+        check_none_left(current[0])
+        require((run.files.report / "report.json").exists(), "no report.json")
+
+
+def check_ended_by_itself(program: Program) -> None:
+    if not program.wait(600):
+        raise Lost("does not end")
+    require(program.code == 0, f"a start that was not killed ended with {program.code}")
+
+
+# ---- The command
+
+
+def summarize(results: dict) -> str:
+    """A table of the kills by kind, and what fell short."""
+    kinds: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    for row in results["runs"]:
+        for one in row["kills"]:
+            kinds[one["moment"], f"{one['signal']} to {one['target']}"].append(one)
+    lines = [f"{'moment':<12}{'kill':<24}{'kills':>6}{'half-written':>14}{'median s':>10}{'longest s':>11}"]
+    for (moment, how), rows in sorted(kinds.items()):
+        seconds = [row.get("seconds_to_end", float("nan")) for row in rows]
+        torn = sum(row.get("half_written", False) for row in rows)
+        median, longest = statistics.median(seconds), max(seconds)
+        lines.append(f"{moment:<12}{how:<24}{len(rows):>6}{torn:>14}{median:>10.2f}{longest:>11.2f}")
+    failures = [row for row in results["runs"] if row["failure"]]
+    for row in failures:
+        last = row["kills"][-1] if row["kills"] else {}
+        lines.append(f"FAILED: run {row['run']} ({row['setup']}), after {last}: {row['failure']}")
+    seconds = sum(row["seconds"] for row in results["runs"])
+    lines.append(
+        f"{count_kills(results)} kills of {len(results['runs'])} runs in {seconds:.0f} s; "
+        f"{len(results['runs']) - len(failures)} runs lost nothing, {len(failures)} fell short"
+    )
+    return "\n".join(lines)
+
+
+def count_kills(results: dict) -> int:
+    return sum(len(row["kills"]) for row in results["runs"])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--processes", type=int, default=2, choices=(1, 2, 4))
     parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--out", type=Path, help="file of the results (JSON); a campaign that was ended continues")
     options = parser.parse_args()
-    generator = random.Random(options.seed)
+    results: dict = {"seed": options.seed, "runs": []}
+    if options.out is not None and options.out.exists():
+        results = json.loads(options.out.read_text())
+        if results["seed"] != options.seed:
+            parser.error(f"{options.out} has the results of seed {results['seed']}")
+    if is_dali_installed():
+        import dmtjepa.data.loaders.dali  # noqa: F401
+    fork_instead_of_import()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="dmtjepa-kill-"))
-    images = folder / "images"
-    images.mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 255, (64, 5, 5, 3), dtype=np.uint8)
-    for index, image in enumerate(pixels):
-        Image.fromarray(image).resize((32, 32), Image.BICUBIC).save(images / f"{index:02d}.png")
-
-    reference = settings(folder / "reference", images, options.processes)
-    run = Processes(reference, options.processes, folder / "reference.log")
-    while run.poll():
-        time.sleep(0.05)
-    if len(read_losses(reference)) != NUM_STEPS:
-        print((folder / "reference.log").read_text())
-        return 1
-
-    kills: Counter[str] = Counter()
-    torn = runs = 0
-    begun = time.monotonic()
-    while sum(kills.values()) < options.kills:
-        runs += 1
-        config = settings(folder / f"run-{runs}", images, options.processes)
-        checkpoints = Path(config.logging.folder, "checkpoints")
-        log = folder / f"run-{runs}.log"
-        expected: int | None = None  # the step that the next start must resume from
-        while True:
-            starts = num_starts(config)
-            run = Processes(config, options.processes, log)
-            moment = generator.choice(MOMENTS)
-            killing = sum(kills.values()) < options.kills and wait_for_moment(moment, run, config, generator)
-            if killing:
-                published = newest_step(checkpoints)
-                victims = list(run.pids) if generator.random() < 0.7 else [generator.choice(run.pids)]
-                run.kill(victims)
-                run.end(seconds=5)
-                kills[moment] += 1
-                torn += any(checkpoints.glob(".writing-*"))
-            else:
-                while run.poll():
-                    time.sleep(0.01)
-            started = num_starts(config) > starts
-            if started and expected is not None and last_start(config)["step"] != expected:
-                return _fail(f"resumed from step {last_start(config)['step']} instead of {expected}", log)
-            if not killing:
-                break
-            found = checkpoint_format.newest_whole(checkpoints)
-            expected = 0 if found is None else checkpoint_format.step_of(found)
-            if expected < published:
-                return _fail(f"step {published} was published, but the newest whole checkpoint is {found}", log)
-            rows = len(read_losses(config))
-            # A save goes on while the next interval is trained.
-            if rows - expected > 2 * SAVE_EVERY:
-                return _fail(f"{rows} steps were done, but the newest checkpoint has {expected}", log)
-        if not same_result(reference, config):
-            return _fail("losses or weights differ from those of the run that was not killed", log)
-        shutil.rmtree(config.logging.folder)
-        print(f"{sum(kills.values())} kills ({dict(kills)}), {runs} runs ended right", flush=True)
-    seconds = time.monotonic() - begun
-    print(
-        f"{sum(kills.values())} kills of {options.processes} processes in {seconds:.0f} s: {dict(kills)}; {torn} left "
-        f"a half-written checkpoint; {runs} runs, each with the losses and weights of the one never killed"
-    )
-    if options.folder is None:
+    folder.mkdir(parents=True, exist_ok=True)
+    campaign = Campaign(folder, options.seed, results)
+    while count_kills(results) < options.kills:
+        number = len(results["runs"])
+        campaign.run(number, options.kills - count_kills(results))
+        if options.out is not None:
+            write_json(options.out, results)
+        row = results["runs"][-1]
+        print(
+            f"run {number} ({row['setup']}): {len(row['kills'])} kills in {row['seconds']} s, "
+            f"{row['failure'] or 'nothing lost'}; {count_kills(results)} of {options.kills}",
+            flush=True,
+        )
+    print(summarize(results))
+    failed = any(row["failure"] for row in results["runs"])
+    if options.folder is None and not failed:
         shutil.rmtree(folder)
-    return 0
-
-
-def _fail(reason: str, log: Path) -> int:
-    print(f"FAILED: {reason}\n--- {log}\n{log.read_text()[-6000:]}", file=sys.stderr)
-    return 1
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

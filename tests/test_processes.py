@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing.util
 import os
+import shutil
 import signal
 import socket
+import tempfile
+from multiprocessing.connection import Listener
 
 import pytest
 
-from dmtjepa.processes import STOP_SIGNALS, blocked_signals, die_with_parent, enter_worker, private_descriptor
+from dmtjepa.processes import (
+    STOP_SIGNALS,
+    blocked_signals,
+    die_with_parent,
+    enter_worker,
+    private_descriptor,
+    shorten_socket_names,
+)
 
 
 def fork(work) -> int:
@@ -104,3 +115,18 @@ def test_blocked_signals_arrive_later():
         assert received == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, previous)
+
+
+def test_long_temporary_folder_does_not_stop_children(tmp_path):
+    """multiprocessing puts sockets into it, whose names have at most 107 bytes."""
+
+    def work():
+        multiprocessing.current_process()._config.pop("tempdir", None)
+        tempfile.tempdir = str(tmp_path / ("t" * 100))
+        os.mkdir(tempfile.tempdir)
+        shorten_socket_names()
+        Listener(family="AF_UNIX").close()
+        assert not os.listdir(tempfile.tempdir)
+        shutil.rmtree(multiprocessing.util.get_temp_dir())
+
+    assert exit_code(fork(work)) == 0

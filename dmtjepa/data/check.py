@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import signal
 import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from dmtjepa.data import DataError, ImageSource, open_images
 from dmtjepa.data.decode import CorruptImage, decode_image, read_header, tell_reason
+from dmtjepa.processes import enter_worker
 
 _CHUNK = 64
 _MAX_GROUPS = 20  # groups of duplicates that are listed
@@ -91,9 +93,10 @@ def examine(data: bytes) -> Finding:
 _source: ImageSource  # of this worker process
 
 
-def _init_worker(source: ImageSource) -> None:
+def _init_worker(source: ImageSource, parent: int) -> None:
     global _source
     _source = source
+    enter_worker(parent)
 
 
 def _examine_chunk(start: int) -> list[Finding]:
@@ -111,7 +114,7 @@ def check(source: ImageSource, num_workers: int) -> Report:
     report = Report(len(source), len(source.class_names))
     sizes, digests = [], defaultdict(list)
     starts = range(0, len(source), _CHUNK)
-    pool = ProcessPoolExecutor(num_workers, initializer=_init_worker, initargs=(source,))
+    pool = ProcessPoolExecutor(num_workers, initializer=_init_worker, initargs=(source, os.getpid()))
     with pool, tqdm(total=len(source), unit=" images", disable=None) as bar:
         try:
             for start, findings in zip(starts, pool.map(_examine_chunk, starts), strict=True):
@@ -150,6 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     print(str(report).encode(errors="backslashreplace").decode())  # file names can be any bytes
     return 1 if report.corrupt else 0
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import wait
 from threading import Thread
 
-from dmtjepa.processes import STOP_SIGNALS, blocked_signals, die_with_parent
+from dmtjepa.processes import STOP_SIGNALS, blocked_signals, die_with_parent, shorten_socket_names
 
 
 def start_fork_server(modules: Sequence[str] = ()) -> None:
@@ -20,6 +20,7 @@ def start_fork_server(modules: Sequence[str] = ()) -> None:
     Args:
         modules: imported by the server, besides those that train.
     """
+    shorten_socket_names()
     multiprocessing.forkserver.set_forkserver_preload(
         ["dmtjepa.training.launch", "dmtjepa.training.fork_server_start", *modules]
     )

@@ -14,6 +14,7 @@ from dmtjepa.config import DataSettings
 from dmtjepa.data.corrupt import CorruptImages
 from dmtjepa.data.sampling import SampleOrder
 from dmtjepa.data.sources.base import ImageSource
+from dmtjepa.processes import shorten_socket_names
 
 _POLL_SECONDS = 1  # how often a waiting loader checks that its workers make progress
 
@@ -102,6 +103,7 @@ def start_workers(loader: DataLoader) -> Iterator:
 
     That handler raises the death of a worker in the middle of whatever the process is doing.
     """
+    shorten_socket_names()
     handler = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
     if signal.getsignal(signal.SIGCHLD) is not handler:

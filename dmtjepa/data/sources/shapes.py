@@ -70,7 +70,7 @@ def _write_set(parameters: ShapesParameters, folder: Path) -> None:
     total = parameters.num_train + parameters.num_val
     processes = min(len(os.sched_getaffinity(0)), 16, total)
     # Spawned, not forked, because the caller may have started CUDA or threads.
-    with multiprocessing.get_context("spawn").Pool(processes, die_with_parent) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, die_with_parent, (os.getpid(),)) as pool:
         chunks = [(parameters, folder, start, min(start + 250, total)) for start in range(0, total, 250)]
         pool.starmap(_write_images, chunks)
 

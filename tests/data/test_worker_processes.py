@@ -1,0 +1,85 @@
+"""Processes that load, check or draw images end with the process that started them, also if that one is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmtjepa.data import check
+from dmtjepa.data.cache import cache_folder
+from dmtjepa.data.loaders.center_crop import EvaluationLoader
+
+ROOT = Path(__file__).parents[2]
+
+
+class Endless:
+    """Images that are never read to the end. Each process that starts to read one writes a byte into a pipe."""
+
+    class_names: tuple[str, ...] = ()
+    labels: np.ndarray | None = None
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
+
+    def __len__(self) -> int:
+        return 1024
+
+    def name(self, image: int) -> str:
+        return str(image)
+
+    def read(self, image: int) -> bytes:
+        os.write(self._pipe, b"x")
+        while True:
+            signal.pause()
+
+
+def check_images(source: Endless) -> None:
+    check.check(source, 2)
+
+
+def evaluate_images(source: Endless) -> None:
+    next(iter(EvaluationLoader(source, (32, 32), 4, num_workers=2)))
+
+
+@pytest.mark.parametrize("work", [check_images, evaluate_images])
+def test_workers_end_with_a_killed_parent(work: Callable[[Endless], None]):
+    """The workers hold a pipe: its end shows that none of them is left."""
+    end, held = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(end)
+        try:
+            work(Endless(held))
+        finally:
+            os._exit(1)
+    os.close(held)
+    for _ in range(2):  # both workers read
+        assert os.read(end, 1) == b"x"
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert os.read(end, 1) == b""
+    os.close(end)
+
+
+@pytest.mark.slow
+def test_processes_that_draw_shapes_end_with_a_killed_parent():
+    """They hold the output of the program that started them."""
+    program = [sys.executable, "-c", "from dmtjepa.data import open_images; open_images('shapes:train')"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 240  # only ends a hang
+    while not any(cache_folder().glob(".shapes-*/train/*/*.jpg")):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=240)
+    assert process.returncode == -signal.SIGKILL
