@@ -66,6 +66,17 @@ def test_every_part_has_its_rule():
     assert parts - {"__init__", "__pycache__"} == set(ALLOWED)
 
 
+def test_every_part_and_every_module_of_training_is_in_the_design():
+    text = (ROOT / "docs" / "design.md").read_text()
+    training = {path.stem for path in (ROOT / "dmtjepa" / "training").glob("*.py")}
+    training -= {"__init__", "loop", "fork_server_start"}
+    names = {f"`{name}.py`" for name in training} | {
+        f"`{part}/`" if (ROOT / "dmtjepa" / part).is_dir() else f"`{part}.py`" for part in ALLOWED
+    }
+    missing = {name for name in names if name not in text}
+    assert not missing, f"docs/design.md does not explain {sorted(missing)}"
+
+
 @pytest.mark.parametrize("part", ALLOWED)
 def test_imports_point_one_way(part):
     for path in files_of(part):
