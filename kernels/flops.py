@@ -24,7 +24,7 @@ def _pointwise(*_arguments, out_shape: object = None, **_keywords: object) -> in
 
 
 @register_flop_formula(OPERATORS.select_neighbors)
-def _select_neighbors(h, patches, grid_size, num_neighbors, window, *_arguments, **_keywords) -> int:
+def _select_neighbors(h, patches, rows, cols, num_neighbors, window, *_arguments, **_keywords) -> int:
     """Squared norms of the window^2 patches, and products of the one in the middle with the others."""
     return 2 * (2 * window**2 - 1) * patches[0] * h[2]
 

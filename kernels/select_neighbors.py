@@ -67,7 +67,7 @@ def select_neighbors(
     if grid_size[0] * grid_size[1] != h.shape[1]:
         raise ValueError(f"h has {h.shape[1]} patches per image but the grid is {grid_size[0]} x {grid_size[1]}")
     check_kernel_dtype("h", h)
-    return select_neighbors_op(h.detach(), patches, grid_size, num_neighbors, window, border)
+    return select_neighbors_op(h.detach(), patches, *grid_size, num_neighbors, window, border)
 
 
 def select_neighbors_reference(h, patches, grid_size, num_neighbors=4, window=3, border="wrap"):
@@ -275,7 +275,7 @@ _BLOCK_BYTES = 128
 _VECTOR_BYTES = 16
 
 
-def launch_select_neighbors(h, patches, grid_size, num_neighbors, window, border):
+def launch_select_neighbors(h, patches, rows, cols, num_neighbors, window, border):
     """The implementation for CUDA tensors: starts the Triton kernel."""
     debug_check_index("patches", patches, h.shape[0] * h.shape[1])
     h, patches = contiguous_rows(h), patches.contiguous()
@@ -291,8 +291,8 @@ def launch_select_neighbors(h, patches, grid_size, num_neighbors, window, border
         num_covered,
         h.stride(0),
         h.stride(1),
-        ROWS=grid_size[0],
-        COLS=grid_size[1],
+        ROWS=rows,
+        COLS=cols,
         D=dim,
         K=num_neighbors,
         WINDOW=window,
@@ -306,12 +306,12 @@ def launch_select_neighbors(h, patches, grid_size, num_neighbors, window, border
     return neighbor_index
 
 
-def select_neighbors_cpu(h, patches, grid_size, num_neighbors, window, border):
+def select_neighbors_cpu(h, patches, rows, cols, num_neighbors, window, border):
     """The implementation for CPU tensors: a block of patches and one candidate of each at a time."""
     debug_check_index("patches", patches, h.shape[0] * h.shape[1])
     wide = accumulation_dtype(h.dtype)
     features = h.reshape(-1, h.shape[2])
-    candidate = window_candidates(patches, grid_size, window, border)
+    candidate = window_candidates(patches, (rows, cols), window, border)
     index = candidate.masked_fill(candidate == _MISSING, 0)
     dots = torch.empty(candidate.shape, dtype=wide)
     for block in cpu_blocks(len(patches), h.shape[2]):
@@ -323,13 +323,13 @@ def select_neighbors_cpu(h, patches, grid_size, num_neighbors, window, border):
     return rank_candidates(dots, norm, candidate, num_neighbors)
 
 
-def _empty_output(h, patches, grid_size, num_neighbors, window, border):
+def _empty_output(h, patches, rows, cols, num_neighbors, window, border):
     return patches.new_empty(patches.shape[0], num_neighbors, dtype=torch.int64)
 
 
 select_neighbors_op = define_operator(
-    "select_neighbors(Tensor h, Tensor patches, SymInt[] grid_size, SymInt num_neighbors, SymInt window, str border)"
-    " -> Tensor",
+    "select_neighbors(Tensor h, Tensor patches, SymInt rows, SymInt cols, SymInt num_neighbors, SymInt window, "
+    "str border) -> Tensor",
     cuda=launch_select_neighbors,
     cpu=select_neighbors_cpu,
     fake=_empty_output,

@@ -1,4 +1,7 @@
-"""What all tests share: tests marked `gpu` are skipped, by name, where there is no CUDA device."""
+"""What all tests share.
+
+Tests marked `gpu` are skipped without a CUDA device. Tests that use an expensive fixture are marked `slow`.
+"""
 
 import os
 
@@ -10,7 +13,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Fixtures that take more than a few seconds: a whole run, main.py as a process, a drawn image set.
+EXPENSIVE_FIXTURES = {"plain", "start", "start_on", "cache"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` selects
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if EXPENSIVE_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

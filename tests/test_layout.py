@@ -99,6 +99,7 @@ def test_every_folder_of_code_is_packaged():
     assert names <= packages
 
 
+@pytest.mark.slow
 def test_import_touches_neither_gpu_nor_processes():
     script = (
         "import torch, threading; import dmtjepa.objective, dmtjepa.training.loop;"

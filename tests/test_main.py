@@ -117,6 +117,7 @@ def test_a_folder_with_another_run_is_left_alone(run, images, tmp_path):
     assert "step 3 of 3" in error
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_nothing_behind(run, images, tmp_path):
     """The corrected command starts, and the settings in the folder are its own."""
     short = ("data.batch_size=2", "meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0")
@@ -137,6 +138,7 @@ def test_a_start_that_fails_leaves_nothing_behind(run, images, tmp_path):
     assert load_config(tmp_path / "run" / "config.yaml").data.root_path == str(images)
 
 
+@pytest.mark.slow
 def test_a_moved_data_set_is_followed(run, images, tmp_path):
     short = ("data.batch_size=2", "meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0")
     code, error = run(*on_folder(images, *short))
@@ -149,6 +151,7 @@ def test_a_moved_data_set_is_followed(run, images, tmp_path):
     assert starts[-1]["changed_settings"] == {"data.root_path": {"from": str(images), "to": str(moved)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -175,6 +178,7 @@ def test_dry_run_says_what_a_start_says(run, images, tmp_path, arguments):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_of_a_started_run(run, images, tmp_path):
     small = on_folder(
         images, "data.batch_size=2", "meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0"
@@ -220,6 +224,7 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path, variable, device_typ
     check_compiler(parse_config({"runtime": {"compile": "off", "kernels": "torch"}}), device_type)
 
 
+@pytest.mark.slow
 def test_dry_run_starts_nothing(run, images, tmp_path):
     code, _ = run("--dry-run", "data.batch_size=4", f"data.root_path={images}", "data.image_folder=''",
                   fname=str(ROOT / "configs" / "in1k_vitb16_ep600.yaml"))  # fmt: skip

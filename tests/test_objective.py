@@ -218,6 +218,7 @@ def test_unknown_loss_is_refused():
         DMTJEPA(model.encoder, model.predictor, model.head, loss="l1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["in1k_vitb16_ep600"])
 def test_an_official_configuration_builds(name, request):
     config = load_config(request.config.rootpath / "configs" / f"{name}.yaml")

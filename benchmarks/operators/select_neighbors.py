@@ -3,6 +3,8 @@
 Unique bytes: the features of the neighbourhood, the list of covered patches, the output.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from benchmarks.operators.cases import Case
@@ -14,6 +16,11 @@ def chosen_differently(output: torch.Tensor, reference: torch.Tensor) -> float:
     """Share of patches whose set of neighbours differs; rounding may swap near-ties at the last rank."""
     chosen, expected = (neighbor_index.sort(dim=1).values for neighbor_index in (output, reference))
     return float((chosen != expected).any(dim=1).float().mean())
+
+
+def _with_grid(implementation: Callable) -> Callable:
+    """An implementation that takes rows and columns, called with the grid size as the public function is."""
+    return lambda h, patches, grid_size, *others: implementation(h, patches, *grid_size, *others)
 
 
 def cases(workload: Workload, device: str, dtype: torch.dtype) -> list[Case]:
@@ -29,8 +36,8 @@ def cases(workload: Workload, device: str, dtype: torch.dtype) -> list[Case]:
         Case(
             "select_neighbors",
             (h, masks.target_unique, workload.grid_size, num_neighbors, 3, "wrap"),
-            launch_select_neighbors,
-            select_neighbors_cpu,
+            _with_grid(launch_select_neighbors),
+            _with_grid(select_neighbors_cpu),
             select_neighbors_plain,
             reference,
             len(masks.neighborhood) * workload.dim * dtype.itemsize + num_covered * (8 + 8 * num_neighbors),

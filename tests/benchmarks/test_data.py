@@ -35,6 +35,7 @@ def test_the_trainers_own_share_of_waiting(image_folder: Path, tmp_path: Path, t
     assert f"{row['data_wait_share']:.1%}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @needs_dali
 def test_rates_beside_what_training_needs(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
     options = ("--workers", 1, "--batch-size", 4, "--images", 40, "--batches", 20, "--rounds", 1)

@@ -61,6 +61,7 @@ def _with_a_scaled_gradient(patch):
     patch.setattr(DMTJEPA, "loss", lambda *arguments: (loss := right(*arguments)) + 0.01 * (loss - loss.detach()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "break_it",
     [_without_teacher_update, _without_update, _with_features_of_another_image, _with_a_scaled_gradient],

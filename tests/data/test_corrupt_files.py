@@ -37,6 +37,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     return folder, corrupt | {"gone.jpg", "loop.jpg"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader_name", LOADERS)
 def test_an_epoch_survives_with_the_right_counts(damaged: tuple[Path, set[str]], loader_name: str):
     folder, corrupt = damaged

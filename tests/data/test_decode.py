@@ -75,6 +75,7 @@ def test_corrupt_bytes_are_refused_with_a_reason():
             decode_image(data)
 
 
+@pytest.mark.slow
 def test_a_decompression_bomb_is_refused():
     data = encode(Image.new("1", (20_000, 20_000)))
     with pytest.raises(CorruptImage, match="DecompressionBomb"):

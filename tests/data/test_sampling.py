@@ -61,6 +61,7 @@ def test_replacements_are_spread_over_the_data_set():
     assert drawn[1:] != list(candidate_images(7, 0, 0, 4, 10))[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "height", "scale"), [(500, 375, (0.3, 1.0)), (90, 300, (0.08, 0.6)), (12, 9, (0.3, 1.0))]
 )

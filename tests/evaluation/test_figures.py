@@ -28,6 +28,7 @@ def test_writes_a_composite_and_one_file_for_each_picture(everything, tmp_path):
     assert sizes[0][0] > sum(height for height, _ in sizes[3:])  # the composite holds the strips one above the other
 
 
+@pytest.mark.slow
 def test_leaves_out_what_there_is_no_data_for(everything, tmp_path):
     only_loss = FigureData(grid_size=GRID, loss=everything.loss)
     assert [p.name for p in figures.save_figures(only_loss, tmp_path / "a", "")] == ["report.png", "loss.png"]

@@ -248,6 +248,7 @@ def test_masks_that_cannot_be_used_skip_the_segmentation(run, tmp_path, capsys, 
     assert "skipped segmentation: the mask" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_segmentation_needs_no_classes(run, tmp_path, without_figures):
     """Images without class folders, as in CamVid and VOC."""
     root = tmp_path / "flat"

@@ -98,6 +98,7 @@ def test_hugging_face_names_are_those_of_facebook_ijepa(run, tmp_path):
     assert (config["hidden_size"], config["intermediate_size"], config["image_size"]) == (192, 768, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["target_encoder", "encoder"])
 def test_timm_gives_equal_outputs(run, images, tmp_path, part):
     timm = pytest.importorskip("timm")

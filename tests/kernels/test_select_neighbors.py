@@ -139,7 +139,7 @@ def test_float64_on_the_cpu():
 def test_opcheck(device):
     h = torch.randn(2, 36, 16, device=device)
     patches = some_patches(2, 36).to(device)
-    torch.library.opcheck(select_neighbors_op, (h, patches, (6, 6), 4, 3, "clip"))
+    torch.library.opcheck(select_neighbors_op, (h, patches, 6, 6, 4, 3, "clip"))
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ def same_distribution(first, second) -> float:
     return stats.chi2_contingency(table[:, table.sum(0) > 0]).pvalue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(
     ("grid_size", "options"),
@@ -75,6 +76,7 @@ def test_same_distribution_as_the_plain_sampler(sampler, grid_size, options):
         assert any(row[4] for row in fast)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "num_batches"), [("released", 60), ("corrected", 60)])
 def test_same_context_lengths_as_the_plain_sampler(sampler, num_batches):
     mask = MaskSettings(sampler=sampler)

@@ -70,6 +70,7 @@ def test_masks_of_a_step_never_change():
     assert corrected.context_index[:, :8].tolist() == [[0, 1, 2, 3, 4, 5, 6, 12], [0, 1, 2, 3, 5, 7, 8, 9]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("grid_size", [(14, 14), (8, 9)])
 def test_global_cut_does_not_depend_on_the_number_of_shards(sampler, grid_size):

@@ -15,6 +15,7 @@ from dmtjepa.objective import build_model
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shape", [(1, 40), (7, 40), (3, 5, 40), (2, 3, 5, 40), (0, 40)])
@@ -102,6 +103,7 @@ def test_a_model_for_a_cpu_trains_under_autocast(dtype):
         assert (rounded[name] - exact[name]).norm() < 0.1 * exact[name].norm()
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_computes_under_autocast():
     torch._dynamo.reset()
     layer = Linear(16, 8)

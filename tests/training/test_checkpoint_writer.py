@@ -25,6 +25,7 @@ def flip(folder):
     path.write_bytes(contents)
 
 
+@pytest.mark.slow
 def test_epoch_and_step_in_a_name_are_what_is_inside(plain):
     folder = Path(plain.logging.folder, "checkpoints")
     for path in checkpoint_format.list_checkpoints(folder):

@@ -57,6 +57,7 @@ def test_slow_first_steps_and_short_waits_are_not(tmp_path: Path, caplog):
     assert warnings_of(tmp_path / "b", caplog, [steps(WAIT_STEPS, 0.9)]) == []
 
 
+@pytest.mark.slow
 def test_the_next_batch_is_fetched_before_the_host_waits_for_the_device(settings, monkeypatch):
     """Of a step that is logged, too: its losses are read after the next batch is on its way."""
     events: list[str] = []

@@ -105,6 +105,7 @@ def cast_votes():
         assert vote.finish() == Vote.STOP
 
 
+@pytest.mark.slow
 def test_all_ranks_learn_of_a_vote_in_the_same_round(tmp_path):
     assert [code for code, _ in run_ranks(cast_votes, 2, tmp_path)] == [0, 0]
 
@@ -119,6 +120,7 @@ def fail_on(failing, how):
         dist.all_reduce(torch.ones(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 2])
 def test_every_rank_quotes_the_failure_that_came_first(tmp_path, failing):
     ends = run_ranks(fail_on, 3, tmp_path, failing, "raise")
@@ -229,6 +231,7 @@ def test_watchdog_looks_again_before_it_ends_a_run(monkeypatch):
     assert "rank 0 of 1" in watch(monkeypatch, 22, lambda watchdog: None)[0]
 
 
+@pytest.mark.slow
 def test_first_traceback_is_what_the_user_sees(settings, capfd):
     config = settings(**{"data.batch_size": 8})
     assert launch(config, ["cpu", "cuda:9"]) == 1

@@ -93,6 +93,7 @@ def test_a_step_that_reads_its_loss_is_noticed(settings, monkeypatch):
         launch(settings(), ["cpu"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -73,6 +73,7 @@ def test_damaged_list_is_no_list(tmp_path):
     assert ImageList.read(tmp_path / "list.gz") is None
 
 
+@pytest.mark.slow
 def test_resume_with_other_images_is_refused_until_it_is_allowed(folder, settings, losses, monkeypatch):
     def config(**changes):
         values = {"data.root_path": str(folder), "optimization.epochs": 2, "optimization.warmup": 0}

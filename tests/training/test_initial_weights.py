@@ -27,6 +27,7 @@ def test_a_run_starts_from_given_weights(settings, plain):
             torch.testing.assert_close(value, expected[part][name], rtol=1e-5, atol=1e-6, msg=f"{part}.{name}")
 
 
+@pytest.mark.slow
 def test_missing_weights_are_an_error(settings):
     config = settings(**{"meta.load_checkpoint": True, "meta.read_checkpoint": "nowhere.pth.tar"})
     with pytest.raises(WeightsError, match=r"nowhere\.pth\.tar"):

@@ -35,6 +35,7 @@ def assert_same_run(first, second, losses, weights, tolerance):
     assert largest <= 100 * tolerance
 
 
+@pytest.mark.slow
 def test_training_learns_and_writes_what_it_promises(plain, losses):
     values = losses(plain)
     assert len(values) == NUM_STEPS
@@ -122,6 +123,7 @@ def stop_after(config, steps, devices, monkeypatch):
     assert checkpoint_format.newest_whole(folder / "checkpoints").name == f"step-{steps:08d}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps", [pytest.param(2, marks=pytest.mark.slow), 8, pytest.param(13, marks=pytest.mark.slow)]
 )

@@ -64,6 +64,7 @@ class BrokenPipe:
     flush = isatty
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_standard_error(settings, losses, monkeypatch):
     config = settings(**{"optimization.epochs": 1, "optimization.warmup": 0})
     monkeypatch.setattr(sys, "stderr", BrokenPipe())

@@ -31,6 +31,7 @@ def exported_steps(folder) -> dict[str, int]:
     return {path.name: read_checkpoint(path)["step"] for path in folder.glob("*.pth.tar")}
 
 
+@pytest.mark.slow
 def test_a_start_makes_exports_that_a_killed_run_has_lost(folder, settings_in):
     for path in folder.glob("*.pth.tar"):
         path.rename(path.with_name(f"{WRITING}{path.name}-0123abcd"))
@@ -78,6 +79,7 @@ def test_damaged_checkpoints_are_not_exported(folder, caplog):
     assert exported_steps(folder) == {"jepa-latest.pth.tar": 16, "jepa-ep3.pth.tar": 24}
 
 
+@pytest.mark.slow
 def test_full_disk_while_exporting_is_one_message_and_the_next_start_exports(settings, monkeypatch):
     config = settings(**{"optimization.epochs": 1, "optimization.warmup": 0})
     folder = Path(config.logging.folder)
@@ -112,6 +114,7 @@ def test_weights_that_are_not_finite_are_not_exported_and_do_not_end_the_run(fol
     assert "not exported: encoder holds values" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_failure_waits_for_the_checkpoint_that_is_being_written(settings, monkeypatch):
     """On a slow disk too: the checkpoint of step 3 is complete when the failure of the next step arrives."""
     config = settings(**{"runtime.save_every_steps": 3})
@@ -135,6 +138,7 @@ def test_a_failure_waits_for_the_checkpoint_that_is_being_written(settings, monk
     assert checkpoint_format.find_fault(checkpoints / "step-00000003") is None
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_when_the_checkpoint_fails_too(settings, monkeypatch, caplog):
     config = settings(**{"runtime.save_every_steps": 3})
     train_step = TrainStep.__call__

@@ -194,6 +194,7 @@ def test_a_refused_image_that_is_in_the_batch_twice(tmp_path: Path, monkeypatch)
     assert len(images) == 6
 
 
+@pytest.mark.slow
 def test_a_stalled_read_ends_the_run_with_its_cause(settings: DataSettings, monkeypatch):
     class Stall(FolderSource):
         def read(self, image: int) -> bytes:

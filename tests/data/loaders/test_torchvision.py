@@ -98,6 +98,7 @@ def test_resume_is_exact_and_decodes_nothing_skipped(settings: DataSettings, num
         assert len(read) == 8
 
 
+@pytest.mark.slow
 def test_epochs_follow_each_other_and_can_be_left_early(settings: DataSettings):
     settings = settings.model_copy(update={"num_workers": 2})
     expected = {epoch: batches(settings, epoch=epoch) for epoch in range(3)}
@@ -188,6 +189,7 @@ class Die(Trap):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trap", "cause"),
     [(Stall, "no worker has finished"), (Die, "ended by SIGKILL, as when the system runs out of memory")],
@@ -222,6 +224,7 @@ def started(settings: DataSettings) -> tuple[TorchvisionLoader, Iterator[torch.T
     return loader, images
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_ends_the_run_though_its_batches_wait(settings: DataSettings):
     """To take over a batch that is there this process needs an answer from the worker, which no timeout covers."""
     loader, images = started(settings)
@@ -250,6 +253,7 @@ def test_an_error_of_a_worker_that_is_no_images_fault_is_raised(settings: DataSe
     assert not isinstance(error.value, DataError)
 
 
+@pytest.mark.slow
 def test_shared_memory_that_is_full_is_told_of(settings: DataSettings, monkeypatch):
     def fail(tensor: torch.Tensor) -> None:
         raise RuntimeError("unable to allocate shared memory(shm)")

@@ -22,6 +22,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
+@pytest.mark.slow
 def test_files_labels_and_masks(cache: Path):
     folder = find_shapes(SMALL, cache)
     for split, count in (("train", 40), ("val", 20)):
