@@ -28,13 +28,20 @@ import importlib
 import sys
 from types import ModuleType
 
-from . import plain
-from .aggregate_neighbors import aggregate_neighbors
-from .embed_patches import embed_patches
-from .gather_tokens import gather_tokens
-from .indexed_smooth_l1 import indexed_smooth_l1
-from .pool_neighbors import pool_neighbors
-from .select_neighbors import select_neighbors
+if __name__ == "dmtjepa.kernels":
+    from . import plain
+    from .aggregate_neighbors import aggregate_neighbors
+    from .embed_patches import embed_patches
+    from .gather_tokens import gather_tokens
+    from .indexed_smooth_l1 import indexed_smooth_l1
+    from .pool_neighbors import pool_neighbors
+    from .select_neighbors import select_neighbors
+
+    importlib.import_module(".flops", __name__)  # registers formulas for the operators, which exist by now
+else:
+    # A package on PyPI is called `kernels`, and transformers imports it if it finds one, such as this folder. A second
+    # copy of these modules would register the operators again, and PyTorch would free those that are in use.
+    sys.modules[__name__] = importlib.import_module("dmtjepa.kernels")
 
 __all__ = [
     "aggregate_neighbors",
@@ -46,9 +53,6 @@ __all__ = [
     "pool_neighbors",
     "select_neighbors",
 ]
-
-
-importlib.import_module(".flops", __name__)  # registers formulas for the operators, which exist by now
 
 
 def backend(name: str) -> ModuleType:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,3 +37,12 @@ def test_backends_have_the_same_functions():
 def test_unknown_backend():
     with pytest.raises(ValueError, match='kernels must be "triton" or "torch", got \'cuda\''):
         kernels.backend("cuda")
+
+
+def test_the_operators_are_registered_once():
+    """A second copy of the modules would register the operators again and free those that are in use.
+
+    transformers does import a package `kernels` if it finds one.
+    """
+    script = "import dmtjepa.kernels as operators, kernels; assert kernels is operators"
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=True, timeout=600)
