@@ -202,6 +202,7 @@ class Campaign:
         expected: int | None = None  # the step that the next start must resume from
         while True:
             starts = len(run.files.read_starts())
+            table = run.table()
             current[:] = [*current, run.train()]
             program = current[-1]
             for earlier in current[:-1]:  # the restart did not wait for them
@@ -210,7 +211,7 @@ class Campaign:
             moment = generator.choice(MOMENTS)
             killing = len(kills) < most and wait_for_moment(moment, run, program, start_seconds, generator)
             if killing:
-                before = (run.newest_published(), len(run.losses()), run.exports())
+                before = (run.newest_published(), table, run.exports())
                 number, target = generator.choices(KILLS, WEIGHTS)[0]
                 row = {"program": "train", "moment": moment, "signal": number.name, "target": target}
                 kills.append(row)
@@ -229,10 +230,16 @@ class Campaign:
             expected = self._check_killed(run, reference, program, number, *before)
 
     def _check_killed(
-        self, run: Run, reference: Run, program: Program, number: signal.Signals, published: int, rows: int,
+        self, run: Run, reference: Run, program: Program, number: signal.Signals, published: int, table: str,
         exports: set[str],
     ) -> int:  # fmt: skip
-        """Nothing is lost. Returns the step that the next start must resume from."""
+        """Nothing is lost. Returns the step that the next start must resume from.
+
+        Args:
+            published: newest step that was published before the kill.
+            table: the CSV before the program started. It may have rows beyond the checkpoint, of a start that got SIGKILL.
+            exports: names of the exported files before the kill.
+        """
         whole = run.newest_whole()
         require(whole >= published, f"step {published} was published, but the newest whole checkpoint is of {whole}")
         for rank in range(run.setup.processes):
@@ -245,7 +252,7 @@ class Campaign:
         if number != signal.SIGKILL:
             expected = {-number, 128 + number} | ({0} if whole == NUM_STEPS else set())
             require(program.code in expected, f"ended with {program.code} after {number.name}")
-            if rows > published:  # it was training
+            if run.table() != table:  # it has trained
                 require(whole == len(run.losses()), f"{number.name} saved {whole} of {len(run.losses())} steps")
         return whole
 

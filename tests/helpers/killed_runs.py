@@ -84,6 +84,11 @@ class Run:
         with path.open(newline="") as file:
             return [row["loss"] for row in csv.DictReader(file) if row["time (ms)"]]
 
+    def table(self) -> str:
+        """The CSV of the first rank as it is."""
+        path = self.files.csv_file(0)
+        return path.read_text() if path.exists() else ""
+
     def newest_published(self) -> int:
         """Steps of the newest published checkpoint; 0 without any."""
         found = checkpoint_format.list_checkpoints(self.files.checkpoints)
