@@ -67,9 +67,7 @@ def check_result(run: Run, folder: Path) -> None:
     if (folder / RESULT).is_file():
         result = json.loads((folder / RESULT).read_text())
         if (result["base"], result["settings"]) != (run.base, list(run.settings)):
-            raise TableError(
-                f"{folder} holds the result of other settings; choose another --out or name the variant anew"
-            )
+            raise TableError(f"{folder} holds the result of other settings; rename the variant or choose another --out")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,8 @@ class Run:
 
     def overrides(self, images: Path, folder: Path) -> list[str]:
         """All overrides for a run on `images` that is written into `folder`."""
-        place = [f"data.root_path={images.absolute()}", "data.image_folder=", f"logging.folder={folder.absolute()}"]
-        return [*self.settings, *place]
+        place = {"data.root_path": images.absolute(), "data.image_folder": "", "logging.folder": folder.absolute()}
+        return [*self.settings, *(f"{key}={json.dumps(str(value))}" for key, value in place.items())]
 
     def config(self, images: Path, folder: Path) -> Config:
         """The settings of the run. Raises ConfigError."""
