@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dmtjepa.errors import UserError
 from experiments.runner import compute
-from experiments.summary import format_table, read_results, save_plot
+from experiments.summary import format_table, read_results, save_curves, save_plot
 from experiments.table import read_table
 
 
@@ -34,7 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     run.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: cpu)")
     table = commands.add_parser("table", help="print a table of results: mean and standard deviation over seeds")
     table.add_argument("folder", type=Path, help="--out of `run`")
-    plot = commands.add_parser("plot", help="draw the results into FOLDER/results.png")
+    plot = commands.add_parser("plot", help="draw results.png and, of what was measured during training, curves.png")
     plot.add_argument("folder", type=Path, help="--out of `run`")
     return parser.parse_args(arguments)
 
@@ -52,8 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "table":
             print(format_table(results))
         else:
-            save_plot(results, options.folder / "results.png")
-            print(f"written: {options.folder / 'results.png'}")
+            plot, curves = options.folder / "results.png", options.folder / "curves.png"
+            save_plot(results, plot)
+            print(f"written: {plot}")
+            if save_curves(results, curves):
+                print(f"written: {curves}")
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

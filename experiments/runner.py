@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dmtjepa.files import write_json
+from dmtjepa.metrics_file import read_metrics
 from dmtjepa.processes import die_with_parent
 from dmtjepa.run_folder import RunFolder
 from experiments.table import ROOT, Run, Table, TableError
@@ -100,6 +101,7 @@ def train_and_measure(run: Run, images: Path, folder: Path, device: str) -> None
         "steps": len(times),
         "train_seconds": round(sum(times), 1),
         "starts": files.read_starts(),
+        "metrics": read_metrics(files.metrics_file) if files.metrics_file.is_file() else [],
         "report": json.loads((files.report / "report.json").read_text()),
     }
     write_json(folder / RESULT, result)
