@@ -61,9 +61,9 @@ def test_transform_is_the_official_one(settings: DataSettings):
     transform = v2.RandomResizedCrop(32, scale=(0.3, 1.0), antialias=True)
     params = dict(zip(("left", "top", "width", "height"), box, strict=True))
     theirs = np.asarray(transform.transform(pil_image, params))
-    ours = pil_image.crop((box[0], box[1], box[0] + box[2], box[1] + box[3])).resize(
-        (32, 32), Image.Resampling.BILINEAR
-    )
+    left, top, width, height = box
+    cropped = pil_image.crop((left, top, left + width, top + height))
+    ours = cropped.resize((32, 32), Image.Resampling.BILINEAR)
     assert np.array_equal(theirs, np.asarray(ours))
 
 
