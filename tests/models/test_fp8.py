@@ -192,7 +192,7 @@ def test_a_report_measures_the_weights_without_rounding(tmp_path):
 def test_other_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     message = r"runtime.teacher_precision fp8 .*8\.9 or 9\.0 and later.* A100-SXM4-80GB has 8\.0\. Choose same"
     with pytest.raises(ValueError, match=message):
         fp8.compute_in_fp8(make_model().teacher_encoder.blocks, "cuda")
