@@ -66,7 +66,10 @@ GROUP = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
 )
 def test_variables_that_describe_no_group_are_named_at_once(monkeypatch, changes, message):
     for name, value in (GROUP | changes).items():
-        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
     with pytest.raises(DistributedError) as error, join():
         pass
     assert message in str(error.value)
