@@ -1,11 +1,10 @@
-"""A new run can start from the weights of a checkpoint; a begun one goes on by itself."""
+"""A new run can start from the weights of a checkpoint; a started one continues by itself."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dmtjepa.interop import WeightsError
 from dmtjepa.training.launch import launch
 
 
@@ -28,15 +27,8 @@ def test_a_run_starts_from_given_weights(settings, plain):
 
 
 @pytest.mark.slow
-def test_missing_weights_are_an_error(settings):
-    config = settings(**{"meta.load_checkpoint": True, "meta.read_checkpoint": "nowhere.pth.tar"})
-    with pytest.raises(WeightsError, match=r"nowhere\.pth\.tar"):
-        launch(config, ["cpu"])
-
-
-@pytest.mark.slow
-def test_a_released_file_that_asks_to_load_starts_afresh(settings, plain, losses):
-    """The released files for ViT-L and H have `load_checkpoint: true` and no checkpoint."""
+def test_an_official_file_that_asks_to_load_starts_afresh(settings, plain, losses):
+    """The official files for ViT-L and H have `load_checkpoint: true` and no checkpoint."""
     config = settings(**{"meta.load_checkpoint": True})
     assert launch(config, ["cpu"]) == 0
     assert losses(config) == losses(plain)
