@@ -50,7 +50,18 @@ ALLOWED = {
     "objective": {"kernels", "config", "masks", "models", "tensors"},
     "reference": {"config", "masks", "objective"},
     "interop": RUNS | {"models", "objective"},
-    "training": RUNS | {"data", "masks", "models", "objective", "interop", "kernels", "processes", "tensors"},
+    "training": RUNS
+    | {
+        "data",
+        "evaluation",
+        "masks",
+        "models",
+        "objective",
+        "interop",
+        "kernels",
+        "processes",
+        "tensors",
+    },
     "evaluation": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},
 }
 
