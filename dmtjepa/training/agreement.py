@@ -36,9 +36,11 @@ def check_ranks_agree(config: Config, source: ImageSource, loader: str, world: W
     found = _gather((len(names), names.digest(), loader, settings), world)
     if all(other == found[0] for other in found):
         return
-    first: list[Any] = [(config, ImageList(names, {}), loader)]
+    own = config, ImageList(names, {}), loader
+    first: list[Any] = [own]
     dist.broadcast_object_list(first, src=0, device=torch.device("cpu"))
-    differences = _describe_difference(*first[0], config, ImageList(names, {}), loader)
+    config_0, images_0, loader_0 = first[0]
+    differences = _describe_difference(config_0, images_0, loader_0, *own)
     lines = [line for line in _gather(f"  {world.name}: {differences}" if differences else "", world) if line]
     if lines:
         more = [f"  and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
