@@ -20,9 +20,8 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
 
-@pytest.fixture
-def images(tmp_path) -> Path:
-    folder = tmp_path / "images"
+def write_images(folder: Path) -> Path:
+    """A folder of 6 images."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for index in range(6):
@@ -31,14 +30,23 @@ def images(tmp_path) -> Path:
 
 
 @pytest.fixture
+def images(tmp_path) -> Path:
+    return write_images(tmp_path / "images")
+
+
+def call_main(monkeypatch, run_folder: Path, *arguments: str, fname: str = QUICKSTART, devices=("cpu",)) -> int:
+    command = ["main.py", "--fname", fname, "--devices", *devices, f"logging.folder={run_folder}", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    return main.main()
+
+
+@pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """run("data.batch_size=4") -> exit code and standard error of main.py, writing to tmp_path/run."""
     monkeypatch.setenv("DMTJEPA_CACHE", str(tmp_path / "cache"))
 
-    def call(*arguments: str, fname: str = QUICKSTART, devices: tuple[str, ...] = ("cpu",)) -> tuple[int, str]:
-        folder = f"logging.folder={tmp_path / 'run'}"
-        monkeypatch.setattr(sys, "argv", ["main.py", "--fname", fname, "--devices", *devices, folder, *arguments])
-        code = main.main()
+    def call(*arguments: str, **options) -> tuple[int, str]:
+        code = call_main(monkeypatch, tmp_path / "run", *arguments, **options)
         return code, capsys.readouterr().err
 
     return call
@@ -48,10 +56,37 @@ def on_folder(folder: Path, *more: str) -> list[str]:
     return ["data.dataset=folder", f"data.root_path={folder}", "data.num_workers=0", "data.loader=torchvision", *more]
 
 
+def short_run(folder: Path, *more: str) -> list[str]:
+    """The settings of a run of 3 steps."""
+    short = ("data.batch_size=2", "meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0")
+    return on_folder(folder, *short, *more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder with `images` and `run`, a run on them that has ended; see `copy_of_run`."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        assert call_main(patch, folder / "run", *short_run(write_images(folder / "images"))) == 0
+    return folder
+
+
+@pytest.fixture
+def copy_of_run(finished, tmp_path) -> Path:
+    """The images of a run that has ended, which `run` would continue. Both are copies."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "images"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["data.batchsize=4"], ["data.batchsize", "did you mean batch_size?"]),
+        (["data.batchsize=4"], ["data.batchsize: unknown key; did you mean batch_size?"]),
+        (["data.batch_size=many"], ["data.batch_size"]),
         (["data.crop_size=4"], ["data.crop_size", "smaller than a patch"]),
         (["data.crop_size=8"], ["patch.patch_k_size", "larger than the grid of 1x1"]),
         (["mask.min_keep=30"], ["min_keep 30", "lower mask.min_keep"]),
@@ -83,11 +118,34 @@ def test_empty_folder(run, tmp_path):
     assert ".jpg" in error
 
 
-def test_batch_larger_than_the_data_set(run, images):
-    code, error = run(*on_folder(images, "data.batch_size=8"))
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data.batch_size=8"], ["the batch is larger than the data set", "6 images"]),
+        (["data.batch_size=2", "runtime.accumulation=9"], ["6", "lower runtime.accumulation"]),
+    ],
+)
+def test_batch_larger_than_the_data_set(run, images, arguments, words):
+    code, error = run(*on_folder(images, *arguments))
     assert code == 1
-    assert "batch" in error
-    assert "6 images" in error
+    for word in words:
+        assert word in error
+
+
+def test_a_device_that_is_none(run):
+    code, error = run(devices=("cpu", "gpu:0"))
+    assert code == 1
+    assert "write cpu, cuda or cuda:N" in error
+    code, error = run("--dry-run", devices=("gpu",))
+    assert code == 1
+    assert "DeviceError: device 'gpu'" in error
+
+
+def test_unknown_argument(run, capsys):
+    with pytest.raises(SystemExit) as error:
+        run("--gpus", "3")
+    assert error.value.code == 2
+    assert "section.key=value" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -95,24 +153,20 @@ def test_no_cuda(run, tmp_path):
     code, error = run(devices=("cuda:0",))
     assert code == 1
     assert "cuda:0" in error
-    assert "--devices cpu" in error
+    assert "no usable CUDA device; pass --devices cpu" in error
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_a_folder_with_another_run_is_left_alone(run, images, tmp_path):
-    short = ("meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0")
-    small = on_folder(images, "data.batch_size=2", *short)
-    code, error = run(*small)
-    assert code == 0, error
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    code, error = run(*small, "optimization.lr=0.5")
+def test_a_folder_with_another_run_is_left_alone(run, copy_of_run, tmp_path):
+    before = contents(tmp_path / "run")
+    code, error = run(*short_run(copy_of_run, "optimization.lr=0.5"))
     assert code == 1
     assert "optimization.lr" in error
     assert "Traceback" not in error
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert contents(tmp_path / "run") == before
     # The same settings again: the run is complete, and stays as it is.
-    code, error = run(*small)
+    code, error = run(*short_run(copy_of_run))
     assert code == 0
     assert "step 3 of 3" in error
 
@@ -120,53 +174,43 @@ def test_a_folder_with_another_run_is_left_alone(run, images, tmp_path):
 @pytest.mark.slow
 def test_a_start_that_fails_leaves_nothing_behind(run, images, tmp_path):
     """The corrected command starts, and the settings in the folder are its own."""
-    short = ("data.batch_size=2", "meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0")
-    for wrong in (
-        on_folder(images.with_name("imgaes"), *short),
-        on_folder(images, *short, "data.batch_size=8"),
-        on_folder(images, *short, "meta.load_checkpoint=true", "meta.read_checkpoint=nowhere.pth.tar"),
-        on_folder(images, *short, "runtime.accumulation=9"),
-        on_folder(images, *short, "mask.min_keep=30"),
-        on_folder(images, *short, "meta.pred_emb_dim=31"),
-    ):
-        code, error = run(*wrong)
-        assert code == 1
-        assert "Traceback" not in error
-        assert not (tmp_path / "run").exists()
-    code, error = run(*on_folder(images, *short))
+    code, error = run(*short_run(images.with_name("imgaes")))
+    assert code == 1
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+    code, error = run(*short_run(images))
     assert code == 0, error
     assert load_config(tmp_path / "run" / "config.yaml").data.root_path == str(images)
 
 
 @pytest.mark.slow
-def test_a_moved_data_set_is_followed(run, images, tmp_path):
-    short = ("data.batch_size=2", "meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0")
-    code, error = run(*on_folder(images, *short))
+def test_a_moved_data_set_is_followed(run, copy_of_run, finished, tmp_path):
+    code, error = run(*short_run(copy_of_run))
     assert code == 0, error
-    moved = images.rename(tmp_path / "moved")
-    code, error = run(*on_folder(moved, *short))
-    assert code == 0, error
-    assert load_config(tmp_path / "run" / "config.yaml").data.root_path == str(moved)
+    assert load_config(tmp_path / "run" / "config.yaml").data.root_path == str(copy_of_run)
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
-    assert starts[-1]["changed_settings"] == {"data.root_path": {"from": str(images), "to": str(moved)}}
+    assert starts[-1]["changed_settings"]["data.root_path"] == {
+        "from": str(finished / "images"),
+        "to": str(copy_of_run),
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "word"),
     [
-        ["mask.min_keep=30"],
-        ["meta.pred_emb_dim=31"],
-        ["data.image_folder=imgaes"],
-        ["data.batch_size=8"],
-        ["runtime.accumulation=9"],
-        ["meta.load_checkpoint=true", "meta.read_checkpoint=nowhere.pth.tar"],
-        ["meta.load_checkpoint=true", "meta.read_checkpoint=FILE"],
-        ["data.root_path=$NOT_SET/images"],
-        ["runtime.shard_size=2"],
+        (["mask.min_keep=30"], "min_keep"),
+        (["meta.pred_emb_dim=31"], "pred_emb_dim"),
+        (["data.image_folder=imgaes"], "imgaes"),
+        (["data.batch_size=8"], "larger than the data set"),
+        (["runtime.accumulation=9"], "lower runtime.accumulation"),
+        (["meta.load_checkpoint=true", "meta.read_checkpoint=nowhere.pth.tar"], "nowhere.pth.tar"),
+        (["meta.load_checkpoint=true", "meta.read_checkpoint=FILE"], "damaged.pth.tar"),
+        (["data.root_path=$NOT_SET/images"], "$NOT_SET"),
+        (["runtime.shard_size=2"], "shard_size"),
     ],
 )
-def test_dry_run_says_what_a_start_says(run, images, tmp_path, arguments):
+def test_dry_run_says_what_a_start_says(run, images, tmp_path, arguments, word):
     file = tmp_path / "damaged.pth.tar"
     file.write_bytes(b"PK\3\4 and no more")
     arguments = [text.replace("FILE", str(file)) for text in on_folder(images, "data.batch_size=2", *arguments)]
@@ -174,33 +218,29 @@ def test_dry_run_says_what_a_start_says(run, images, tmp_path, arguments):
     wet, wet_error = run(*arguments)
     assert (dry, wet) == (1, 1)
     assert dry_error.splitlines()[-1] == wet_error.splitlines()[-1]
-    assert "Traceback" not in dry_error
+    assert word in wet_error
+    assert "Traceback" not in dry_error + wet_error
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_dry_run_of_a_started_run(run, images, tmp_path):
-    small = on_folder(
-        images, "data.batch_size=2", "meta.pred_depth=1", "optimization.epochs=1", "optimization.warmup=0"
-    )
-    code, error = run(*small)
-    assert code == 0, error
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert run("--dry-run", *small)[0] == 0
-    code, error = run("--dry-run", *small, "optimization.lr=0.5")
+def test_dry_run_of_a_started_run(run, copy_of_run, tmp_path):
+    before = contents(tmp_path / "run")
+    assert run("--dry-run", *short_run(copy_of_run))[0] == 0
+    code, error = run("--dry-run", *short_run(copy_of_run, "optimization.lr=0.5"))
     assert code == 1
     assert "optimization.lr" in error
     for index in range(3):
-        shutil.copy(images / "0.jpg", images / f"more{index}.jpg")
-    code, error = run("--dry-run", *small)
+        shutil.copy(copy_of_run / "0.jpg", copy_of_run / f"more{index}.jpg")
+    code, error = run("--dry-run", *short_run(copy_of_run))
     assert code == 1
     assert "the data set has changed" in error
     for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
         manifest.write_text("{")
-    code, error = run("--dry-run", *small)
+    code, error = run("--dry-run", *short_run(copy_of_run))
     assert code == 1
     assert "are damaged" in error
-    assert before.keys() == {path for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert before.keys() == contents(tmp_path / "run").keys()
 
 
 @pytest.mark.parametrize(
@@ -225,10 +265,21 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path, variable, device_typ
 
 
 @pytest.mark.slow
-def test_dry_run_starts_nothing(run, images, tmp_path):
-    code, _ = run("--dry-run", "data.batch_size=4", f"data.root_path={images}", "data.image_folder=''",
-                  fname=str(ROOT / "configs" / "in1k_vitb16_ep600.yaml"))  # fmt: skip
-    assert code == 0
+@pytest.mark.parametrize(
+    ("fname", "devices", "lines"),
+    [
+        ("in1k_vitb16_ep600", ["cpu", "cpu"], ["effective batch    6 = 3 x 2 processes x 1 accumulated", "GFLOP"]),
+        ("quickstart", ["cuda:0", "cuda:1"], ["processes          2 (cuda)"]),  # needs no GPU
+    ],
+)
+def test_dry_run_starts_nothing(monkeypatch, capsys, images, tmp_path, fname, devices, lines):
+    arguments = on_folder(images, "data.batch_size=3", "data.image_folder=''")
+    fname = str(ROOT / "configs" / f"{fname}.yaml")
+    code = call_main(monkeypatch, tmp_path / "run", "--dry-run", *arguments, fname=fname, devices=devices)
+    printed, error = capsys.readouterr()
+    assert code == 0, error
+    for line in lines:
+        assert line in printed
     assert not (tmp_path / "run").exists()
 
 

@@ -12,6 +12,7 @@ import torch
 from dmtjepa.checkpoint_format import list_checkpoints, newest_whole, read_meta
 from dmtjepa.config import Config, ConfigError, expand_path
 from dmtjepa.data import StoredSource, check_batch_fits, check_loader, open_source
+from dmtjepa.evaluation.evaluator import open_splits
 from dmtjepa.interop import load_model
 from dmtjepa.masks import check_masks
 from dmtjepa.objective import DMTJEPA, build_model
@@ -46,6 +47,8 @@ def check_start(config: Config, world_size: int, device_type: str) -> StoredSour
     source = open_source(config.data)
     check_batch_fits(config.data, len(source), world_size)
     count_steps_per_epoch(config, world_size, len(source))
+    if config.evaluation.every_epochs:
+        open_splits(config)
     with torch.device("meta"):  # shapes alone
         model = build_model_for(config, here)
     weights = find_initial_weights(config, folder)

@@ -21,6 +21,7 @@ from dmtjepa.training.batches import BatchStream
 from dmtjepa.training.check import build_model_for, count_steps_per_epoch, find_initial_weights
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
+from dmtjepa.training.evaluation import PeriodicEvaluation
 from dmtjepa.training.finite import FiniteCheck
 from dmtjepa.training.images import check_images, record_images
 from dmtjepa.training.metrics import Metrics
@@ -46,6 +47,7 @@ class Run:
     saver: Saver
     finite_check: FiniteCheck
     metrics: Metrics
+    evaluation: PeriodicEvaluation
     batches: BatchStream
 
 
@@ -121,7 +123,9 @@ def build_run(
     stack.callback(metrics.close)
     batches = _build_batches(config, world, loader, schedules, metrics)
     stack.callback(batches.close)
-    return Run(schedules, train_step, state, vote, saver, FiniteCheck(config, world, state, saver), metrics, batches)
+    evaluation = PeriodicEvaluation(config, world, folder, schedules, state, metrics, watchdog)
+    finite_check = FiniteCheck(config, world, state, saver)
+    return Run(schedules, train_step, state, vote, saver, finite_check, metrics, evaluation, batches)
 
 
 @contextlib.contextmanager

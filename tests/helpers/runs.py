@@ -51,15 +51,6 @@ def _quiet():
     logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread():
-    """Another number of threads sums in another order: runs are compared bit by bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     """128 smooth random images of 32x32 pixels."""
