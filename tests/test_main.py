@@ -190,6 +190,11 @@ def test_dry_run_of_a_started_run(run, images, tmp_path):
     code, error = run("--dry-run", *small, "optimization.lr=0.5")
     assert code == 1
     assert "optimization.lr" in error
+    renamed = (images / "0.jpg").rename(images / "zero.jpg")
+    code, error = run("--dry-run", *small)
+    assert code == 1
+    assert "1 added (zero.jpg), 1 removed (0.jpg)" in error
+    renamed.rename(images / "0.jpg")
     for index in range(3):
         shutil.copy(images / "0.jpg", images / f"more{index}.jpg")
     code, error = run("--dry-run", *small)

@@ -12,11 +12,13 @@ import torch
 from dmtjepa.checkpoint_format import list_checkpoints, newest_whole, read_meta
 from dmtjepa.config import Config, ConfigError, expand_path
 from dmtjepa.data import StoredSource, check_batch_fits, check_loader, open_source
+from dmtjepa.data.fingerprint import ImageList
 from dmtjepa.interop import load_model
 from dmtjepa.masks import check_masks
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.compute_plan import ComputePlan
+from dmtjepa.training.images import compare_images
 from dmtjepa.training.parallelize import check_shard_size
 from dmtjepa.training.state import check_data_unchanged
 
@@ -74,13 +76,15 @@ def check_dry_run(config: Config, world_size: int, device_type: str) -> None:
     Raises:
         CheckpointError: all checkpoints are damaged, or the data set has changed; and what `check_start` raises.
     """
-    num_images = len(check_start(config, world_size, device_type))
+    source = check_start(config, world_size, device_type)
     folder = RunFolder.from_config(config)
     folder.check_unlocked()
     checkpoint = newest_whole(folder.checkpoints)
     if checkpoint is not None:
-        steps_per_epoch = count_steps_per_epoch(config, world_size, num_images)
-        check_data_unchanged(checkpoint, read_meta(checkpoint), steps_per_epoch, num_images)
+        steps_per_epoch = count_steps_per_epoch(config, world_size, len(source))
+        check_data_unchanged(checkpoint, read_meta(checkpoint), steps_per_epoch, len(source))
+        loader = None if config.data.loader == "auto" else config.data.loader  # the machine of the run chooses
+        compare_images(config, folder, ImageList.of(source), loader, checkpoint)
 
 
 def check_compiler(config: Config, device_type: str) -> None:

@@ -21,20 +21,35 @@ def check_images(
 
     Args:
         loader: name of the loader that reads the images.
-        checkpoint: None for a new run. One that is older than fingerprints is accepted.
+        checkpoint: None for a new run.
 
     Raises:
         CheckpointError: they differ, and `data.allow_changed` is not set.
     """
     images = ImageList.of(source)
-    now = images.fingerprint(loader)
-    recorded = read_meta(checkpoint).get("images") if checkpoint is not None else None
+    if checkpoint is not None:
+        compare_images(config, folder, images, loader, checkpoint)
+    return images.fingerprint(loader)
+
+
+def compare_images(config: Config, folder: RunFolder, images: ImageList, loader: str | None, checkpoint: Path) -> None:
+    """Compare images and loader with those of a checkpoint. One that is older than fingerprints is accepted.
+
+    Args:
+        loader: name of the loader that reads the images; None if it is not known, and not compared.
+
+    Raises:
+        CheckpointError: they differ, and `data.allow_changed` is not set.
+    """
+    recorded = read_meta(checkpoint).get("images")
     if recorded is None:
-        return now
+        return
     try:
         earlier = Fingerprint(**recorded)
     except TypeError as error:
         raise CheckpointError(f"{checkpoint}: its description of the images cannot be read: {error}") from None
+    loader = loader or earlier.loader
+    now = images.fingerprint(loader)
     changes = []
     if (earlier.names, earlier.sizes) != (now.names, now.sizes):
         changes.append(f"the images: {_describe(folder, earlier, images)}")
@@ -48,7 +63,6 @@ def check_images(
         )
     if changes:
         logger.warning("data.allow_changed: the run goes on with other data. What has changed is %s", text)
-    return now
 
 
 def record_images(folder: RunFolder, source: ImageSource, now: Fingerprint) -> None:
