@@ -3,6 +3,7 @@
     config.yaml                  the settings, as resolved at the last start
     environment.json             of each start: command, commit, versions, hardware, and the settings that it changed
     {tag}_r{rank}.csv            losses and times of each rank, see `dmtjepa.step_csv`
+    metrics.jsonl                what else is measured during training, see `dmtjepa.metrics_file`
     images.gz                    the names of the images, and some sizes, see `dmtjepa.data.fingerprint`
     tensorboard/                 the same, of rank 0, and schedules and speed
     checkpoints/step-{n}/        complete states, see `dmtjepa.checkpoint_format`
@@ -34,6 +35,7 @@ from dmtjepa.config import Config, ConfigError, changed_settings, different_sett
 from dmtjepa.environment import describe_environment
 from dmtjepa.errors import UserError
 from dmtjepa.files import WRITING, write_atomically, write_json
+from dmtjepa.metrics_file import MetricsFile
 from dmtjepa.processes import private_descriptor
 from dmtjepa.step_csv import LossCurve, StepCsv, has_rows, read_losses
 
@@ -99,6 +101,10 @@ class RunFolder:
     @property
     def image_list(self) -> Path:
         return self.path / "images.gz"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
 
     def csv_file(self, rank: int) -> Path:
         return self.path / f"{self.tag}_r{rank}.csv"
@@ -245,6 +251,10 @@ class RunFolder:
     def open_csv(self, rank: int, *, first_step: int, steps_per_epoch: int) -> StepCsv:
         """The CSV of a rank, to write the rows from `first_step` on."""
         return StepCsv(self.csv_file(rank), first_step=first_step, steps_per_epoch=steps_per_epoch)
+
+    def open_metrics(self, *, first_step: int) -> MetricsFile:
+        """The metrics of the run, to write the rows from `first_step` on. Rank 0 writes them."""
+        return MetricsFile(self.metrics_file, first_step=first_step)
 
     def read_losses(self) -> LossCurve | None:
         """The losses of the run, which are the same on all ranks. None if the run has no CSV.

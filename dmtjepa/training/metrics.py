@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from dmtjepa.metrics_file import MetricsFile
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.batches import StepBatch
 from dmtjepa.training.event_file import EventFile
@@ -59,8 +60,8 @@ class StepValues:
 
 
 class Metrics:
-    """Collects steps on the device and writes them in blocks: a CSV file for every rank, and on rank 0 TensorBoard and
-    a progress bar (without a terminal: lines).
+    """Collects steps on the device and writes them in blocks: a CSV file for every rank, and on rank 0 `metrics.jsonl`,
+    TensorBoard and a progress bar (without a terminal: lines).
 
     Args:
         folder: of the run.
@@ -87,9 +88,11 @@ class Metrics:
         self._rate: float | None = None  # images per second, a moving average
         self._waits: list[tuple[float, float]] | None = []  # (seconds, seconds without data) of steps; None: has warned
         self._csv = folder.open_csv(rank, first_step=first_step, steps_per_epoch=schedules.steps_per_epoch)
+        self._file: MetricsFile | None = None
         self._board: EventFile | None = None
         self._bar: tqdm | None = None
         if rank == 0:
+            self._file = folder.open_metrics(first_step=first_step)
             self._board = EventFile(folder.tensorboard, purge_step=first_step)
             if sys.stderr.isatty():
                 self._bar = tqdm(
@@ -145,8 +148,25 @@ class Metrics:
         self._write(steps)
         return steps
 
+    def write_values(self, step: int, values: Mapping[str, float]) -> None:
+        """Write values, by name, into `metrics.jsonl` and TensorBoard. Does nothing on ranks other than 0.
+
+        Args:
+            step: number of the last finished step, from 0.
+            values: `loss/explained variance` and the like; what precedes the slash is a group in TensorBoard.
+        """
+        if self._file is not None:
+            self._file.write(step, values)
+            self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+
     def close(self) -> None:
         self._csv.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
         if self._bar is not None:
