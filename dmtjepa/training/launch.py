@@ -156,13 +156,14 @@ def _report(processes: Sequence[BaseProcess], folder: Path) -> int:
     failures = sorted(
         (path.read_text() for path in folder.glob("*.txt")), key=lambda text: float(text.split("\n", 1)[0])
     )
-    killed = [process for process in processes if process.exitcode is not None and process.exitcode < 0]
+    codes = [(process.name, process.exitcode) for process in processes if process.exitcode]
     if failures:
         print(failures[0].split("\n", 1)[1], file=sys.stderr)
-        for process in killed:  # the others can only tell that they lost it
-            print(_describe_kill(process.name, -process.exitcode), file=sys.stderr)
+        for name, code in codes:
+            if code < 0:  # the others can only tell that they lost it
+                print(_describe_kill(name, -code), file=sys.stderr)
         return 1
-    name, code = next((process.name, process.exitcode) for process in processes if process.exitcode)
+    name, code = codes[0]
     if code > 0:
         print(f"{name} ended with exit code {code}; its messages are above", file=sys.stderr)
         return code
