@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dmtjepa.checkpoint_format import CheckpointError, read_meta
 from dmtjepa.config import Config
@@ -14,6 +16,20 @@ from dmtjepa.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 
+def check_steps_per_epoch(checkpoint: Path, meta: Mapping[str, Any], steps_per_epoch: int, num_images: int) -> None:
+    """Refuse a checkpoint whose epochs have another number of steps.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    if meta["steps_per_epoch"] != steps_per_epoch:
+        raise CheckpointError(
+            f"{checkpoint} counts {meta['steps_per_epoch']} steps per epoch of {meta['num_images']} images, and "
+            f"this run {steps_per_epoch} of {num_images}: the data set has changed. Restore it, or choose another "
+            "logging.folder and start from the weights (meta.read_checkpoint)"
+        )
+
+
 def check_images(
     config: Config, folder: RunFolder, source: ImageSource, loader: str, checkpoint: Path | None
 ) -> Fingerprint:
@@ -21,35 +37,20 @@ def check_images(
 
     Args:
         loader: name of the loader that reads the images.
-        checkpoint: None for a new run.
+        checkpoint: None for a new run. One that is older than fingerprints is accepted.
 
     Raises:
         CheckpointError: they differ, and `data.allow_changed` is not set.
     """
     images = ImageList.of(source)
-    if checkpoint is not None:
-        compare_images(config, folder, images, loader, checkpoint)
-    return images.fingerprint(loader)
-
-
-def compare_images(config: Config, folder: RunFolder, images: ImageList, loader: str | None, checkpoint: Path) -> None:
-    """Compare images and loader with those of a checkpoint. One that is older than fingerprints is accepted.
-
-    Args:
-        loader: name of the loader that reads the images; None if it is not known, and not compared.
-
-    Raises:
-        CheckpointError: they differ, and `data.allow_changed` is not set.
-    """
-    recorded = read_meta(checkpoint).get("images")
+    now = images.fingerprint(loader)
+    recorded = read_meta(checkpoint).get("images") if checkpoint is not None else None
     if recorded is None:
-        return
+        return now
     try:
         earlier = Fingerprint(**recorded)
     except TypeError as error:
         raise CheckpointError(f"{checkpoint}: its description of the images cannot be read: {error}") from None
-    loader = loader or earlier.loader
-    now = images.fingerprint(loader)
     changes = []
     if (earlier.names, earlier.sizes) != (now.names, now.sizes):
         changes.append(f"the images: {_describe(folder, earlier, images)}")
@@ -63,6 +64,7 @@ def compare_images(config: Config, folder: RunFolder, images: ImageList, loader:
         )
     if changes:
         logger.warning("data.allow_changed: the run goes on with other data. What has changed is %s", text)
+    return now
 
 
 def record_images(folder: RunFolder, source: ImageSource, now: Fingerprint) -> None:

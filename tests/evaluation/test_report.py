@@ -1,5 +1,7 @@
 import json
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
 from dmtjepa.objective import build_model
 from dmtjepa.run_folder import open_run
 from tests.helpers.run_folders import write_images, write_masks, write_run
+from tests.helpers.signal_stack import has_signal_stack
 
 LATEST = "tiny-latest.pth.tar"
 
@@ -219,6 +222,22 @@ def test_few_training_images_skip_the_linear_probe(run, tmp_path, capsys, withou
 
 def test_max_images_below_ten_is_measured(run, without_figures):
     assert main([str(run), "--device", "cpu", "--max-images", "9"]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sigaltstack")
+def test_the_measuring_thread_has_a_signal_stack(run, without_figures):
+    """Tested in a thread of its own, because pytest gives the first one a stack."""
+    found = []
+
+    def measure():
+        found.append(has_signal_stack())
+        assert main([str(run), "--device", "cpu", "--max-images", "9"]) == 0
+        found.append(has_signal_stack())
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    thread.join()
+    assert found == [False, True]
 
 
 def test_a_teacher_that_is_not_finite_is_named(run, tmp_path, capsys):

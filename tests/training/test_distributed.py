@@ -67,7 +67,10 @@ GROUP = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
 )
 def test_variables_that_describe_no_group_are_named_at_once(monkeypatch, changes, message):
     for name, value in (GROUP | changes).items():
-        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
     with pytest.raises(DistributedError) as error, join():
         pass
     assert message in str(error.value)
@@ -230,6 +233,22 @@ def test_watchdog_looks_again_before_it_ends_a_run(monkeypatch):
 
     assert watch(monkeypatch, 25, progress) == []
     assert "rank 0 of 1" in watch(monkeypatch, 22, lambda watchdog: None)[0]
+
+
+def test_ranks_that_wait_in_an_evaluation_for_one_that_works_do_not_end_the_run(monkeypatch):
+    def evaluate(watchdog):
+        watchdog._place = (Phase.EVALUATION, 8)  # no progress since the start
+
+    assert len(watch(monkeypatch, 22, evaluate)) == 1
+    rows = {"ticks": 3, "seconds": 100.0}, {"ticks": 3, "seconds": 5.0}
+    watchdog = Watchdog(World(0, 2, CPU, dist.HashStore()), timeout=80)
+    later = [row | {"ticks": 6} for row in rows]
+    assert watchdog._any_progress([*rows, "never heard from"], [*later, "never heard from"])
+    assert not watchdog._any_progress([rows[0]], [later[0]])
+    assert not watchdog._any_progress(list(rows), [later[0], rows[1]])  # the working rank is gone
+    monkeypatch.setattr(Watchdog, "_any_progress", lambda *_: True)
+    assert watch(monkeypatch, 22, evaluate) == []
+    assert len(watch(monkeypatch, 22, lambda watchdog: None)) == 1  # in other phases all ranks go on together
 
 
 @pytest.mark.slow

@@ -56,14 +56,21 @@ def session_members(session: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "processes"),
-    [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGINT, 1), (signal.SIGHUP, 2), (signal.SIGUSR1, 2)],
-    ids=lambda value: getattr(value, "name", value),
+    ("number", "processes", "send"),
+    [
+        (signal.SIGTERM, 2, os.killpg),
+        (signal.SIGINT, 2, os.killpg),
+        (signal.SIGINT, 1, os.killpg),
+        (signal.SIGHUP, 2, os.killpg),
+        (signal.SIGUSR1, 2, os.killpg),
+        (signal.SIGUSR2, 2, os.kill),
+    ],
+    ids=lambda value: getattr(value, "name", getattr(value, "__name__", value)),
 )
-def test_signal_to_the_whole_group_saves(start_long, losses, number, processes):
-    """As `timeout`, a Ctrl-C in a shell, a closed terminal and SLURM send it."""
+def test_signal_saves_and_ends(start_long, losses, number, processes, send):
+    """To the group, as `timeout`, a Ctrl-C, a closed terminal and SLURM send it, and to the program alone."""
     config, process = start_long(processes)
-    os.killpg(process.pid, number)
+    send(process.pid, number)
     output = read_to_the_end(process)
     assert process.returncode == (-number if processes == 1 else 128 + number), output
     found = checkpoint_format.newest_whole(Path(config.logging.folder, "checkpoints"))
