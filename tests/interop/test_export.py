@@ -200,7 +200,7 @@ def test_exported_files_appear_whole_and_with_the_permissions_of_new_files(run, 
 
 def test_a_full_disk_is_named(run, tmp_path, monkeypatch):
     """The zip writer of torch reports a failed write as `unexpected pos`."""
-    monkeypatch.setattr("dmtjepa.interop.official.open_atomically", lambda _: Path("/dev/full").open("wb"))  # noqa: SIM115
+    monkeypatch.setattr("dmtjepa.interop.official.open_atomically", lambda _: Path("/dev/full").open("wb", buffering=0))  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):
         export_official(read_checkpoint(run / "jepa-latest.pth.tar"), tmp_path / "a.pth.tar")
 
