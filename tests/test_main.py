@@ -392,6 +392,7 @@ def test_dry_run_starts_nothing(monkeypatch, capsys, images, tmp_path, fname, de
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_tells_what_a_run_needs(monkeypatch, capsys):
     """Even where the images are not, as on a login node; but the exit status tells that a start would fail."""
     fname = str(ROOT / "configs" / "in1k_vith14_ep300.yaml")

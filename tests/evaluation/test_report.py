@@ -257,6 +257,7 @@ def test_validation_images_that_cannot_be_read_are_an_error(run, tmp_path, capsy
     assert "validation: no images could be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_masks_that_cannot_be_used_skip_the_segmentation(run, tmp_path, capsys, without_figures):
     write_images(tmp_path / "color" / "train", 4, seed=0)
     write_images(tmp_path / "color" / "val", 4, seed=1)

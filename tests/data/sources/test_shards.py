@@ -36,6 +36,7 @@ def test_packed_shards_hold_the_folder(shards: Path, image_folder: Path):
     assert contents(pickle.loads(pickle.dumps(packed))) == contents(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader_name", LOADERS)
 def test_loaders_read_shards_and_lists_as_folders(shards: Path, image_folder: Path, tmp_path: Path, loader_name: str):
     listing = tmp_path / "images.txt"
