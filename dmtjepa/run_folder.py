@@ -9,6 +9,7 @@
     checkpoints/step-{n}/        complete states, see `dmtjepa.checkpoint_format`
     {tag}-latest.pth.tar         the newest epoch in the official layout, see `dmtjepa.interop.official`
     {tag}-ep{N}.pth.tar          the state after N epochs in the official layout, kept
+    {tag}-best.pth.tar           the encoders of the best evaluation during training (evaluation.keep_best)
     not_finite/                  the state after a loss that was not finite: a checkpoint, and steps.json
     report/                      what `python -m dmtjepa.evaluation` writes
     .lock                        held while a run writes into the folder
@@ -93,6 +94,10 @@ class RunFolder:
     @property
     def latest_export(self) -> Path:
         return self.path / f"{self.tag}-latest.pth.tar"
+
+    @property
+    def best_export(self) -> Path:
+        return self.path / f"{self.tag}-best.pth.tar"
 
     def epoch_export(self, num_epochs: int) -> Path:
         """The file of the state after `num_epochs` epochs."""

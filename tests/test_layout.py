@@ -45,12 +45,23 @@ ALLOWED = {
     "packing": set(),
     "tensors": set(),
     "masks": {"config", "errors", "packing"},
-    "data": {"config", "errors", "files", "processes"},
+    "data": {"config", "errors", "files", "output", "processes"},
     "models": {"kernels", "packing"},
     "objective": {"kernels", "config", "masks", "models", "tensors"},
     "reference": {"config", "masks", "objective"},
     "interop": RUNS | {"models", "objective"},
-    "training": RUNS | {"data", "masks", "models", "objective", "interop", "kernels", "processes", "tensors"},
+    "training": RUNS
+    | {
+        "data",
+        "evaluation",
+        "masks",
+        "models",
+        "objective",
+        "interop",
+        "kernels",
+        "processes",
+        "tensors",
+    },
     "evaluation": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},
 }
 

@@ -17,12 +17,9 @@ from dmtjepa.evaluation.errors import EvaluationError, NotMeasuredError
 from dmtjepa.evaluation.features import LAYOUT_SIDE, Features, extract_features, extract_patches, extract_pixels
 from dmtjepa.evaluation.knn import knn_accuracy, standardize
 from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
-from dmtjepa.evaluation.segmentation import find_mask, read_mask, score_segmentation
-from dmtjepa.evaluation.splits import Subset, subsample
+from dmtjepa.evaluation.segmentation import find_mask, find_masked, read_mask, score_segmentation
 from dmtjepa.step_csv import LossCurve
 
-NUM_SEGMENTED = 300
-"""Images of each split whose patches are segmented."""
 LAYOUT_BYTES = 8 * 2**30
 """Memory limit of features with layout, which are up to 16 times as large as pooled features."""
 MAX_RANKED = 25_600
@@ -142,7 +139,7 @@ def measure_segmentation(context: EvaluationContext) -> dict[str, dict[str, floa
     Raises:
         NotMeasuredError: there are no masks, or they cannot be used.
     """
-    train, validation = (_find_masked(source) for source in (context.splits.train, context.splits.validation))
+    train, validation = (find_masked(source) for source in (context.splits.train, context.splits.validation))
     if not len(train) or not len(validation):
         raise NotMeasuredError("segmentation: there are no pixel masks beside the images (see docs/evaluation.md)")
     scores = {}
@@ -172,13 +169,6 @@ def summarize_loss(curve: LossCurve) -> dict[str, float]:
         "first": float(np.mean(curve.loss[:window])),
         "last": float(np.mean(curve.loss[-window:])),
     }
-
-
-def _find_masked(source: ImageSource) -> Subset:
-    """Images of a source that have a mask, of a sample of NUM_SEGMENTED."""
-    sample = subsample(source, NUM_SEGMENTED)
-    masked = [image for image in range(len(sample)) if find_mask(sample.name(image)) is not None]
-    return Subset(sample, np.array(masked, np.int64))
 
 
 def _load_masked(context: EvaluationContext, source: ImageSource) -> tuple[list[Tensor], Tensor]:

@@ -12,9 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from dmtjepa.data.crop import crop_center
+from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
+from dmtjepa.evaluation.splits import Subset, subsample
 
+NUM_SEGMENTED = 300
+"""Images of each split whose patches are segmented."""
 MAX_PATCHES = 20_000
 """Patches that the probe is fitted to, drawn from those of the training images."""
 VOID = 255
@@ -43,6 +47,13 @@ def find_mask(image: str | Path) -> Path | None:
         if mask.is_file():
             return mask
     return None
+
+
+def find_masked(source: ImageSource) -> Subset:
+    """Images of a source that have a mask, of a sample of NUM_SEGMENTED."""
+    sample = subsample(source, NUM_SEGMENTED)
+    masked = [image for image in range(len(sample)) if find_mask(sample.name(image)) is not None]
+    return Subset(sample, np.array(masked, np.int64))
 
 
 def read_mask(path: Path, image_size: tuple[int, int]) -> Tensor:
