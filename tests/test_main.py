@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +16,11 @@ from PIL import Image
 
 import main
 from dmtjepa.config import ConfigError, load_config, parse_config
-from dmtjepa.training.check import check_compiler
+from dmtjepa.data.loaders.torchvision import TorchvisionLoader
+from dmtjepa.models import ARCHITECTURES
+from dmtjepa.run_folder import RunFolder, RunFolderError
+from dmtjepa.training.check import build_model_for, check_space
+from dmtjepa.training.compiler import check_compiler
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -223,10 +229,21 @@ def test_dry_run_says_what_a_start_says(run, images, tmp_path, arguments, word):
     assert not (tmp_path / "run").exists()
 
 
+def refuse_alike(run, arguments, message):
+    """A dry run and a start say the same."""
+    code, dry_error = run("--dry-run", *arguments)
+    assert code == 1
+    code, error = run(*arguments)
+    assert code == 1
+    assert re.search(message, error)
+    assert dry_error[dry_error.index("CheckpointError") :] == error[error.index("CheckpointError") :]
+
+
 @pytest.mark.slow
-def test_dry_run_of_a_started_run(run, copy_of_run, tmp_path):
+def test_dry_run_of_a_started_run(run, copy_of_run, tmp_path, monkeypatch):
+    small = short_run(copy_of_run)
     before = contents(tmp_path / "run")
-    assert run("--dry-run", *short_run(copy_of_run))[0] == 0
+    assert run("--dry-run", *small)[0] == 0
     code, error = run("--dry-run", *short_run(copy_of_run, "optimization.lr=0.5"))
     assert code == 1
     assert "optimization.lr" in error
@@ -235,11 +252,20 @@ def test_dry_run_of_a_started_run(run, copy_of_run, tmp_path):
     code, error = run("--dry-run", *short_run(copy_of_run))
     assert code == 1
     assert "the data set has changed" in error
+    for index in range(3):
+        (copy_of_run / f"more{index}.jpg").unlink()
+    (copy_of_run / "0.jpg").rename(copy_of_run / "z.jpg")
+    refuse_alike(run, small, r"CheckpointError: .*1 added \(z\.jpg\), 1 removed \(0\.jpg\)\. Restore it, or set")
+    (copy_of_run / "z.jpg").rename(copy_of_run / "0.jpg")
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchvisionLoader, "name", "dali")
+        refuse_alike(run, small, r"the loader: torchvision there, dali now")
+    with monkeypatch.context() as patch:
+        patch.setitem(ARCHITECTURES["vit_nano"], "mlp_ratio", 2.0)
+        refuse_alike(run, small, r"does not fit this run: model\.encoder\.blocks\.0\.mlp\.fc1\.weight is")
     for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
         manifest.write_text("{")
-    code, error = run("--dry-run", *short_run(copy_of_run))
-    assert code == 1
-    assert "are damaged" in error
+    refuse_alike(run, small, "are damaged")
     assert before.keys() == contents(tmp_path / "run").keys()
 
 
@@ -254,6 +280,8 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path, variable, device_typ
     config = parse_config({"runtime": setting})
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(ConfigError, match=words):
         check_compiler(config, device_type)
     (tmp_path / "compiler").write_text("#!/bin/sh\n")
@@ -262,6 +290,87 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path, variable, device_typ
     check_compiler(config, device_type)
     monkeypatch.delenv(variable)
     check_compiler(parse_config({"runtime": {"compile": "off", "kernels": "torch"}}), device_type)
+
+
+def make_cache_unusable(how, tmp_path, monkeypatch):
+    """The name of a folder that programs cannot be written into, whoever runs this, and the reason in the message."""
+    (tmp_path / "file").touch()
+    if how == "below a file":
+        return str(tmp_path / "file" / "cache"), "Not a directory"
+    if how == "in /proc":
+        return "/proc/cache", "No such file or directory"
+    if how == "no name":
+        return "", "Not a directory"
+    flags = os.ST_NOEXEC
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((0,) * 8 + (flags, 255)))
+    return str(tmp_path / "cache"), "mounted without permission to run programs"
+
+
+@pytest.mark.parametrize("how", ["below a file", "in /proc", "no name", "noexec"])
+@pytest.mark.parametrize(
+    ("device_type", "variable", "setting"),
+    [("cpu", "TORCHINDUCTOR_CACHE_DIR", "runtime.compile"), ("cuda", "TRITON_CACHE_DIR", "runtime.kernels")],
+)
+def test_a_compiler_cache_that_cannot_be_used_is_named(monkeypatch, tmp_path, how, device_type, variable, setting):
+    compile_setting = "on" if device_type == "cpu" else "off"
+    config = parse_config({"runtime": {"compile": compile_setting}})
+    monkeypatch.setattr(shutil, "which", lambda _: "compiler")
+    monkeypatch.setenv(variable, str(tmp_path / "a" / "b"))
+    check_compiler(config, device_type)
+    assert list(tmp_path.iterdir()) == []  # nothing is left
+    name, reason = make_cache_unusable(how, tmp_path, monkeypatch)
+    if name or device_type == "cpu":  # Triton takes its default instead of an empty name
+        monkeypatch.setenv(variable, name)
+        with pytest.raises(ConfigError, match=rf"^{setting}: .*{reason}.* variable {variable} name a folder"):
+            check_compiler(config, device_type)
+    check_compiler(parse_config({"runtime": {"compile": "off", "kernels": "torch"}}), device_type)
+
+
+def test_a_default_compiler_cache_that_cannot_be_used_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: "compiler")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"file/torchinductor_\w+, cannot be used: .*TORCHINDUCTOR_CACHE_DIR"):
+        check_compiler(parse_config({"runtime": {"compile": "on"}}), "cpu")
+
+    def unknown():
+        raise KeyError("getpwuid(): uid not found: 4711")
+
+    monkeypatch.setattr("getpass.getuser", unknown)
+    with pytest.raises(ConfigError, match=r"there is no place for its cache: .*uid not found"):
+        check_compiler(parse_config({"runtime": {"compile": "on"}}), "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_a_start_needs_a_compiler_cache_before_anything_is_computed(run, images, tmp_path, monkeypatch, option):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/cache")
+    code, error = run(*option, *on_folder(images, "data.batch_size=2", "runtime.compile=on"))
+    assert code == 1
+    assert error.splitlines()[-1].startswith(
+        "ConfigError: runtime.compile: the cache of compiled programs, /proc/cache"
+    )
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch):
+    config = parse_config({"logging": {"folder": str(tmp_path / "run")}, "meta": {"model_name": "vit_nano"}})
+    folder = RunFolder.from_config(config)
+    with torch.device("meta"):
+        model = build_model_for(config, "cpu")
+    check_space(folder, model)
+    # Float32 numbers: student and teacher, and two averages of the student.
+    values = sum(parameter.numel() * (3 if parameter.requires_grad else 1) for parameter in model.parameters())
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, 4 * values - 1))
+    with pytest.raises(RunFolderError, match=r"room for 0\.\d+ GiB, and a checkpoint takes"):
+        check_space(folder, model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, 5 * values))
+    check_space(folder, model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
+    check_space(folder, model)
 
 
 @pytest.mark.slow
@@ -283,6 +392,7 @@ def test_dry_run_starts_nothing(monkeypatch, capsys, images, tmp_path, fname, de
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_tells_what_a_run_needs(monkeypatch, capsys):
     """Even where the images are not, as on a login node; but the exit status tells that a start would fail."""
     fname = str(ROOT / "configs" / "in1k_vith14_ep300.yaml")

@@ -14,11 +14,13 @@ from dmtjepa.errors import UserError
 from dmtjepa.evaluation.formatting import format_table, format_verdict
 from dmtjepa.evaluation.report import evaluate
 from dmtjepa.evaluation.splits import find_splits
+from dmtjepa.output import protect_output
 from dmtjepa.run_folder import open_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    protect_output()
     parser = argparse.ArgumentParser(prog="python -m dmtjepa.evaluation", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder (logging.folder of its settings)")
     parser.add_argument("--data", type=Path, help="images: a folder, a list or tar shards (default: those of the run)")

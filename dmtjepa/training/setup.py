@@ -10,20 +10,26 @@ from pathlib import Path
 
 import torch
 
-from dmtjepa.checkpoint_format import newest_whole
 from dmtjepa.config import Config
 from dmtjepa.data import Loader, StoredSource, build_loader
+from dmtjepa.data.fingerprint import Fingerprint
 from dmtjepa.interop import load_model
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.run_folder import RunFolder, RunFolderError
+from dmtjepa.training.agreement import check_ranks_agree
 from dmtjepa.training.batches import BatchStream
-from dmtjepa.training.check import build_model_for, count_steps_per_epoch, find_initial_weights
+from dmtjepa.training.check import (
+    build_model_for,
+    check_checkpoint,
+    count_steps_per_epoch,
+    find_initial_weights,
+)
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
 from dmtjepa.training.evaluation import PeriodicEvaluation
 from dmtjepa.training.finite import FiniteCheck
-from dmtjepa.training.images import check_images, record_images
+from dmtjepa.training.images import record_images
 from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.parallelize import build_mesh, parallelize
 from dmtjepa.training.saving import Saver
@@ -91,16 +97,16 @@ def build_run(
         config.data, seed=runtime.seed, rank=world.rank, world_size=world.world_size, device=world.device, source=source
     )
     stack.callback(loader.close)
+    check_ranks_agree(config, source, loader.name, world)
     steps_per_epoch = count_steps_per_epoch(config, world.world_size, loader.num_images)
     schedules = build_schedules(config.optimization, steps_per_epoch, global_batch)
 
     torch.manual_seed(runtime.seed)  # the same weights on every rank
     mesh = build_mesh(world.device.type, world.world_size, runtime.shard_size, world.timeout)
     model = build_model_for(config, world.device.type)
-    resume_from = find_checkpoint(folder, world)
+    resume_from, images = find_checkpoint(config, folder, source, loader.name, world)
     if resume_from is None:
         load_initial_weights(model, config, folder, world)
-    images = run_on_rank_0(world, lambda: check_images(config, folder, source, loader.name, resume_from))
     model = parallelize(model, mesh, ComputePlan.from_config(config, world.device.type))
     train_step = TrainStep(model, config.optimization, schedules, mesh, world.device, watchdog.on_phase)
     state = TrainingState(config, world, model, train_step.optimizer, schedules, images)
@@ -159,16 +165,18 @@ def _build_batches(config: Config, world: World, loader: Loader, schedules: Sche
     )
 
 
-def find_checkpoint(folder: RunFolder, world: World) -> Path | None:
-    """The newest whole checkpoint of a run folder, if there is one. Removes what a killed run left half written.
+def find_checkpoint(
+    config: Config, folder: RunFolder, source: StoredSource, loader: str, world: World
+) -> tuple[Path | None, Fingerprint]:
+    """The checkpoint to resume from, and what the run trains on. Removes what a killed run left half written.
 
     Raises:
-        CheckpointError: there are checkpoints, and all of them are damaged.
+        CheckpointError: see `check_checkpoint`.
     """
 
-    def find() -> Path | None:
+    def find() -> tuple[Path | None, Fingerprint]:
         folder.remove_leftovers()
-        return newest_whole(folder.checkpoints)
+        return check_checkpoint(config, folder, source, loader, world.world_size)
 
     return run_on_rank_0(world, find)
 

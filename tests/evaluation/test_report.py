@@ -1,5 +1,7 @@
 import json
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
 from dmtjepa.objective import build_model
 from dmtjepa.run_folder import open_run
 from tests.helpers.run_folders import write_images, write_masks, write_run
+from tests.helpers.signal_stack import has_signal_stack
 
 LATEST = "tiny-latest.pth.tar"
 
@@ -241,6 +244,22 @@ def test_max_images_below_ten_is_measured(run, without_figures):
     assert main([str(run), "--device", "cpu", "--quick", "--max-images", "9"]) == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sigaltstack")
+def test_the_measuring_thread_has_a_signal_stack(run, without_figures):
+    """Tested in a thread of its own, because pytest gives the first one a stack."""
+    found = []
+
+    def measure():
+        found.append(has_signal_stack())
+        assert main([str(run), "--device", "cpu", "--max-images", "9"]) == 0
+        found.append(has_signal_stack())
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    thread.join()
+    assert found == [False, True]
+
+
 def test_a_teacher_that_is_not_finite_is_named(run, tmp_path, capsys):
     checkpoint = torch.load(run / LATEST, weights_only=True)
     checkpoint["target_encoder"]["norm.bias"][3] = float("nan")
@@ -258,6 +277,7 @@ def test_validation_images_that_cannot_be_read_are_an_error(run, tmp_path, capsy
     assert "validation: no images could be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_masks_that_cannot_be_used_skip_the_segmentation(run, tmp_path, capsys, without_figures):
     write_images(tmp_path / "color" / "train", 4, seed=0)
     write_images(tmp_path / "color" / "val", 4, seed=1)

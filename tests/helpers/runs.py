@@ -21,6 +21,7 @@ from dmtjepa.config import Config, parse_config
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.training.fork_server import start_fork_server
 from dmtjepa.training.launch import launch
+from dmtjepa.training.step import TrainStep
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -31,6 +32,7 @@ def _tiny_architecture():
     """The tiny network in this process too, for these tests alone: other tests know the real `vit_tiny`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, "vit_tiny", ARCHITECTURES["vit_tiny"])  # what is put back
+        patch.setattr(TrainStep, "__call__", TrainStep.__call__)
         sys.modules.pop("tests.helpers.tiny_architecture", None)
         importlib.import_module("tests.helpers.tiny_architecture")
         yield

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from dmtjepa.training.distributed import (
     first_failure,
     process_group,
 )
-from dmtjepa.training.launch import launch
+from dmtjepa.training.launch import _report, launch
 from dmtjepa.training.phase import Phase
 from dmtjepa.training.signals import StopSignals
 from dmtjepa.training.vote import RankVote, Vote
@@ -258,6 +259,24 @@ def test_first_traceback_is_what_the_user_sees(settings, capfd):
     assert "rank 1 of 2 failed:" in printed
     assert "DeviceError: device 'cuda:9'" in printed or "device cuda:9: this machine has" in printed
     assert "rank 0 of 2 failed" not in printed
+
+
+def ended(rank, code):
+    """A process of `launch` that has ended."""
+    return SimpleNamespace(name=f"rank {rank}", exitcode=code, join=lambda timeout: None)
+
+
+def test_of_several_failures_the_first_is_printed(tmp_path, capsys):
+    (tmp_path / "0.txt").write_text("10.5\nrank 0 of 2 failed:\nwhat follows")
+    (tmp_path / "1.txt").write_text("9.75\nrank 1 of 2 failed:\nthe cause")
+    assert _report([ended(0, 1), ended(1, 1)], tmp_path) == 1
+    assert capsys.readouterr().err == "rank 1 of 2 failed:\nthe cause\n"
+
+
+def test_a_rank_that_was_killed_is_named_after_those_that_lost_it(tmp_path, capsys):
+    (tmp_path / "0.txt").write_text("9.75\nrank 0 of 2 failed:\nLostPeer: it lost another rank")
+    assert _report([ended(0, 1), ended(1, -signal.SIGKILL)], tmp_path) == 1
+    assert capsys.readouterr().err.endswith("another rank\nrank 1 was ended by SIGKILL (often: no memory left)\n")
 
 
 def test_signals_are_noted_and_handlers_restored():

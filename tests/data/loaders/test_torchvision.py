@@ -245,6 +245,22 @@ def test_a_workers_death_is_told_where_data_are_asked_for(settings: DataSettings
         list(images)
 
 
+def test_a_worker_that_cannot_pass_on_its_batch_lacks_open_files(settings: DataSettings):
+    """Without one, the thread that hands over shared memory ends, and this process reads the end of its answer."""
+    loader, images = started(settings)
+    kept = loader._batches
+
+    class HungUp:
+        _workers = kept._workers
+
+        def __next__(self) -> None:
+            raise EOFError
+
+    loader._batches = HungUp()
+    with pytest.raises(DataError, match=r"as many open files as it may have .*ulimit -n.*cannot pass on its batch"):
+        next(images)
+
+
 def test_an_error_of_a_worker_that_is_no_images_fault_is_raised(settings: DataSettings, monkeypatch):
     def fail(self: FolderSource, image: int) -> bytes:
         raise RuntimeError("a bug")
