@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="file to measure (default: the run's latest)")
     parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
     parser.add_argument("--max-images", type=int, help="upper limit for the images of each split")
+    parser.add_argument("--quick", action="store_true", help="leave out what takes long: low-shot, attentive probes")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that load images")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is a GPU)")
     options = parser.parse_args(arguments)
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out,
             device=device,
             num_workers=options.num_workers,
+            quick=options.quick,
         )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

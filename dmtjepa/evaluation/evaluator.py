@@ -17,7 +17,7 @@ from dmtjepa.data import DataError, build_eval_loader
 from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.features import autocast, average_fields, average_patches, last_layers
-from dmtjepa.evaluation.knn import knn_accuracy, standardize
+from dmtjepa.evaluation.knn import DINO_NEIGHBORS, knn_accuracy, standardize
 from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
 from dmtjepa.evaluation.ranks import Ranks
 from dmtjepa.evaluation.segmentation import find_mask, find_masked, read_mask, score_segmentation
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 NUM_BLOCKS = 4
 """Blocks of an encoder that are measured, counted from the last."""
-NEIGHBORS = (10, 20, 100, 200)
-"""k of the k-NN accuracies, as in DINO (arXiv 2104.14294)."""
 Encoders: TypeAlias = Mapping[str, VisionTransformer]
 """`teacher` and `student`, frozen."""
 Task: TypeAlias = Callable[[], dict[str, float]]
@@ -205,7 +203,7 @@ class Evaluator:
         """k-NN for all features; linear probes for pooled ones and, since they take long, the last block's layout."""
         self._on_progress()
         suffix, results = "_layout" if key.kind == "layout" else "", {}
-        neighbors = [k for k in NEIGHBORS if k <= len(train)]
+        neighbors = [k for k in DINO_NEIGHBORS if k <= len(train)]
         if neighbors:
             gallery, queries = standardize(train, features)
             accuracy = knn_accuracy(

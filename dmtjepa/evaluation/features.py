@@ -29,11 +29,13 @@ class Features:
 
     pooled: float32 [n,D]. labels: int64 [n], or None if the images have none.
     layout: float32 [n,S*S*D], concatenated averages over S x S fields of the grid, or None.
+    blocks: float32 [n,D*L], concatenated averages over patches of the last L blocks, or None.
     """
 
     pooled: Tensor
     labels: Tensor | None
     layout: Tensor | None = None
+    blocks: Tensor | None = None
 
 
 @torch.no_grad()
