@@ -310,8 +310,13 @@ def test_no_damage_of_an_index_goes_unnoticed_or_crashes(shards: Path, tmp_path:
     index, size = tmp_path / "a.idx", os.path.getsize(shard)
     text = (shards / "shard-000000.idx").read_bytes()
     rng = np.random.default_rng(0)
-    for _ in range(500):
-        index.write_bytes(flip_bytes(text, rng))
+    digits = [position for position, letter in enumerate(text) if letter in b"0123456789"]
+    for number in range(1000):
+        damaged = flip_bytes(text, rng)
+        if number % 2:  # other numbers: more of these are read
+            place = rng.choice(digits)
+            damaged = text[:place] + b"%d" % rng.integers(10) + text[place + 1 :]
+        index.write_bytes(damaged)
         members = None
         with contextlib.suppress(DataError):  # it can be a valid index of a longer shard
             members = read_index(index, shard)
