@@ -311,11 +311,11 @@ def test_no_damage_of_an_index_goes_unnoticed_or_crashes(shards: Path, tmp_path:
     text = (shards / "shard-000000.idx").read_bytes()
     rng = np.random.default_rng(0)
     digits = [position for position, letter in enumerate(text) if letter in b"0123456789"]
-    for number in range(1000):
+    for number in range(500):
         damaged = flip_bytes(text, rng)
-        if number % 2:  # other numbers: more of these are read
+        if number % 2:  # a digit more: the number of a member that the headers are not compared for can be any
             place = rng.choice(digits)
-            damaged = text[:place] + b"%d" % rng.integers(10) + text[place + 1 :]
+            damaged = text[:place] + b"%d" % rng.integers(10) + text[place:]
         index.write_bytes(damaged)
         members = None
         with contextlib.suppress(DataError):  # it can be a valid index of a longer shard
