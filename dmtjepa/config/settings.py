@@ -295,7 +295,7 @@ class EvaluationSettings(Section):
         "for the report; null: those of the run",
     )
     max_images: Free[int] = Field(
-        10_000, ge=10, description="upper limit for the images of each split that are measured during training"
+        5_000, ge=10, description="upper limit for the images of each split that are measured during training"
     )
     keep_best: Free[bool] = Field(
         False,
