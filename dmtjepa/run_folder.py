@@ -3,6 +3,7 @@
     config.yaml                  the settings, as resolved at the last start
     environment.json             of each start: command, commit, versions, hardware, and the settings that it changed
     {tag}_r{rank}.csv            losses and times of each rank, see `dmtjepa.step_csv`
+    metrics.jsonl                figures of logged steps and evaluations, see `dmtjepa.metrics_file`
     images.gz                    the names of the images, and some sizes, see `dmtjepa.data.fingerprint`
     tensorboard/                 the same, of rank 0, and schedules and speed
     checkpoints/step-{n}/        complete states, see `dmtjepa.checkpoint_format`
@@ -34,6 +35,7 @@ from dmtjepa.config import Config, ConfigError, changed_settings, different_sett
 from dmtjepa.environment import describe_environment
 from dmtjepa.errors import UserError
 from dmtjepa.files import WRITING, write_atomically, write_json
+from dmtjepa.metrics_file import MetricsFile, read_metrics
 from dmtjepa.processes import private_descriptor
 from dmtjepa.step_csv import LossCurve, StepCsv, has_rows, read_losses
 
@@ -102,6 +104,10 @@ class RunFolder:
 
     def csv_file(self, rank: int) -> Path:
         return self.path / f"{self.tag}_r{rank}.csv"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
 
     # ---- Before a run starts
 
@@ -254,6 +260,22 @@ class RunFolder:
         """
         path = self.csv_file(0)
         return read_losses(path) if path.is_file() else None
+
+    # ---- Figures
+
+    def open_metrics(self, *, first_step: int) -> MetricsFile:
+        """The figures of the run, to add those of the steps after `first_step`."""
+        return MetricsFile(self.metrics_file, first_step=first_step)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`. Empty if there is none.
+
+        Raises:
+            MetricsFileError: the file cannot be read.
+        """
+        return read_metrics(self.metrics_file)
+
+    # ---- Faults
 
     def write_not_finite(self, steps: list[dict[str, Any]]) -> None:
         """Describe steps whose loss or gradient was not finite, beside the checkpoint in `not_finite/`."""

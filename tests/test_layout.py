@@ -13,8 +13,8 @@ from setuptools import find_packages
 ROOT = Path(__file__).parents[1]
 
 RUNS = {
-    "checkpoint_format", "checkpoint_reader", "config", "errors", "files", "log_file", "output", "run_folder",
-    "step_csv",
+    "checkpoint_format", "checkpoint_reader", "config", "errors", "files", "log_file", "metrics_file", "output",
+    "run_folder", "step_csv",
 }  # fmt: skip
 
 # What each part may import of the project; a part may always import itself.
@@ -30,7 +30,17 @@ ALLOWED = {
     "log_file": set(),
     "output": set(),
     "step_csv": {"errors", "files", "log_file"},
-    "run_folder": {"checkpoint_format", "config", "environment", "errors", "files", "processes", "step_csv"},
+    "metrics_file": {"errors", "files", "log_file"},
+    "run_folder": {
+        "checkpoint_format",
+        "config",
+        "environment",
+        "errors",
+        "files",
+        "metrics_file",
+        "processes",
+        "step_csv",
+    },
     "config": {"errors"},
     "packing": set(),
     "tensors": set(),
@@ -40,7 +50,18 @@ ALLOWED = {
     "objective": {"kernels", "config", "masks", "models", "tensors"},
     "reference": {"config", "masks", "objective"},
     "interop": RUNS | {"models", "objective"},
-    "training": RUNS | {"data", "masks", "models", "objective", "interop", "kernels", "processes", "tensors"},
+    "training": RUNS
+    | {
+        "data",
+        "evaluation",
+        "masks",
+        "models",
+        "objective",
+        "interop",
+        "kernels",
+        "processes",
+        "tensors",
+    },
     "evaluation": RUNS | {"data", "masks", "models", "objective", "interop", "kernels"},
 }
 

@@ -53,7 +53,7 @@ def train(config: Config, world: World) -> Outcome:
         metrics.restart_clock()
         for batch in run.batches.steps(state.step, num_steps):
             loss, norm = run.train_step(batch.micro_batches, batch.step)
-            metrics.record(batch, loss, norm)
+            metrics.record(batch, loss, norm, run.instruments.take())
             state.step += 1
 
             decision = run.vote.cast(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from dmtjepa.metrics_file import MetricsFile
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.batches import StepBatch
 from dmtjepa.training.event_file import EventFile
+from dmtjepa.training.instruments import Reading, read_features, read_sums
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.stopwatch import Event, Stopwatch
 
@@ -41,6 +45,7 @@ class StepRecord:
     momentum: float
     data_ready: Event  # when the device had the data of the step
     ended: Event
+    reading: Reading | None  # of the instruments, on the device
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class StepValues:
     norm: float  # of the whole gradient
     seconds: float
     waited: float  # seconds without data, part of `seconds`
+    figures: dict[str, float] = field(default_factory=dict)  # of the instruments, by name; features on rank 0 alone
 
     @property
     def finite(self) -> bool:
@@ -59,8 +65,8 @@ class StepValues:
 
 
 class Metrics:
-    """Collects steps on the device and writes them in blocks: a CSV file for every rank, and on rank 0 TensorBoard and
-    a progress bar (without a terminal: lines).
+    """Collects steps on the device and writes them in blocks: a CSV file for every rank, and on rank 0 `metrics.jsonl`,
+    TensorBoard and a progress bar (without a terminal: lines).
 
     Args:
         folder: of the run.
@@ -87,21 +93,25 @@ class Metrics:
         self._rate: float | None = None  # images per second, a moving average
         self._waits: list[tuple[float, float]] | None = []  # (seconds, seconds without data) of steps; None: has warned
         self._csv = folder.open_csv(rank, first_step=first_step, steps_per_epoch=schedules.steps_per_epoch)
+        self._file: MetricsFile | None = None
         self._board: EventFile | None = None
+        self._shown: dict[str, float] = {}  # the latest figures of the progress line
         self._bar: tqdm | None = None
         if rank == 0:
+            self._file = folder.open_metrics(first_step=first_step)
             self._board = EventFile(folder.tensorboard, purge_step=first_step)
             if sys.stderr.isatty():
                 self._bar = tqdm(
                     total=schedules.num_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1
                 )
 
-    def record(self, batch: StepBatch, loss: Tensor, norm: Tensor) -> None:
+    def record(self, batch: StepBatch, loss: Tensor, norm: Tensor, reading: Reading | None = None) -> None:
         """Note a step that was enqueued. Reads nothing from the device.
 
         Args:
             batch: what the step trained on.
             loss, norm: scalars on the device.
+            reading: of the instruments, if the step was measured.
         """
         masks = batch.micro_batches[0][1]
         self._records.append(
@@ -118,6 +128,7 @@ class Metrics:
                 momentum=self._schedules.momentum(batch.step),
                 data_ready=batch.data_ready,
                 ended=self.stopwatch.record_event(),
+                reading=reading,
             )
         )
         if self._bar is not None:
@@ -129,17 +140,28 @@ class Metrics:
         self._previous = self.stopwatch.record_event()
 
     def flush(self) -> list[StepValues]:
-        """Fetch and write the steps recorded since the last call, with one transfer and one collective of all ranks."""
+        """Fetch and write the steps recorded since the last call, with one collective of all ranks.
+
+        One transfer fetches everything but the features of a look, which rank 0 alone fetches.
+        """
         if not self._records:
             return []
-        values = torch.stack([torch.stack((r.loss.float(), r.norm.float())) for r in self._records])
+        losses = torch.stack([torch.stack((r.loss.float(), r.norm.float())) for r in self._records]).flatten()
+        values = torch.cat([losses, *(r.reading.sums for r in self._records if r.reading is not None)])
         dist.all_reduce(values)
-        means = (values / dist.get_world_size()).tolist()
+        values[: len(losses)] /= dist.get_world_size()
+        numbers = iter(values.tolist())
+        means = [(next(numbers), next(numbers)) for _ in self._records]
         steps = []
         for record, (loss, norm) in zip(self._records, means, strict=True):
             seconds = self.stopwatch.seconds(self._previous, record.ended)
             waited = self.stopwatch.seconds(self._previous, record.data_ready)
-            steps.append(StepValues(record, loss, norm, seconds, waited))
+            figures: dict[str, float] = {}
+            if record.reading is not None:
+                figures = read_sums(list(itertools.islice(numbers, len(record.reading.sums))))
+                if self._rank == 0:
+                    figures |= read_features(record.reading.features)
+            steps.append(StepValues(record, loss, norm, seconds, waited, figures))
             self._previous = record.ended
         self._records = []
         self._write(steps)
@@ -147,6 +169,8 @@ class Metrics:
 
     def close(self) -> None:
         self._csv.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
         if self._bar is not None:
@@ -165,6 +189,11 @@ class Metrics:
         total, waited = sum(v.seconds for v in steps), sum(v.waited for v in steps)
         rate = len(steps) * self._global_batch / total if total > 0 else 0.0
         wait_share = waited / total if total > 0 else 0.0
+        figures = self._figures(steps, rate, wait_share)
+        assert self._file is not None
+        self._file.write(steps[-1].record.step + 1, figures)
+        self._file.flush()
+        self._shown |= figures
         self._write_board(self._board, steps, rate, wait_share)
         self._print_progress(steps, rate, f"{wait_share:.0%}" if total > 0 else "-")
 
@@ -176,6 +205,10 @@ class Metrics:
             "images/s": f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}",
             "data wait": wait_share,
         }
+        if "targets/explained_variance" in self._shown:
+            text["explained"] = f"{self._shown['targets/explained_variance']:.0%}"
+        if "features/effective_rank" in self._shown:
+            text["rank"] = f"{self._shown['features/effective_rank']:.1f}"
         if self._bar is not None:
             self._bar.set_description(f"epoch {last.epoch + 1}", refresh=False)
             with contextlib.suppress(OSError):
@@ -210,6 +243,20 @@ class Metrics:
         )
         self._waits = None
 
+    def _figures(self, steps: Sequence[StepValues], rate: float, wait_share: float) -> dict[str, float]:
+        """The line of `metrics.jsonl`: means over steps, and what the last of them shows."""
+        last, finite = steps[-1], [value for value in steps if value.finite]
+        return {
+            "epoch": (last.record.step + 1) / self._schedules.steps_per_epoch,
+            "train/loss": sum(v.loss for v in finite) / len(finite) if finite else math.nan,
+            "train/grad_norm": sum(v.norm for v in finite) / len(finite) if finite else math.nan,
+            "train/lr": last.record.learning_rate,
+            "train/weight_decay": last.record.weight_decay,
+            "train/momentum": last.record.momentum,
+            "train/images_per_second": rate,
+            "train/data_wait": wait_share,
+        } | last.figures
+
     @staticmethod
     def _write_board(board: EventFile, steps: Sequence[StepValues], rate: float, wait_share: float) -> None:
         for value in steps:
@@ -220,4 +267,6 @@ class Metrics:
             board.add_scalar(name.replace("_", " "), getattr(record, name), record.step)
         board.add_scalar("images per second", rate, record.step)
         board.add_scalar("data wait share", wait_share, record.step)
+        for name, figure in steps[-1].figures.items():
+            board.add_scalar(name, figure, record.step)
         board.flush()

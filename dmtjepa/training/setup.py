@@ -23,6 +23,7 @@ from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
 from dmtjepa.training.finite import FiniteCheck
 from dmtjepa.training.images import check_images, record_images
+from dmtjepa.training.instruments import Instruments
 from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.parallelize import build_mesh, parallelize
 from dmtjepa.training.saving import Saver
@@ -41,6 +42,7 @@ class Run:
 
     schedules: Schedules
     train_step: TrainStep
+    instruments: Instruments
     state: TrainingState
     vote: RankVote
     saver: Saver
@@ -100,7 +102,8 @@ def build_run(
         load_initial_weights(model, config, folder, world)
     images = run_on_rank_0(world, lambda: check_images(config, folder, source, loader.name, resume_from))
     model = parallelize(model, mesh, ComputePlan.from_config(config, world.device.type))
-    train_step = TrainStep(model, config.optimization, schedules, mesh, world.device, watchdog.on_phase)
+    instruments = Instruments(model, config, schedules.num_steps)
+    train_step = TrainStep(model, config.optimization, schedules, mesh, world.device, watchdog.on_phase, instruments)
     state = TrainingState(config, world, model, train_step.optimizer, schedules, images)
     vote = RankVote(new_gloo_group(world))
     saver = Saver(config, world, folder, schedules, state)
@@ -121,7 +124,8 @@ def build_run(
     stack.callback(metrics.close)
     batches = _build_batches(config, world, loader, schedules, metrics)
     stack.callback(batches.close)
-    return Run(schedules, train_step, state, vote, saver, FiniteCheck(config, world, state, saver), metrics, batches)
+    finite_check = FiniteCheck(config, world, state, saver)
+    return Run(schedules, train_step, instruments, state, vote, saver, finite_check, metrics, batches)
 
 
 @contextlib.contextmanager
