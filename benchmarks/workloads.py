@@ -1,6 +1,6 @@
 """Workloads of the benchmarks: a model at a number of images per device, written `vit_huge:128`.
 
-The settings are those of the published run of the model, or of ViT-B/16's run for a model without one. The images are
+The settings are those of the official run of the model, or of ViT-B/16's run for a model without one. The images are
 one batch of random pixels. The masks are those that the trainer samples at steps 0, 1, 2, ... of seed 0, so a number of
 steps stands for a recording of masks.
 """
@@ -24,8 +24,8 @@ from dmtjepa.training.estimate import MaskShapes, step_flops
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = {"vit_large": "in1k_vitl16_ep600", "vit_huge": "in1k_vith14_ep300", "vit_giant": "in22k_vitg16_ep44"}
 OTHER_MODELS = "in1k_vitb16_ep600"
-# The models of the published configurations, at their images per device.
-PUBLISHED = ("vit_base:256", "vit_large:256", "vit_huge:128", "vit_giant:128")
+# The models of the official configurations, at their images per device.
+OFFICIAL_WORKLOADS = ("vit_base:256", "vit_large:256", "vit_huge:128", "vit_giant:128")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Workload:
     Args:
         model: the name of the encoder, as in `meta.model_name`.
         batch_size: images per device, B.
-        overrides: settings that differ from the published run, e.g. `data.crop_size=96`.
+        overrides: settings that differ from the official run, e.g. `data.crop_size=96`.
     """
 
     model: str

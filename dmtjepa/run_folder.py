@@ -3,7 +3,7 @@
     config.yaml                  the settings, as resolved at the last start
     environment.json             of each start: command, commit, versions, hardware, and the settings that it changed
     {tag}_r{rank}.csv            losses and times of each rank, see `dmtjepa.step_csv`
-    metrics.jsonl                figures of logged steps and evaluations, see `dmtjepa.metrics_file`
+    metrics.jsonl                what else is measured during training, see `dmtjepa.metrics_file`
     images.gz                    the names of the images, and some sizes, see `dmtjepa.data.fingerprint`
     tensorboard/                 the same, of rank 0, and schedules and speed
     checkpoints/step-{n}/        complete states, see `dmtjepa.checkpoint_format`
@@ -101,6 +101,10 @@ class RunFolder:
     @property
     def image_list(self) -> Path:
         return self.path / "images.gz"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
 
     def csv_file(self, rank: int) -> Path:
         return self.path / f"{self.tag}_r{rank}.csv"
@@ -252,6 +256,17 @@ class RunFolder:
         """The CSV of a rank, to write the rows from `first_step` on."""
         return StepCsv(self.csv_file(rank), first_step=first_step, steps_per_epoch=steps_per_epoch)
 
+    def open_metrics(self, *, first_step: int) -> MetricsFile:
+        """The metrics of the run, to write the rows from `first_step` on. Rank 0 writes them."""
+        return MetricsFile(self.metrics_file, first_step=first_step)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`. Empty if there is no such file, or it cannot be read."""
+        try:
+            return read_metrics(self.metrics_file)
+        except OSError:
+            return []
+
     def read_losses(self) -> LossCurve | None:
         """The losses of the run, which are the same on all ranks. None if the run has no CSV.
 
@@ -260,22 +275,6 @@ class RunFolder:
         """
         path = self.csv_file(0)
         return read_losses(path) if path.is_file() else None
-
-    # ---- Figures
-
-    def open_metrics(self, *, first_step: int) -> MetricsFile:
-        """The figures of the run, to add those of the steps after `first_step`."""
-        return MetricsFile(self.metrics_file, first_step=first_step)
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`. Empty if there is none.
-
-        Raises:
-            MetricsFileError: the file cannot be read.
-        """
-        return read_metrics(self.metrics_file)
-
-    # ---- Faults
 
     def write_not_finite(self, steps: list[dict[str, Any]]) -> None:
         """Describe steps whose loss or gradient was not finite, beside the checkpoint in `not_finite/`."""

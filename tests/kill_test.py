@@ -180,21 +180,24 @@ class Campaign:
         run = Run(self.folder / name, self.images, setup)
         row: dict = {"run": number, "setup": str(setup), "kills": [], "failure": None}
         program: list[Program] = []  # the one that runs now
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
             self._train(run, row["kills"], min(kills_left, KILLS_PER_RUN), generator, program)
             if number % EVALUATE_EVERY == 0 and kills_left > len(row["kills"]):
                 most = min(kills_left - len(row["kills"]), EVALUATION_KILLS)
                 self._evaluate(run, row["kills"], most, generator, program)
             for path in (run.files.path, run.settings, run.log):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
         except Exception as error:  # the campaign goes on
             row["failure"] = f"{error}" if isinstance(error, Lost) else repr(error)
             row["log"] = run.log.read_text(errors="replace")[-3000:] if run.log.exists() else ""
         finally:
             for one in program:
                 one.kill_all()
-        row["seconds"] = round(time.monotonic() - begun, 1)
+        row["seconds"] = round(time.monotonic() - started, 1)
         self.results["runs"].append(row)
 
     def _train(self, run: Run, kills: list, most: int, generator: random.Random, current: list[Program]) -> None:
@@ -237,7 +240,7 @@ class Campaign:
 
         Args:
             published: newest step that was published before the kill.
-            table: the CSV before the program started. It may have rows beyond the checkpoint, of a start that got SIGKILL.
+            table: the CSV before the program started. After a SIGKILL it may have rows beyond the checkpoint.
             exports: names of the exported files before the kill.
         """
         whole = run.newest_whole()

@@ -30,7 +30,7 @@ ALLOWED = {
     "log_file": set(),
     "output": set(),
     "step_csv": {"errors", "files", "log_file"},
-    "metrics_file": {"errors", "files", "log_file"},
+    "metrics_file": {"files", "log_file"},
     "run_folder": {
         "checkpoint_format",
         "config",

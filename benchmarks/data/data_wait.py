@@ -3,7 +3,7 @@
     python -m benchmarks.data.data_wait FOLDER [--workload vit_large:256] [--loader dali] [--workers N] [--out RESULTS]
 
 The photographs of FOLDER are linked, again and again, into a data set of --steps batches. One process trains on them as
-main.py would with the settings of the published run, but saves nothing. The share is the one that the run reports
+main.py would with the settings of the official run, but saves nothing. The share is the one that the run reports
 (TensorBoard, `data wait share`), without the first --warmup steps, which compile.
 """
 

@@ -4,7 +4,7 @@
 
 FOLDER holds photographs, such as the ImageNet sample; they are linked, again and again, into a data set of --images.
 CHECKOUT is a clone of the official DMT-JEPA (or I-JEPA) code. All loaders run in turns with the settings of the
-published ViT-L run. Nothing is timed unless DALI's pixels agree with torchvision's.
+official ViT-L run. Nothing is timed unless DALI's pixels agree with torchvision's.
 
 Beside images/s stands images/s per core: images over the processor seconds that all threads and processes of the
 loader used, which other work on the machine disturbs less.

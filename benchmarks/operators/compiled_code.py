@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.machine import environment
 from benchmarks.operators import OPERATORS
-from benchmarks.workloads import PUBLISHED, Workload, add_workloads, chosen_workloads
+from benchmarks.workloads import OFFICIAL_WORKLOADS, Workload, add_workloads, chosen_workloads
 
 # What a program may use on an A100, the smallest of the three.
 SHARED_MEMORY_LIMIT = 163 * 1024
@@ -146,7 +146,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_workloads(parser, PUBLISHED)
+    add_workloads(parser, OFFICIAL_WORKLOADS)
     parser.add_argument("--architectures", nargs="+", type=int, default=[80, 90, 100])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--out", type=Path, help="folder for compile.json")

@@ -21,7 +21,7 @@ from benchmarks.machine import copy_bandwidth, default_device, milliseconds
 from benchmarks.operators import OPERATORS
 from benchmarks.operators.cases import Case
 from benchmarks.tables import number, save, text_table
-from benchmarks.workloads import PUBLISHED, add_workloads, chosen_workloads
+from benchmarks.workloads import OFFICIAL_WORKLOADS, add_workloads, chosen_workloads
 
 
 def measure(case: Case, name: str, reference: object, device: str) -> dict:
@@ -79,7 +79,7 @@ def main() -> None:
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
-    add_workloads(parser, PUBLISHED if device == "cuda" else ["vit_base:8"])
+    add_workloads(parser, OFFICIAL_WORKLOADS if device == "cuda" else ["vit_base:8"])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--out", type=Path, help="folder for a JSON file of the results and a plot")
     options = parser.parse_args()

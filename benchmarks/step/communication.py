@@ -50,7 +50,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Model:
-    """A published run: batch per GPU, predicted seconds of computation, and the sizes that its settings determine."""
+    """An official run: batch per GPU, predicted seconds of computation, and the sizes that its settings determine."""
 
     name: str
     batch: int
@@ -64,7 +64,7 @@ class Model:
 
 
 @cache
-def published_model(name: str) -> Model:
+def official_model(name: str) -> Model:
     """The model of a prediction, with the sizes that this package computes."""
     prediction = PREDICTIONS[name]
     workload = parse_workload(prediction.workload)
@@ -154,7 +154,7 @@ def main() -> None:
         header = "| run | layout | " + " | ".join(map(str, GPUS)) + " |"
         print(header)
         print("|---" * (2 + len(GPUS)) + "|")
-        for model in map(published_model, PREDICTIONS):
+        for model in map(official_model, PREDICTIONS):
             for hybrid in (False, True):
                 row = [model.name, "HSDP, 8 shards" if hybrid else "FSDP"]
                 for gpus in GPUS:

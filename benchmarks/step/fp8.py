@@ -3,9 +3,9 @@
 No time is measured here (`benchmarks.step.speed` does that on a GPU), so a CPU, which emulates the float8 products, is
 enough.
 
-Targets: drawn images through the teachers of the published sizes, in bfloat16 throughout and with float8 products in
+Targets: drawn images through the teachers of the official sizes, in bfloat16 throughout and with float8 products in
 their blocks (a scale per row, as in `runtime.teacher_precision: fp8`, or a scale per matrix), each against float32.
-There are no published weights to measure on: `drawn` weights are those that training starts from; in `spread` ones
+There are no official weights to measure on: `drawn` weights are those that training starts from; in `spread` ones
 every channel of every norm and linear layer is scaled by exp(n/2), n normal, so that channels differ as trained ones
 do. The quickstart's teacher is measured after its training run.
 

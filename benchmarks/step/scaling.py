@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity
 
 from benchmarks.machine import default_device
 from benchmarks.predictions import PREDICTIONS
-from benchmarks.step.communication import A100, H100, predict, published_model
+from benchmarks.step.communication import A100, H100, official_model, predict
 from benchmarks.step.providers import Provider, parse_provider
 from benchmarks.step.runs import CHECKED_STEPS, Run, release
 from benchmarks.tables import number, save, text_table
@@ -107,7 +107,7 @@ def predicted_efficiency(row: dict, hardware: str) -> float | None:
     machine = next((machine for name, machine in MACHINES.items() if name in hardware), None)
     letter = row["model"].removeprefix("vit_")[0].upper()
     name = next((name for name in PREDICTIONS if name.startswith(f"ViT-{letter}/")), None)
-    model = None if name is None else published_model(name)
+    model = None if name is None else official_model(name)
     if machine is None or model is None or row["scaling"] != "weak" or row["batch"] != model.batch:
         return None
     return model.seconds[machine.name[:4]] / predict(model, machine, row["processes"], hybrid=False)

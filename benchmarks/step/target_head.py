@@ -24,14 +24,14 @@ from torch import Tensor
 from benchmarks.machine import default_device, peak_memory
 from benchmarks.official import add_official, official_head, open_checkout
 from benchmarks.tables import number, save, text_table
-from benchmarks.workloads import PUBLISHED, Workload, add_workloads, chosen_workloads
+from benchmarks.workloads import OFFICIAL_WORKLOADS, Workload, add_workloads, chosen_workloads
 from dmtjepa.models import AggregationHead
 from dmtjepa.reference import step as reference
 
 # Of the targets' relative errors, row by row: the median, and the share of rows above 0.1. In bfloat16 a few patches
 # choose another neighbour where two are all but equally similar.
 LIMITS = {torch.float32: (1e-5, 0.0), torch.bfloat16: (2e-2, 2e-2)}
-DEFAULT_WORKLOADS = {"cpu": ("vit_base:8", "vit_huge:16"), "cuda": PUBLISHED}
+DEFAULT_WORKLOADS = {"cpu": ("vit_base:8", "vit_huge:16"), "cuda": OFFICIAL_WORKLOADS}
 
 
 def read_blocks(h: Tensor, target_index: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The settings of a run: the released YAML schema, typed and validated, with overrides from the command line.
+"""The settings of a run: the official YAML schema, typed and validated, with overrides from the command line.
 
-A released I-JEPA or DMT-JEPA file runs unchanged: its sections `data`, `logging`, `mask`, `patch`, `meta` and
+An official I-JEPA or DMT-JEPA file runs unchanged: its sections `data`, `logging`, `mask`, `patch`, `meta` and
 `optimization` keep their names and meanings. `runtime` and `evaluation` are this project's, and optional.
 """
 
@@ -109,7 +109,7 @@ class LoggingSettings(Section):
 
 
 class MaskSettings(Section):
-    """Multi-block masks (I-JEPA section 3; the quirks of the released sampler are in docs/differences.md)."""
+    """Multi-block masks (I-JEPA section 3; the quirks of the official sampler are in docs/differences.md)."""
 
     allow_overlap: bool = Field(False, description="whether context and target blocks may share patches")
     aspect_ratio: tuple[float, float] = Field((0.75, 1.5), description="height over width of a target block")
@@ -120,10 +120,10 @@ class MaskSettings(Section):
     patch_size: int = Field(16, ge=1, le=128, description="side of a patch in pixels")
     pred_mask_scale: tuple[Fraction, Fraction] = Field((0.15, 0.2), description="area of a target block")
     sampler: Literal["released", "corrected"] = Field(
-        "released", description="released: the published distribution; corrected: without its quirks"
+        "released", description="released: as in the official code; corrected: without its quirks"
     )
     context_cut: Literal["rank", "global"] = Field(
-        "rank", description="cut contexts to the shortest of the rank's batch (published), or of the global batch"
+        "rank", description="cut contexts to the shortest of the rank's batch (official), or of the global batch"
     )
 
     pack: bool = Field(
@@ -147,13 +147,13 @@ class PatchSettings(Section):
     patch_k_size: Literal[3, 5, 7] = Field(3, description="side of the window the neighbours come from")
     context_attn: Literal["cross-attn"] = Field("cross-attn", description="attention of the context head")
     target_attn: Literal["cross-attn"] = Field("cross-attn", description="attention of the target head")
-    border: Literal["wrap", "clip"] = Field("wrap", description="wrap: windows go round the grid (released)")
+    border: Literal["wrap", "clip"] = Field("wrap", description="wrap: windows go round the grid (official)")
 
 
 class MetaSettings(Section):
     """The model, and what it starts from."""
 
-    copy_data: Free[bool] = Field(False, description="of the released schema; true is refused, see docs/data.md")
+    copy_data: Free[bool] = Field(False, description="of the official schema; true is refused, see docs/data.md")
     load_checkpoint: Free[bool] = Field(
         False,
         description="a new run starts from read_checkpoint, if that is set; a started run resumes by itself",
@@ -163,7 +163,7 @@ class MetaSettings(Section):
     pred_emb_dim: int = Field(384, ge=8, description="width of the predictor")
     read_checkpoint: Free[str | None] = Field(None, description="a .pth.tar file, by itself or below logging.folder")
     use_bfloat16: bool = Field(True, description="compute in bfloat16 on CUDA; see runtime.precision")
-    init_std: float = Field(0.02, gt=0, le=1, description="standard deviation of the initial weights (published: 0.02)")
+    init_std: float = Field(0.02, gt=0, le=1, description="standard deviation of the initial weights (official: 0.02)")
 
     @field_validator("copy_data")
     @classmethod
@@ -199,7 +199,7 @@ class OptimizationSettings(Section):
     start_lr: float = Field(2e-4, ge=0, description="learning rate at the first step")
     warmup: float = Field(40, ge=0, description="epochs of warm-up")
     weight_decay: float = Field(0.04, ge=0, description="weight decay at the start")
-    loss: Literal["smooth_l1", "l2"] = Field("smooth_l1", description="smooth_l1: the published code; l2: the paper")
+    loss: Literal["smooth_l1", "l2"] = Field("smooth_l1", description="smooth_l1: the official code; l2: the paper")
     lr_batch_size: int | None = Field(
         None, ge=1, description="global batch the learning rates are meant for: they scale linearly with the batch"
     )
@@ -291,7 +291,7 @@ class Config(Section):
     data: DataSettings = Field(default_factory=DataSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     mask: MaskSettings = Field(default_factory=MaskSettings)
-    # A released I-JEPA file has no `patch` section: without one, I-JEPA is what is trained.
+    # An official I-JEPA file has no `patch` section: without one, I-JEPA is what is trained.
     patch: PatchSettings = Field(default_factory=lambda: PatchSettings(local_agg_head=False))
     meta: MetaSettings = Field(default_factory=MetaSettings)
     optimization: OptimizationSettings = Field(default_factory=OptimizationSettings)

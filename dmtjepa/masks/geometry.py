@@ -10,7 +10,7 @@ import numpy as np
 
 
 def usable_grid(grid_size: tuple[int, int], sampler: str) -> tuple[int, int]:
-    """Return the rows and columns that blocks can cover. The released sampler never covers the last ones."""
+    """Return the rows and columns that blocks can cover. The official sampler never covers the last ones."""
     rows, cols = grid_size
     return (rows - 1, cols - 1) if sampler == "released" else (rows, cols)
 

@@ -10,9 +10,9 @@ from dmtjepa.config import MaskSettings
 from dmtjepa.errors import UserError
 from dmtjepa.masks.geometry import block_size, interpolate, overlay_blocks, usable_grid
 
-# After this many context blocks that leave too few patches, the context may overlap one more target block (released).
+# After this many context blocks that leave too few patches, the context may overlap one more target block (official).
 TRIES_PER_REGION = 20
-# Maximum number of placements that are tried for an image. The released sampler never needs more than 20 per target
+# Maximum number of placements that are tried for an image. The official sampler never needs more than 20 per target
 # block and one, since the context may then overlap all targets. The corrected sampler needs more only with settings
 # that check_masks rejects.
 MAX_ATTEMPTS = 1000

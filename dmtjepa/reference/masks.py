@@ -82,7 +82,7 @@ def draw_size(
 
 
 def draw_block(size: Size, grid_size: tuple[int, int], sampler: str, rng: random.Random) -> list[Patch]:
-    """Draw a block and return its patches. The released sampler never covers the last row and column of the grid."""
+    """Draw a block and return its patches. The official sampler never covers the last row and column of the grid."""
     rows, cols = grid_size if sampler == "corrected" else (grid_size[0] - 1, grid_size[1] - 1)
     top = rng.randint(0, rows - size[0])
     left = rng.randint(0, cols - size[1])

@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -167,6 +167,21 @@ class Metrics:
         self._write(steps)
         return steps
 
+    def write_values(self, step: int, values: Mapping[str, float]) -> None:
+        """Write values, by name, into `metrics.jsonl` and TensorBoard. Does nothing on ranks other than 0.
+
+        Args:
+            step: number of the last finished step, from 0.
+            values: `loss/explained variance` and the like; what precedes the slash is a group in TensorBoard.
+        """
+        if self._file is not None:
+            self._file.write(step, values)
+            self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+
     def close(self) -> None:
         self._csv.close()
         if self._file is not None:
@@ -190,9 +205,7 @@ class Metrics:
         rate = len(steps) * self._global_batch / total if total > 0 else 0.0
         wait_share = waited / total if total > 0 else 0.0
         figures = self._figures(steps, rate, wait_share)
-        assert self._file is not None
-        self._file.write(steps[-1].record.step + 1, figures)
-        self._file.flush()
+        self.write_values(steps[-1].record.step, figures)
         self._shown |= figures
         self._write_board(self._board, steps, rate, wait_share)
         self._print_progress(steps, rate, f"{wait_share:.0%}" if total > 0 else "-")
@@ -267,6 +280,4 @@ class Metrics:
             board.add_scalar(name.replace("_", " "), getattr(record, name), record.step)
         board.add_scalar("images per second", rate, record.step)
         board.add_scalar("data wait share", wait_share, record.step)
-        for name, figure in steps[-1].figures.items():
-            board.add_scalar(name, figure, record.step)
         board.flush()

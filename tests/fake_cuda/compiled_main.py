@@ -1,6 +1,6 @@
 """main.py with the tiny network, compiled by all of torch.compile but Inductor, which takes most of the time.
 
-What Inductor and Triton make of the blocks is seen by published_step.py.
+What Inductor and Triton make of the blocks is tested by full_step.py.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""A published configuration as it is, on one GPU: what it prints is measured, or counted, on its steps.
+"""An official configuration as it is, on one GPU: what it prints is measured, or counted, on its steps.
 
 Compiled without choosing among kernels, which would need timings and takes most of the time.
 """

@@ -1,4 +1,4 @@
-"""A step of ViT-B/16 at its published batch, compiled: its memory, its graphs, what it makes the host do."""
+"""A step of ViT-B/16 at its official batch, compiled: its memory, its graphs, what it makes the host do."""
 
 import json
 

@@ -41,7 +41,7 @@ def count_step(config, shapes, device_type):
     return counter.get_total_flops() / BATCH, counter.get_flop_counts()["Global"]
 
 
-# GFLOP per image: ViT-H/14, L/16 and B/16 at the mean shape of the released sampler and the published batch per device.
+# GFLOP per image: ViT-H/14, L/16 and B/16 at the mean shape of the official sampler and the official batch per device.
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["xformers", "sdpa"])
 @pytest.mark.parametrize(

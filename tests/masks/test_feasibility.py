@@ -62,7 +62,7 @@ def test_any_accepted_settings_give_valid_masks(mask, grid_size, batch_size, see
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(mask=mask_settings, grid_size=st.tuples(st.integers(1, 30), st.integers(1, 30)))
 def test_reachable_sizes_are_all_sizes(mask, grid_size):
-    """Against a fine scan of the released sampler's one random number, which may miss a narrow piece."""
+    """Against a fine scan of the official sampler's one random number, which may miss a narrow piece."""
     sizes = reachable_sizes(mask.pred_mask_scale, mask.aspect_ratio, grid_size, "released")
     scanned = set()
     for u in np.linspace(0, 1, 400, endpoint=False) + 1 / 797:
@@ -144,6 +144,6 @@ def test_rare_valid_masks_are_refused_and_never_looped_for():
         check_masks(mask, (14, 14))
     with pytest.raises(MaskError, match=r"at step 8, image 1: no placement in 1000 attempts"):
         sample_masks(mask, (14, 14), 1, 0, 8, 1)
-    # The released sampler accepts a context that overlaps targets.
+    # The official sampler accepts a context that overlaps targets.
     masks = sample_masks(mask.model_copy(update={"sampler": "released"}), (14, 14), 1, 0, 8, 1)
     assert torch.isin(masks.context_index, masks.target_index).any()

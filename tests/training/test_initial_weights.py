@@ -1,4 +1,4 @@
-"""A new run can start from the weights of a checkpoint; a begun one goes on by itself."""
+"""A new run can start from the weights of a checkpoint; a started one continues by itself."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_missing_weights_are_an_error(settings):
 
 
 @pytest.mark.slow
-def test_a_released_file_that_asks_to_load_starts_afresh(settings, plain, losses):
-    """The released files for ViT-L and H have `load_checkpoint: true` and no checkpoint."""
+def test_an_official_file_that_asks_to_load_starts_afresh(settings, plain, losses):
+    """The official files for ViT-L and H have `load_checkpoint: true` and no checkpoint."""
     config = settings(**{"meta.load_checkpoint": True})
     assert launch(config, ["cpu"]) == 0
     assert losses(config) == losses(plain)

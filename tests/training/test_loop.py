@@ -52,9 +52,9 @@ def test_training_learns_and_writes_what_it_promises(plain, losses):
     assert names == ["step-00000016", "step-00000024"]  # keep_last is 2
 
 
-def test_export_has_the_published_layout(plain):
+def test_export_has_the_official_layout(plain):
     latest = torch.load(Path(plain.logging.folder, "jepa-latest.pth.tar"), weights_only=True)
-    published = {
+    official = {
         "encoder",
         "predictor",
         "target_encoder",
@@ -66,7 +66,7 @@ def test_export_has_the_published_layout(plain):
         "world_size",
         "lr",
     }
-    assert latest.keys() == published | {"head", "target_head", "step"}
+    assert latest.keys() == official | {"head", "target_head", "step"}
     assert latest["epoch"] == 3
     assert latest["step"] == NUM_STEPS
     assert latest["encoder"]["module.blocks.1.attn.qkv.weight"].shape == (96, 32)
@@ -74,7 +74,7 @@ def test_export_has_the_published_layout(plain):
     assert latest["target_head"]["module.cls_blocks.1.attn.q.weight"].shape == (32, 32)
     last = torch.load(Path(plain.logging.folder, "jepa-ep3.pth.tar"), weights_only=True)
     assert last["epoch"] == 3
-    # The published optimizer has six groups, whose parameters include both position embeddings, without state.
+    # The official optimizer has six groups, whose parameters include both position embeddings, without state.
     groups = latest["opt"]["param_groups"]
     assert [group["WD_exclude"] for group in groups] == [False, False, True, True, False, True]
     indices = [index for group in groups for index in group["params"]]

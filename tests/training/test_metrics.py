@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dmtjepa.metrics_file import read_metrics
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.step_csv import read_losses
 from dmtjepa.training.launch import launch
@@ -81,3 +82,15 @@ def test_a_start_on_a_full_disk_says_so(settings, monkeypatch):
     monkeypatch.setattr("dmtjepa.run_folder.write_json", refuse)
     with pytest.raises(ValueError, match=r"cannot be written to: .*No space left on device"):
         launch(config, ["cpu"])
+
+
+def test_values_reach_the_metrics_and_tensorboard(tmp_path):
+    schedules = Schedules(100, 10, 0, 0.0, 1.0, 0.0, 0.0, 0.0, (1.0, 1.0))
+    folder = RunFolder(tmp_path, "jepa")
+    for rank in (0, 1):
+        metrics = Metrics(folder, rank, torch.device("cpu"), schedules=schedules, first_step=0, global_batch=8)
+        metrics.write_values(3, {"eval/linear": 0.5 + rank})
+        metrics.close()
+    assert read_metrics(folder.metrics_file) == [{"step": 3, "eval/linear": 0.5}]
+    board = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("eval/linear")] == [(3, 0.5)]

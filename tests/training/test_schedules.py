@@ -14,7 +14,7 @@ OFFICIAL = Schedules(
 
 def test_learning_rate_warms_up_then_follows_a_cosine():
     warmup_steps, last = 40 * 5004, 600 * 5004 - 1
-    # The published scheduler advances before the update: the first step uses its value number 1, not start_lr.
+    # The official scheduler advances before the update: the first step uses its value number 1, not start_lr.
     assert OFFICIAL.learning_rate(0) == pytest.approx(2e-4 + 8e-4 / warmup_steps, rel=1e-12)
     assert OFFICIAL.learning_rate(warmup_steps // 2 - 1) == pytest.approx(6e-4, rel=1e-12)
     assert OFFICIAL.learning_rate(warmup_steps - 1) == 1e-3
@@ -37,7 +37,7 @@ def test_shorter_schedule_stays_at_its_last_value():
     assert shorter.momentum(700) == 1.0
 
 
-def test_weight_decay_and_momentum_of_the_published_run():
+def test_weight_decay_and_momentum_of_the_official_run():
     last = 600 * 5004 - 1
     assert OFFICIAL.decay(0) == pytest.approx(0.04, abs=1e-9)
     assert OFFICIAL.decay(last) == pytest.approx(0.4, rel=1e-12)

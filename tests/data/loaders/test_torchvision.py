@@ -53,7 +53,7 @@ def test_pixels_are_torchvisions_on_the_same_box(settings: DataSettings):
                 assert torch.equal(images[row], expected)
 
 
-def test_transform_is_the_published_one(settings: DataSettings):
+def test_transform_is_the_official_one(settings: DataSettings):
     """v2.RandomResizedCrop itself, given our box, gives our pixels: bilinear, antialiased."""
     source = FolderSource(settings.path)
     picture = Image.open(source.name(0)).convert("RGB")
@@ -317,7 +317,7 @@ def where(settings: DataSettings, image: int) -> int:
 def test_a_clusters_signals_leave_the_workers_alone(settings: DataSettings):
     loader = build_loader(settings.model_copy(update={"num_workers": 2}), seed=0)
     images = loader.epoch(0)
-    next(images), next(images)  # one of each worker: both have begun
+    next(images), next(images)  # one of each worker: both have started
     workers = loader._batches._workers
     for worker in workers:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
