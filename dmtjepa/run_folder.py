@@ -109,10 +109,6 @@ class RunFolder:
     def csv_file(self, rank: int) -> Path:
         return self.path / f"{self.tag}_r{rank}.csv"
 
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
     # ---- Before a run starts
 
     @contextlib.contextmanager
