@@ -9,6 +9,7 @@
     checkpoints/step-{n}/        complete states, see `dmtjepa.checkpoint_format`
     {tag}-latest.pth.tar         the newest epoch in the official layout, see `dmtjepa.interop.official`
     {tag}-ep{N}.pth.tar          the state after N epochs in the official layout, kept
+    rollbacks.json               how often a collapsed run went back to an earlier checkpoint (`runtime.on_collapse`)
     not_finite/                  the state after a loss that was not finite: a checkpoint, and steps.json
     report/                      what `python -m dmtjepa.evaluation` writes
     .lock                        held while a run writes into the folder
@@ -271,6 +272,26 @@ class RunFolder:
         """
         path = self.csv_file(0)
         return read_losses(path) if path.is_file() else None
+
+    def read_rollbacks(self) -> list[dict[str, Any]]:
+        """What `write_rollbacks` has written: `from_step`, `to_step` and `finding` of each. Empty if it was not called.
+
+        Raises:
+            RunFolderError: the file cannot be read.
+        """
+        path = self.path / "rollbacks.json"
+        if not path.is_file():
+            return []
+        try:
+            return list(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunFolderError(
+                f"{path} cannot be read: {error}. Restore it, or remove it to train at the full learning rate"
+            ) from None
+
+    def write_rollbacks(self, rollbacks: list[dict[str, Any]]) -> None:
+        """Note how often a run that had collapsed was rolled back."""
+        write_json(self.path / "rollbacks.json", rollbacks)
 
     def write_not_finite(self, steps: list[dict[str, Any]]) -> None:
         """Describe steps whose loss or gradient was not finite, beside the checkpoint in `not_finite/`."""

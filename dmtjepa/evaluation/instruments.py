@@ -89,7 +89,7 @@ def read_targets(sums: Sequence[float]) -> dict[str, float]:
     count, error, spread, mean_square, all_pairs, all_distance, *by_group = (float(x) for x in sums[:NUM_SUMS])
     image_pairs, image_distance, position_pairs, position_distance = by_group
     mean_sum = np.asarray(sums[NUM_SUMS:], dtype=np.float64)
-    total = spread + max(0.0, mean_square - float(mean_sum @ mean_sum) / count)
+    total = spread + max(0.0, mean_square - _divide(float(mean_sum @ mean_sum), count))
     pairs = all_pairs - image_pairs - position_pairs
     variance = _divide(all_distance - image_distance - position_distance, 2 * pairs)
     between = 1 - _divide(_divide(image_distance, 2 * image_pairs), variance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -167,7 +168,7 @@ def read_sums(sums: Sequence[float]) -> dict[str, float]:
         Figures by their names in `metrics.jsonl`. `neighbors/changed` only where a look was taken before.
     """
     update, weight, changed, neighbors, *rest = sums
-    figures = {"train/update_norm": (update / weight) ** 0.5}
+    figures = {"train/update_norm": math.sqrt(update / weight) if weight > 0 else math.nan}
     if neighbors:
         figures["neighbors/changed"] = changed / neighbors
     return figures | {f"targets/{name}": value for name, value in read_targets(rest).items()}

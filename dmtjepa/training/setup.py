@@ -31,6 +31,7 @@ from dmtjepa.training.schedules import Schedules, build_schedules
 from dmtjepa.training.state import TrainingState
 from dmtjepa.training.step import TrainStep
 from dmtjepa.training.vote import RankVote
+from dmtjepa.training.watch import CollapseWatch, slow_down
 from dmtjepa.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Run:
     vote: RankVote
     saver: Saver
     finite_check: FiniteCheck
+    watch: CollapseWatch
     metrics: Metrics
     batches: BatchStream
 
@@ -92,7 +94,8 @@ def build_run(
     )
     stack.callback(loader.close)
     steps_per_epoch = count_steps_per_epoch(config, world.world_size, loader.num_images)
-    schedules = build_schedules(config.optimization, steps_per_epoch, global_batch)
+    num_rollbacks = run_on_rank_0(world, lambda: len(folder.read_rollbacks()))
+    schedules = slow_down(build_schedules(config.optimization, steps_per_epoch, global_batch), num_rollbacks)
 
     torch.manual_seed(runtime.seed)  # the same weights on every rank
     mesh = build_mesh(world.device.type, world.world_size, runtime.shard_size, world.timeout)
@@ -124,8 +127,9 @@ def build_run(
     stack.callback(metrics.close)
     batches = _build_batches(config, world, loader, schedules, metrics)
     stack.callback(batches.close)
+    watch = CollapseWatch(config, world, folder, saver, first_step=state.step)
     finite_check = FiniteCheck(config, world, state, saver)
-    return Run(schedules, train_step, instruments, state, vote, saver, finite_check, metrics, batches)
+    return Run(schedules, train_step, instruments, state, vote, saver, finite_check, watch, metrics, batches)
 
 
 @contextlib.contextmanager
