@@ -178,6 +178,7 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
             num_neighbors=config.patch.patch_k_num,
             window=config.patch.patch_k_size,
             border=config.patch.border,
+            query=config.patch.query,
             init_std=init_std,
             kernels=kernels,
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOP = "benchmarks|configs|dmtjepa|docs|kernels|tests|tools"
+TOP = "benchmarks|configs|dmtjepa|docs|experiments|kernels|tests|tools"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.md")])
 # Code names files too, in comments, docstrings and messages.
 SOURCES = sorted(path for top in TOP.split("|") for path in (ROOT / top).rglob("*.py")) + [ROOT / "Makefile"]

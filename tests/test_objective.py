@@ -24,6 +24,10 @@ CASES = [
     Case(3, (16, 16), 8, 3, "wrap"),
     Case(2, (16, 16), 2, 7, "wrap"),
     Case(2, (9, 14), 4, 3, "wrap", head=False),
+    Case(3, (9, 14), 4, 3, "wrap", query="targets"),
+    Case(2, (6, 6), 3, 5, "clip", query="targets"),
+    Case(3, (9, 14), 4, 3, "wrap", query="patch"),
+    Case(2, (6, 6), 3, 5, "clip", query="patch"),
 ]
 
 
@@ -67,8 +71,9 @@ def test_step_equals_reference(case, dtype):
             assert relative_error(gradient, expected[name]) < for_gradients, name
 
 
-def test_neighborhood_changes_nothing():
-    case = Case(3, (9, 14), 4, 5, "clip")
+@pytest.mark.parametrize("query", ["image", "targets", "patch"])
+def test_neighborhood_changes_nothing(query):
+    case = Case(3, (9, 14), 4, 5, "clip", query=query)
     model, masks = make_model(case, torch.float64), make_masks(case)
     h = F.layer_norm(torch.randn(3, 126, case.embed_dim, dtype=torch.float64), (case.embed_dim,))
     with torch.no_grad():
@@ -86,10 +91,11 @@ def test_masks_for_another_window_are_refused(changes):
         model(make_images(case, torch.float32), masks)
 
 
+@pytest.mark.parametrize("query", ["image", "targets", "patch"])
 @pytest.mark.parametrize("border", ["wrap", "clip"])
-def test_an_image_changes_no_other_images_targets(border):
+def test_an_image_changes_no_other_images_targets(border, query):
     """The official code pairs queries with other images' patches when B > 1."""
-    case = Case(4, (6, 6), 4, 3, border)
+    case = Case(4, (6, 6), 4, 3, border, query=query)
     model, masks = make_model(case, torch.float32), make_masks(case)
     images = make_images(case, torch.float32)
     before = model.compute_targets(images, masks)
@@ -209,6 +215,34 @@ def test_ijepa_targets_are_the_teachers_own_features():
     h = model.teacher_encoder(images)
     h = F.layer_norm(h, h.shape[-1:]).flatten(0, 1)
     assert torch.equal(model.compute_targets(images, masks), h[masks.target_unique].detach())
+
+
+@pytest.mark.parametrize(("query", "changed"), [("image", True), ("targets", False), ("patch", False)])
+def test_a_patch_that_no_target_sees_changes_the_image_query_alone(query, changed):
+    case = Case(1, (9, 14), 2, 3, "clip", query=query)
+    model, masks = make_model(case, torch.float64), make_masks(case)
+    h = F.layer_norm(torch.randn(1, 126, case.embed_dim, dtype=torch.float64), (case.embed_dim,))
+    outside = [patch for patch in range(126) if patch not in masks.neighborhood.tolist()]
+    other = h.clone()
+    other[0, outside] = h[0, outside].flip(0)
+    other[0, outside[0]] *= 2
+    before, after = (model.teacher_head.aggregate_neighbors(x, case.grid, masks.target_unique) for x in (h, other))
+    assert torch.allclose(before, after) != changed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("query", ["targets", "patch"])
+def test_each_query_compiles_without_graph_breaks(query):
+    case = Case(2, (6, 6), 4, 3, "wrap", query=query)
+    model = make_model(case, torch.float32)
+    head = model.teacher_head
+    expected = head.aggregate_neighbors
+    compiled = torch.compile(expected, fullgraph=True, dynamic=True, backend="aot_eager")
+    for step in range(3):
+        masks = make_masks(case, step)
+        h = F.layer_norm(torch.randn(2, 36, case.embed_dim), (case.embed_dim,))
+        arguments = h, case.grid, masks.target_unique, masks.neighborhood
+        torch.testing.assert_close(compiled(*arguments), expected(*arguments))
 
 
 def test_unknown_loss_is_refused():

@@ -148,6 +148,11 @@ class PatchSettings(Section):
     context_attn: Literal["cross-attn"] = Field("cross-attn", description="attention of the context head")
     target_attn: Literal["cross-attn"] = Field("cross-attn", description="attention of the target head")
     border: Literal["wrap", "clip"] = Field("wrap", description="wrap: windows go round the grid (official)")
+    query: Literal["image", "targets", "patch"] = Field(
+        "image",
+        description="what a target starts from: the mean of the image (official), the mean of its target patches "
+        "(paper), or the patch itself",
+    )
 
 
 class MetaSettings(Section):

@@ -4,15 +4,15 @@ Three exact rearrangements make it fast:
 
 * Keys and values depend on one patch only. They are projected once per patch and then gathered.
 * Only the patches that some target block covers need queries, MLPs and outputs.
-* The first block has one query per image; on the context, each block has one query per image. There, W_k is absorbed
-  into the query and W_v is applied after pooling.
+* The first block has one query per image, unless each patch is its own; on the context, each block has one query per
+  image. There, W_k is absorbed into the query and W_v is applied after pooling.
 
 `dmtjepa.reference.step` is the slow form that this module is tested against.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from dmtjepa import kernels as operators
 from dmtjepa.models.layers import LAYER_NORM_EPS, Linear, Mlp, initialize_weights
 from dmtjepa.packing import Packing
+
+# What a target starts from, see `AggregationHead`.
+Query = Literal["image", "targets", "patch"]
 
 
 class QueryAttention(nn.Module):
@@ -115,11 +118,14 @@ class AggregationHead(nn.Module):
         window: side of the window from which the neighbours are chosen, in patches; odd.
         border: `wrap` continues the window at the opposite edge of the grid, as the official code does; `clip` ends it
             at the edge.
+        query: the first query of a target, to which both blocks add: `image` is the mean of the image's patches, as in
+            the official code; `targets` is the mean of the patches that its target blocks cover, each counted once, as
+            the paper's text has it; `patch` is the target patch itself.
         init_std: standard deviation of the initial weights.
         kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
 
     Raises:
-        ValueError: `border` is unknown, or `embed_dim` is not a multiple of `num_heads`.
+        ValueError: `border` or `query` is unknown, or `embed_dim` is not a multiple of `num_heads`.
     """
 
     def __init__(
@@ -129,6 +135,7 @@ class AggregationHead(nn.Module):
         num_neighbors: int = 4,
         window: int = 3,
         border: str = "wrap",
+        query: Query = "image",
         *,
         init_std: float = 0.02,
         kernels: str = "triton",
@@ -136,6 +143,8 @@ class AggregationHead(nn.Module):
         super().__init__()
         if border not in ("wrap", "clip"):
             raise ValueError(f"border {border!r}: choose wrap or clip")
+        if query not in get_args(Query):
+            raise ValueError(f"query {query!r}: choose image, targets or patch")
         backend = operators.backend(kernels)
         self._gather_tokens = backend.gather_tokens
         self._select_neighbors = backend.select_neighbors
@@ -145,6 +154,7 @@ class AggregationHead(nn.Module):
         self.num_neighbors = num_neighbors
         self.window = window
         self.border = border
+        self.query = query
         self.cls_blocks = nn.ModuleList(AggregationBlock(embed_dim, num_heads) for _ in range(2))
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         initialize_weights(self, init_std)
@@ -200,7 +210,6 @@ class AggregationHead(nn.Module):
         """
         batch, num_patches, _ = h.shape
         tokens = h.flatten(0, 1)
-        image = target_unique // num_patches
         neighbor_index = self._select_neighbors(
             h, target_unique, grid_size, num_neighbors=self.num_neighbors, window=self.window, border=self.border
         )
@@ -209,25 +218,73 @@ class AggregationHead(nn.Module):
             neighbor_index = _renumber(neighbor_index, neighborhood, batch * num_patches)
 
         first, second = self.blocks
-        # Block 1: one query per image, which is the mean of its patches.
-        mean = h.mean(dim=1)
-        query_token = first.norm1(mean)
-        key_map, key_bias = first.attn.absorb(query_token)
+        if self.query == "patch":
+            query = self._gather_tokens(h.flatten(0, 1)[None], target_unique[None])[0]
+            y = self._add_neighbors(first, query, tokens, neighbor_index)
+        else:
+            query = h.mean(dim=1) if self.query == "image" else _mean_of_targets(h, target_unique)
+            image = target_unique // num_patches
+            y = self._pool_by_image(first, query, h, tokens, neighborhood, neighbor_index, image)
+        return self.norm(self._add_neighbors(second, y, tokens, neighbor_index))
+
+    def _pool_by_image(
+        self,
+        block: AggregationBlock,
+        query: Tensor,
+        h: Tensor,
+        tokens: Tensor,
+        neighborhood: Tensor | None,
+        neighbor_index: Tensor,
+        image: Tensor,
+    ) -> Tensor:
+        """Compute a block with one query per image.
+
+        Args:
+            query: [B, D].
+            h: [B, N, D] all patches.
+            tokens: [R, D] patches `neighborhood` of h.
+            neighbor_index: [U, K] positions in `tokens`.
+            image: [U] image of each covered patch.
+
+        Returns:
+            [U, D], the query of its image and what it finds in the neighbours of each covered patch.
+        """
+        query_token = block.norm1(query)
+        key_map, key_bias = block.attn.absorb(query_token)
         self_score = torch.einsum("bhd,bd->bh", key_map, query_token) + key_bias
-        score = (first.norm1(h) @ key_map.transpose(1, 2) + key_bias[:, None]).flatten(0, 1)
+        score = (block.norm1(h) @ key_map.transpose(1, 2) + key_bias[:, None]).flatten(0, 1)
         if neighborhood is not None:
             score = score[neighborhood]
-        value = first.attn.v(first.norm1(tokens))
-        pooled = self._pool_neighbors(self_score, first.attn.v(query_token), score, value, neighbor_index, image)
-        y = first.finish(mean[image], pooled)
-        # Block 2: one query per covered patch.
-        query_token, tokens = second.norm1(y), second.norm1(tokens)
-        attn = second.attn
+        value = block.attn.v(block.norm1(tokens))
+        pooled = self._pool_neighbors(self_score, block.attn.v(query_token), score, value, neighbor_index, image)
+        return block.finish(query[image], pooled)
+
+    def _add_neighbors(self, block: AggregationBlock, x: Tensor, tokens: Tensor, neighbor_index: Tensor) -> Tensor:
+        """Compute a block with one query per covered patch.
+
+        Args:
+            x: [U, D] queries.
+            tokens: [R, D] patches of the neighbourhood.
+            neighbor_index: [U, K] positions in `tokens`.
+
+        Returns:
+            [U, D].
+        """
+        query_token, tokens = block.norm1(x), block.norm1(tokens)
+        attn = block.attn
         aggregated = self._aggregate_neighbors(
             attn.q(query_token), attn.k(query_token), attn.v(query_token), attn.k(tokens), attn.v(tokens),
             neighbor_index, num_heads=self.num_heads,
         )  # fmt: skip
-        return self.norm(second.finish(y, aggregated))
+        return block.finish(x, aggregated)
+
+
+def _mean_of_targets(h: Tensor, target_unique: Tensor) -> Tensor:
+    """Mean over the covered patches of each image: h [B, N, D], target_unique [U] -> [B, D]."""
+    # A product with 0 and 1 adds in the same order on every run, which scattered additions on a GPU do not.
+    covered = h.new_zeros(h.shape[0] * h.shape[1]).index_fill(0, target_unique, 1.0).unflatten(0, h.shape[:2])
+    count = covered.sum(dim=1, keepdim=True, dtype=torch.float32)
+    return (torch.bmm(covered[:, None], h)[:, 0] / count).to(h.dtype)
 
 
 def _renumber(neighbor_index: Tensor, neighborhood: Tensor, num_patches: int) -> Tensor:

@@ -163,19 +163,35 @@ def aggregate_neighbors(
     num_neighbors: int = 4,
     window: int = 3,
     border: str = "wrap",
+    query_name: str = "image",
+    target_index: Tensor | None = None,
 ) -> Tensor:
-    """Aggregate the neighbours of every patch: [B, N, D] -> [B, N, D] (DMT-JEPA section 3.2)."""
+    """Aggregate the neighbours of every patch: [B, N, D] -> [B, N, D] (DMT-JEPA section 3.2).
+
+    `target_index` [B, M, T] is needed for the query `targets`.
+    """
     batch, num_patches, dim = h.shape
     index, present = choose_neighbors(h, grid_size, num_neighbors, window, border)
     neighbors = h.gather(1, index.flatten(1)[..., None].expand(-1, -1, dim)).reshape(-1, num_neighbors, dim)
     present = torch.cat([torch.ones(batch * num_patches, 1, dtype=torch.bool), present.flatten(0, 1)], dim=1)
     # The official code repeats the means in an order that does not match the patches' images. This order does.
-    query = h.mean(dim=1).repeat_interleave(num_patches, dim=0)[:, None]  # [B*N, 1, D]
+    query = _first_query(h, query_name, target_index).flatten(0, 1)[:, None]  # [B*N, 1, D]
     for i in range(2):
         tokens = _layer_norm(p, f"cls_blocks.{i}.norm1", torch.cat([query, neighbors], dim=1))
         query = query + _query_attention(p, f"cls_blocks.{i}.attn", tokens, num_heads, present)
         query = query + _mlp(p, f"cls_blocks.{i}.mlp", _layer_norm(p, f"cls_blocks.{i}.norm2", query))
     return _layer_norm(p, "norm", query.reshape(h.shape))
+
+
+def _first_query(h: Tensor, name: str, target_index: Tensor | None) -> Tensor:
+    """Return the first query of every patch: [B, N, D] -> [B, N, D]."""
+    if name == "patch":
+        return h
+    if name == "image":
+        return h.mean(dim=1, keepdim=True).expand_as(h)
+    assert target_index is not None
+    means = [image[blocks.unique()].mean(dim=0) for image, blocks in zip(h, target_index, strict=True)]
+    return torch.stack(means)[:, None].expand_as(h)
 
 
 def aggregate_context(p: Parameters, z: Tensor, num_heads: int) -> Tensor:
@@ -195,9 +211,8 @@ def compute_targets(model: DMTJEPA, images: Tensor, target_index: Tensor) -> Ten
         h = F.layer_norm(h, h.shape[-1:])
         if head is not None:
             grid_size = (images.shape[2] // encoder.patch_size, images.shape[3] // encoder.patch_size)
-            h = aggregate_neighbors(
-                parameters_of(head), h, grid_size, head.num_heads, head.num_neighbors, head.window, head.border
-            )
+            choice = head.num_neighbors, head.window, head.border, head.query
+            h = aggregate_neighbors(parameters_of(head), h, grid_size, head.num_heads, *choice, target_index)
         return torch.stack([take_patches(h, index) for index in target_index.unbind(1)], dim=1)
 
 

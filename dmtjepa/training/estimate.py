@@ -82,7 +82,10 @@ def step_flops(config: Config, shapes: MaskShapes) -> dict[str, float]:
     if config.patch.local_agg_head:
         # First block: values of the neighbourhood, scores of all patches. Second: keys, values and queries.
         per_target = 2 * (2 * 1 + 2 * 8 + 3)  # two output maps, two MLPs, query and own key and value
-        head = (per_target * shapes.unique + 6 * shapes.neighborhood) * dim**2 + 2 * num_patches * heads * dim
+        if config.patch.query == "patch":  # both blocks compute as the second
+            head = ((per_target + 6) * shapes.unique + 8 * shapes.neighborhood) * dim**2
+        else:
+            head = (per_target * shapes.unique + 6 * shapes.neighborhood) * dim**2 + 2 * num_patches * heads * dim
         flops["target head"] = head
         # Single-query attention: scores and pooling over LN1(z) per head. The MLPs dominate.
         flops["context head"] = 3 * 2 * shapes.context * (2 * 8 * dim**2 + 4 * heads * dim)

@@ -23,10 +23,13 @@ class Case(NamedTuple):
     embed_dim: int = 32
     num_heads: int = 4
     min_keep: int = 2
+    query: str = "image"
 
     def __str__(self):
         size = f"B{self.batch}-{self.grid[0]}x{self.grid[1]}"
-        return f"{size}-k{self.num_neighbors}-w{self.window}-{self.border}" + ("" if self.head else "-ijepa")
+        rest = "" if self.head else "-ijepa"
+        rest += "" if self.query == "image" else f"-{self.query}"
+        return f"{size}-k{self.num_neighbors}-w{self.window}-{self.border}{rest}"
 
 
 def make_model(case: Case, dtype: torch.dtype, seed: int = 0) -> DMTJEPA:
@@ -37,7 +40,8 @@ def make_model(case: Case, dtype: torch.dtype, seed: int = 0) -> DMTJEPA:
     predictor = Predictor(case.grid, case.embed_dim, predictor_dim=16, depth=2, num_heads=2)
     head = None
     if case.head:
-        head = AggregationHead(case.embed_dim, case.num_heads, case.num_neighbors, case.window, case.border)
+        neighbors = case.num_neighbors, case.window, case.border
+        head = AggregationHead(case.embed_dim, case.num_heads, *neighbors, case.query)
     model = DMTJEPA(encoder, predictor, head).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():

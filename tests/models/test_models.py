@@ -119,6 +119,7 @@ def test_predictor_treats_each_block_separately():
         (lambda: VisionTransformer(embed_dim=100, num_heads=3, depth=1), "not a multiple of the number of heads"),
         (lambda: AggregationHead(100, 3), "not a multiple of the number of heads"),
         (lambda: AggregationHead(96, 3, border="mirror"), "wrap or clip"),
+        (lambda: AggregationHead(96, 3, query="mean"), "image, targets or patch"),
         (lambda: VisionTransformer(image_size=32, depth=1)(torch.zeros(1, 3, 40, 32)), "no multiple of the patch size"),
         (lambda: choose_attention("flash", "cuda", 64), "auto, xformers or sdpa"),
         (lambda: choose_attention("xformers", "cuda", 12), r"heads of 12 channels.*sdpa or auto"),

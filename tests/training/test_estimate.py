@@ -45,8 +45,9 @@ def test_mean_mask_shapes_are_those_of_the_official_sampler():
     assert largest.context > mean.context
 
 
-def test_flops_agree_with_a_counted_step(settings):
-    config = settings()
+@pytest.mark.parametrize("query", ["image", "targets", "patch"])
+def test_flops_agree_with_a_counted_step(settings, query):
+    config = settings(**{"patch.query": query})
     masks = MaskSampler.from_config(config, batch_size=16, seed=0).sample(step=0)
     shapes = MaskShapes(
         masks.context_index.shape[1],

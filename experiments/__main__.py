@@ -1,0 +1,71 @@
+"""Compare variants of the method over seeds.
+
+    python -m experiments run experiments/tables/scenes_queries.yaml --data IMAGES --out FOLDER
+    python -m experiments table FOLDER
+    python -m experiments plot FOLDER
+
+`run` computes what has no result yet on one core, and can be stopped or killed at any moment: give the same command
+again. Start it on as many cores as there are; each process takes other runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dmtjepa.errors import UserError
+from experiments.runner import compute
+from experiments.summary import format_table, read_results, save_curves, save_plot
+from experiments.table import read_table
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="compute the runs of a table")
+    run.add_argument("table", type=Path, help="a file of experiments/tables/")
+    run.add_argument("--data", type=Path, required=True, help="labelled images: a folder with train/ and val/ or test/")
+    run.add_argument("--out", type=Path, required=True, help="folder of the runs and their results")
+    run.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: cpu)")
+    table = commands.add_parser("table", help="print a table of results: mean and standard deviation over seeds")
+    table.add_argument("folder", type=Path, help="--out of `run`")
+    plot = commands.add_parser("plot", help="draw results.png and, of what was measured during training, curves.png")
+    plot.add_argument("folder", type=Path, help="--out of `run`")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = parse_arguments(arguments)
+    try:
+        if options.command == "run":
+            failed = compute(read_table(options.table), options.data, options.out, options.device)
+            if failed:
+                print(f"{len(failed)} runs failed and are tried again next time: {', '.join(failed)}", file=sys.stderr)
+            return int(bool(failed))
+        results = read_results(options.folder)
+        if options.command == "table":
+            print(format_table(results))
+        else:
+            plot, curves = options.folder / "results.png", options.folder / "curves.png"
+            save_plot(results, plot)
+            print(f"written: {plot}")
+            if save_curves(results, curves):
+                print(f"written: {curves}")
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; give the same command again to continue", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Computes the runs of a table, one after the other: train, evaluate, write result.json.
+
+A run is killed and resumed as any run of `main.py` is. Several processes may share the work of one table: each takes
+runs that no other process holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmtjepa.files import write_json
+from dmtjepa.metrics_file import read_metrics
+from dmtjepa.processes import die_with_parent
+from dmtjepa.run_folder import RunFolder
+from experiments.table import ROOT, Run, Table, TableError
+
+RESULT = "result.json"
+
+
+class RunFailed(RuntimeError):
+    """A program of a run ended with an error."""
+
+
+def compute(table: Table, images: Path, out: Path, device: str = "cpu") -> list[str]:
+    """Compute the runs of a table that have no result yet, each in a folder of its own below `out`.
+
+    Args:
+        images: labelled images: a folder that holds train/ and val/ or test/.
+
+    Returns:
+        The names of runs that failed. They are tried again at the next start.
+
+    Raises:
+        ConfigError, TableError: a run is impossible, or its folder holds a result of other settings.
+    """
+    runs = table.runs()
+    for run in runs:  # all of them before the first is computed
+        run.config(images, out / run.name)
+        check_result(run, out / run.name)
+    failed = []
+    for number, run in enumerate(runs, 1):
+        folder = out / run.name
+        with claimed(folder) as mine:
+            if not mine or (folder / RESULT).is_file():
+                continue
+            print(f"[{number}/{len(runs)}] {run.name}", flush=True)
+            try:
+                train_and_measure(run, images, folder, device)
+            except RunFailed as error:
+                failed.append(run.name)
+                print(f"  failed: {error}", flush=True)
+    return failed
+
+
+def check_result(run: Run, folder: Path) -> None:
+    """Refuse a folder with the result of other settings. Raises TableError."""
+    if (folder / RESULT).is_file():
+        result = json.loads((folder / RESULT).read_text())
+        if (result["base"], result["settings"]) != (run.base, list(run.settings)):
+            raise TableError(f"{folder} holds the result of other settings; rename the variant or choose another --out")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Hold a run, so that no other process computes it; False if another one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".claim").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def train_and_measure(run: Run, images: Path, folder: Path, device: str) -> None:
+    """Train, or continue to train, evaluate, and write the result. Raises RunFailed."""
+    program = [sys.executable, str(ROOT / "main.py"), "--fname", str(run.base_path), "--devices", device]
+    call([*program, *run.overrides(images, folder)], folder / "train.log")
+    program = [sys.executable, "-m", "dmtjepa.evaluation", str(folder.absolute()), "--device", device]
+    call(program, folder / "evaluate.log")
+    files = RunFolder.from_config(run.config(images, folder))
+    times = read_step_seconds(files.csv_file(0))
+    result: dict[str, Any] = {
+        "variant": run.variant,
+        "seed": run.seed,
+        "base": run.base,
+        "settings": list(run.settings),
+        "images": images.name,
+        "steps": len(times),
+        "train_seconds": round(sum(times), 1),
+        "starts": files.read_starts(),
+        "metrics": read_metrics(files.metrics_file) if files.metrics_file.is_file() else [],
+        "report": json.loads((files.report / "report.json").read_text()),
+    }
+    write_json(folder / RESULT, result)
+
+
+def read_step_seconds(path: Path) -> list[float]:
+    """The time of each step in the CSV of a rank."""
+    with path.open(newline="") as file:
+        return [float(row["time (ms)"]) / 1000 for row in csv.DictReader(file)]
+
+
+def call(command: Sequence[str], log: Path) -> None:
+    """Run a program of the project on one thread until it ends; what it prints is added to `log`.
+
+    Raises:
+        RunFailed: it ended with an error. KeyboardInterrupt: this process was asked to stop; so was the program, which
+            has saved its state.
+    """
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C reaches this process alone, which passes it on once
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),
+        )
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+    if code:
+        lines = log.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
+        raise RunFailed(f"exit code {code}: {lines[-1]} (see {log})")

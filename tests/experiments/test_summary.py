@@ -1,0 +1,57 @@
+"""Tables and plots of results that are known."""
+
+import json
+
+import pytest
+
+from experiments.__main__ import main
+from experiments.summary import collect, format_table, read_results
+
+
+def write_result(folder, variant, seed, trained, untrained, steps=100):
+    report = {
+        "knn": {name: {"5": 0.1, "20": share} for name, share in
+                {"trained": trained, "untrained": untrained, "pixels": 0.4}.items()},
+        "knn_layout": {"trained": {"5": 0.1, "20": 0.5}},
+        "linear": {"trained": trained + 0.1, "untrained": untrained},
+        "segmentation": {},
+        "collapse": {"trained": {"effective_rank_centered": 12.0}},
+    }  # fmt: skip
+    metrics = [{"step": step, "targets/explained_variance": step / 100 + seed / 10} for step in (9, 19, 29)]
+    result = {"variant": variant, "seed": seed, "steps": steps, "train_seconds": 90.0, "report": report}
+    result["metrics"] = [*metrics, {"step": 29, "eval/linear": 0.5}, {"step": 29, "targets/explained_variance": None}]
+    path = folder / f"{variant}-seed{seed}" / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(result))
+
+
+@pytest.fixture
+def results(tmp_path):
+    write_result(tmp_path, "b", 1, 0.54, 0.31)
+    write_result(tmp_path, "b", 0, 0.50, 0.30)
+    write_result(tmp_path, "a", 0, 0.60, 0.30)
+    return tmp_path
+
+
+def test_a_row_holds_mean_and_standard_deviation_over_seeds(results):
+    lines = format_table(read_results(results)).splitlines()
+    assert lines[0] == "|  | seeds | steps | minutes | k-NN, k = 20 | with layout | linear | centred rank | explained |"
+    assert lines[2] == "| a | 1 | 100 | 2 | 60.0 | 50.0 | 70.0 | 12.0 | 29.0 |"
+    assert lines[3] == "| b | 2 | 100 | 2 | 52.0 ± 2.8 | 50.0 ± 0.0 | 62.0 ± 2.8 | 12.0 ± 0.0 | 34.0 ± 7.1 |"
+    assert lines[4].startswith("| untrained | 2 | - | - | 30.5 ± 0.7 | - |")
+    assert lines[5] == "| pixels | 1 | - | - | 40.0 | 40.0 | - | - | - |"
+
+
+def test_the_untrained_network_of_a_seed_counts_once(results):
+    assert sorted(collect(read_results(results))["untrained"]["linear"]) == pytest.approx([30, 31])
+
+
+def test_plots_are_written(results, capsys):
+    assert main(["plot", str(results)]) == 0
+    for name in ("results.png", "curves.png"):
+        assert (results / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_without_results_says_so(tmp_path, capsys):
+    assert main(["table", str(tmp_path)]) == 1
+    assert "holds no result yet" in capsys.readouterr().err
