@@ -121,7 +121,7 @@ def find_image_constant(rows: Sequence[Row]) -> Finding | None:
         f"{np.median(shares):.0%} of the targets' variance lie between images: within an image, there is hardly "
         "anything to predict. This is normal with the published DMT-JEPA, whose targets start from the image's "
         "mean",
-        "It costs detail: compare with plain I-JEPA (patch.local_agg_head: false)",
+        "It costs detail: patch.query: patch keeps targets local, and patch.local_agg_head: false trains plain I-JEPA",
     )
 
 
