@@ -15,6 +15,8 @@ import numpy as np
 
 NUM_LOOKS = 3
 """A run has collapsed if so many looks in a row show it."""
+GRACE_LOOKS = 20
+"""A run that has never looked healthy has collapsed only after so many looks."""
 MAX_COSINE = 0.995
 MIN_RANK = 2.0
 MIN_VARIANCE = 0.01
@@ -23,6 +25,11 @@ MAX_BETWEEN = 0.97
 MIN_ROWS = 12
 """With fewer rows of figures, nothing is said of learning and of the teacher."""
 MIN_EXPLAINED = 0.05
+MIN_UPDATE = 1e-6
+"""Relative norm of an update below which the student does not move."""
+MIN_MOMENTUM = 0.9
+MIN_CHANGED = 0.002
+"""Share of neighbors that change from look to look, below which the teacher does not move."""
 SCORES = ("eval/linear", "eval/miou", "eval/knn_20")
 """The evaluations during training that tell of over-training."""
 MIN_EVALUATIONS = 4
@@ -53,12 +60,16 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
 
     A collapse comes alone: it explains the rest.
     """
-    looks = [row for row in rows if row.get("features/mean_cosine") is not None]
-    collapse = find_collapse(looks[-NUM_LOOKS:])
+    collapse = find_collapse(select_looks(rows))
     if collapse is not None:
         return [collapse]
     findings = (find_image_constant(rows), find_no_learning(rows), find_teacher(rows), find_over_training(rows))
     return [finding for finding in findings if finding is not None]
+
+
+def select_looks(rows: Sequence[Row]) -> list[Row]:
+    """The rows that hold figures of features."""
+    return [row for row in rows if row.get("features/mean_cosine") is not None]
 
 
 def describe(rows: Sequence[Row]) -> list[str]:
@@ -76,11 +87,16 @@ def describe(rows: Sequence[Row]) -> list[str]:
 
 
 def find_collapse(looks: Sequence[Row]) -> Finding | None:
-    """Collapse, if each of the last `NUM_LOOKS` looks shows it: of the features, of the targets, or to position."""
-    if len(looks) < NUM_LOOKS:
-        return None
-    last = looks[-1]
-    if all(_targets_are_alike(row) or _features_are_alike(row) for row in looks[-NUM_LOOKS:]):
+    """Collapse, if each of the last `NUM_LOOKS` looks shows it: of the features, of the targets, or to position.
+
+    Args:
+        looks: all rows of a run that hold figures of features.
+    """
+    if not looks or not all(map(_is_alike, looks[-NUM_LOOKS:])):
+        return _find_position(looks)
+    # A network that was not trained gives similar features for all images, too. A few looks later it should not.
+    if len(looks) >= GRACE_LOOKS or not all(map(_is_alike, looks)):
+        last = looks[-1]
         return Finding(
             "collapse",
             f"COLLAPSED at step {last['step'] + 1}: nearly the same for every image (features: mean cosine "
@@ -90,7 +106,13 @@ def find_collapse(looks: Sequence[Row]) -> Finding | None:
             "Lower optimization.lr, raise the first value of optimization.ema, lengthen optimization.warmup, or clip "
             "the gradient (optimization.clip_grad)",
         )
-    if all((row.get("targets/variance_of_position") or 0) > MAX_POSITION for row in looks[-NUM_LOOKS:]):
+    return None
+
+
+def _find_position(looks: Sequence[Row]) -> Finding | None:
+    shares = [row.get("targets/variance_of_position") or 0 for row in looks[-NUM_LOOKS:]]
+    if len(shares) == NUM_LOOKS and min(shares) > MAX_POSITION:
+        last = looks[-1]
         return Finding(
             "position",
             f"COLLAPSED to position at step {last['step'] + 1}: {last['targets/variance_of_position']:.0%} of the "
@@ -101,14 +123,20 @@ def find_collapse(looks: Sequence[Row]) -> Finding | None:
     return None
 
 
-def _features_are_alike(row: Row) -> bool:
+def shows_collapse(look: Row) -> bool:
+    """Whether a single look shows what is a collapse if it stays."""
+    return _is_alike(look) or (look.get("targets/variance_of_position") or 0) > MAX_POSITION
+
+
+def _is_alike(row: Row) -> bool:
+    """Whether features or targets are nearly the same for all images."""
     cosine, rank = row.get("features/mean_cosine"), row.get("features/effective_rank_centered")
-    return (cosine is not None and cosine > MAX_COSINE) or (rank is not None and rank < MIN_RANK)
-
-
-def _targets_are_alike(row: Row) -> bool:
     variance = row.get("targets/variance")
-    return variance is not None and variance < MIN_VARIANCE
+    return (
+        (cosine is not None and cosine > MAX_COSINE)
+        or (rank is not None and rank < MIN_RANK)
+        or (variance is not None and variance < MIN_VARIANCE)
+    )
 
 
 def find_image_constant(rows: Sequence[Row]) -> Finding | None:
@@ -129,11 +157,18 @@ def find_image_constant(rows: Sequence[Row]) -> Finding | None:
 
 
 def find_no_learning(rows: Sequence[Row]) -> Finding | None:
-    """An explained variance that never rose above `MIN_EXPLAINED`."""
+    """Weights that do not move, or an explained variance of at most `MIN_EXPLAINED` in the last third of the rows."""
     explained = _values(rows, "targets/explained_variance")
     if len(explained) < MIN_ROWS:
         return None
-    recent = np.median(explained[-len(explained) // 3 :])
+    updates = _values(rows, "train/update_norm")
+    if updates and np.median(updates) < MIN_UPDATE:
+        return Finding(
+            "no_learning",
+            f"Nothing is learnt: a step changes the weights by {np.median(updates):.1g} of their norm",
+            "Raise optimization.lr",
+        )
+    recent = np.median(explained[-(len(explained) // 3) :])
     if recent > MIN_EXPLAINED:
         return None
     return Finding(
@@ -146,7 +181,30 @@ def find_no_learning(rows: Sequence[Row]) -> Finding | None:
 
 
 def find_teacher(rows: Sequence[Row]) -> Finding | None:
-    return None
+    """A teacher that stands still while the student moves, or that is nearly the student."""
+    momenta = _values(rows, "train/momentum")
+    if len(momenta) < MIN_ROWS:
+        return None
+    momentum = float(np.median(momenta))
+    if momentum < MIN_MOMENTUM:
+        return Finding(
+            "fast_teacher",
+            f"The teacher follows the student within {1 / (1 - momentum):.1f} steps (momentum {momentum:g}): targets "
+            "move with the predictions, which invites a collapse",
+            "Raise the first value of optimization.ema, to 0.98 in a run of a few thousand steps, 0.996 in a long one",
+        )
+    # Momentum rises towards 1, so that the teacher slows down in any run: only the first half tells.
+    middle = rows[-1]["step"] / 2
+    first = [row for row in rows if row["step"] <= middle]
+    changed, updates = _values(first, "neighbors/changed"), _values(first, "train/update_norm")
+    if len(changed) < 2 or np.median(changed) > MIN_CHANGED or np.median(updates) < MIN_UPDATE:
+        return None
+    return Finding(
+        "slow_teacher",
+        f"The teacher hardly moves: of the neighbors that it chooses, {np.median(changed):.2%} changed from look to "
+        f"look (momentum {momentum:g}). The student learns the features of a nearly untrained network",
+        "Lower the first value of optimization.ema, to 0.98 in a run of a few thousand steps",
+    )
 
 
 def find_over_training(rows: Sequence[Row]) -> Finding | None:

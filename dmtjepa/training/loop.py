@@ -43,9 +43,8 @@ def train(config: Config, world: World) -> Outcome:
     Raises:
         RunFolderError: the folder holds another run.
         ConfigError, DataError, MaskError, WeightsError: the settings do not allow a single step.
-        NonFiniteLoss: see `optimization.max_skipped_steps`.
+        NonFiniteLoss, CollapsedRun: see `optimization.max_skipped_steps` and `runtime.on_collapse`.
         CheckpointError: a checkpoint could not be written or read.
-        CollapsedRun: see `runtime.on_collapse`.
     """
     source = check_start(config, world.world_size, world.device.type)
     with contextlib.ExitStack() as stack:

@@ -218,8 +218,9 @@ class Metrics:
             "images/s": f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}",
             "data wait": wait_share,
         }
-        if "targets/explained_variance" in self._shown:
-            text["explained"] = f"{self._shown['targets/explained_variance']:.0%}"
+        explained = self._shown.get("targets/explained_variance", math.nan)
+        if math.isfinite(explained):
+            text["explained"] = f"{explained:.0%}" if explained >= 0 else "<0%"
         if "features/effective_rank" in self._shown:
             text["rank"] = f"{self._shown['features/effective_rank']:.1f}"
         if self._bar is not None:

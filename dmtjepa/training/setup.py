@@ -125,8 +125,7 @@ def build_run(
             schedules=schedules, first_step=state.step, global_batch=global_batch,
         )  # fmt: skip
     stack.callback(metrics.close)
-    batches = _build_batches(config, world, loader, schedules, metrics)
-    stack.callback(batches.close)
+    batches = _build_batches(config, world, loader, schedules, metrics, stack)
     watch = CollapseWatch(config, world, folder, saver, first_step=state.step)
     finite_check = FiniteCheck(config, world, state, saver)
     return Run(schedules, train_step, instruments, state, vote, saver, finite_check, watch, metrics, batches)
@@ -144,7 +143,14 @@ def _named_failure(folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def _build_batches(config: Config, world: World, loader: Loader, schedules: Schedules, metrics: Metrics) -> BatchStream:
+def _build_batches(
+    config: Config,
+    world: World,
+    loader: Loader,
+    schedules: Schedules,
+    metrics: Metrics,
+    stack: contextlib.ExitStack,
+) -> BatchStream:
     accumulation = config.runtime.accumulation
     sampler = MaskSampler.from_config(config)
 
@@ -153,7 +159,7 @@ def _build_batches(config: Config, world: World, loader: Loader, schedules: Sche
         shard = micro_batch * world.world_size + world.rank
         return sampler.sample(step, shard, accumulation * world.world_size)
 
-    return BatchStream(
+    batches = BatchStream(
         loader,
         sample,
         metrics.stopwatch.record_event,
@@ -161,6 +167,8 @@ def _build_batches(config: Config, world: World, loader: Loader, schedules: Sche
         steps_per_epoch=schedules.steps_per_epoch,
         accumulation=accumulation,
     )
+    stack.callback(batches.close)
+    return batches
 
 
 def find_checkpoint(folder: RunFolder, world: World) -> Path | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import deque
 
 from dmtjepa.checkpoint_format import discard, list_checkpoints, step_of
 from dmtjepa.config import Config
 from dmtjepa.errors import UserError
-from dmtjepa.evaluation.verdict import NUM_LOOKS, Finding, find_collapse
+from dmtjepa.evaluation.verdict import Finding, find_collapse, select_looks, shows_collapse
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.distributed import World, run_on_rank_0
 from dmtjepa.training.metrics import StepValues
@@ -40,7 +39,7 @@ class CollapseWatch:
 
     def __init__(self, config: Config, world: World, folder: RunFolder, saver: Saver, *, first_step: int) -> None:
         self._action, self._world, self._folder, self._saver = config.runtime.on_collapse, world, folder, saver
-        self._rows: deque[dict[str, float]] = deque(maxlen=NUM_LOOKS)
+        self._looks = select_looks(folder.read_metrics()) if world.rank == 0 else []
         self._finding: Finding | None = None
         self._last_good = first_step  # number of steps
 
@@ -49,12 +48,12 @@ class CollapseWatch:
         for value in steps:
             if "features/mean_cosine" not in value.figures or self._finding is not None:
                 continue
-            self._rows.append({"step": value.record.step, **value.figures})
-            found = find_collapse(list(self._rows))
+            self._looks.append({"step": value.record.step, **value.figures})
+            found = find_collapse(self._looks)
             if found is not None:
                 self._finding = found
                 logger.warning("%s. %s", found.text, found.remedy)
-            elif find_collapse([self._rows[-1]] * NUM_LOOKS) is None:
+            elif not shows_collapse(self._looks[-1]):
                 self._last_good = value.record.step + 1
 
     @property
@@ -84,7 +83,7 @@ class CollapseWatch:
             return False
         step = step_of(good[0])
         assert self._finding is not None
-        rollbacks.append({"from_step": self._rows[-1]["step"] + 1, "to_step": step, "finding": self._finding.text})
+        rollbacks.append({"from_step": self._looks[-1]["step"] + 1, "to_step": step, "finding": self._finding.text})
         folder.write_rollbacks(rollbacks)
         for checkpoint in checkpoints:
             if step_of(checkpoint) > step:
