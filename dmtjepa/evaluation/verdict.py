@@ -15,7 +15,7 @@ import numpy as np
 
 NUM_LOOKS = 3
 """A run has collapsed if so many looks in a row show it."""
-GRACE_LOOKS = 20
+GRACE_LOOKS = 10
 """A run that has never looked healthy has collapsed only after so many looks."""
 MAX_COSINE = 0.995
 MIN_RANK = 2.0

@@ -10,9 +10,10 @@ import torch
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training import instruments
-from dmtjepa.training.launch import launch
+from dmtjepa.training.launch import launch, run_process
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.watch import CollapsedRun, slow_down
+from tests.helpers.ranks import run_ranks
 
 SHORT = {
     "optimization.epochs": 4,
@@ -92,6 +93,29 @@ def test_without_a_good_checkpoint_a_run_stops(settings, collapse_after):
     config = settings(**SHORT | {"runtime.on_collapse": "rollback"})
     with pytest.raises(CollapsedRun, match="no checkpoint of step 2 or earlier"):
         launch(config, ["cpu"])
+
+
+def train_collapsing(config):
+    """Train as one of several ranks: all targets are equal from step 10 on."""
+    instruments.LOOK_EVERY = 2
+    original, counts = DMTJEPA.compute_targets, []
+
+    def compute_targets(*arguments):
+        counts.append(None)
+        targets = original(*arguments)
+        return torch.ones_like(targets) if len(counts) > 10 else targets
+
+    DMTJEPA.compute_targets = compute_targets
+    run_process(config, "cpu")
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_at_the_same_step(settings, tmp_path):
+    config = settings(**SHORT | {"runtime.on_collapse": "stop", "data.batch_size": 8})
+    ends = run_ranks(train_collapsing, 2, tmp_path, config)
+    assert [code for code, _ in ends] == [1, 1]
+    assert all("COLLAPSED at step 16" in text for _, text in ends)
+    assert RunFolder.from_config(config).checkpoints.joinpath("step-00000018").is_dir()
 
 
 def test_each_rollback_halves_the_learning_rate():
