@@ -16,7 +16,8 @@ import numpy as np
 NUM_LOOKS = 3
 """A run has collapsed if so many looks in a row show it."""
 GRACE_LOOKS = 10
-"""A run that has never looked healthy has collapsed only after so many looks."""
+POSITION_GRACE_LOOKS = 40
+"""A run that has never looked healthy has collapsed only after so many looks: in general, and to position alone."""
 MAX_COSINE = 0.995
 MIN_RANK = 2.0
 MIN_VARIANCE = 0.01
@@ -89,30 +90,20 @@ def describe(rows: Sequence[Row]) -> list[str]:
 def find_collapse(looks: Sequence[Row]) -> Finding | None:
     """Collapse, if each of the last `NUM_LOOKS` looks shows it: of the features, of the targets, or to position.
 
+    The features of a network that was not trained are similar for all images, and depend on position more than on the
+    image. So a run that has never looked healthy gets more time.
+
     Args:
         looks: all rows of a run that hold figures of features.
     """
-    if not looks or not all(map(_is_alike, looks[-NUM_LOOKS:])):
-        return _find_position(looks)
-    # A network that was not trained gives similar features for all images, too. A few looks later it should not.
-    if len(looks) >= GRACE_LOOKS or not all(map(_is_alike, looks)):
-        last = looks[-1]
-        return Finding(
-            "collapse",
-            f"COLLAPSED at step {last['step'] + 1}: nearly the same for every image (features: mean cosine "
-            f"{_show(last, 'features/mean_cosine', 3)}, centred effective rank "
-            f"{_show(last, 'features/effective_rank_centered', 1)}; variance of the targets "
-            f"{_show(last, 'targets/variance', 4)})",
-            "Lower optimization.lr, raise the first value of optimization.ema, lengthen optimization.warmup, or clip "
-            "the gradient (optimization.clip_grad)",
-        )
-    return None
-
-
-def _find_position(looks: Sequence[Row]) -> Finding | None:
-    shares = [row.get("targets/variance_of_position") or 0 for row in looks[-NUM_LOOKS:]]
-    if len(shares) == NUM_LOOKS and min(shares) > MAX_POSITION:
-        last = looks[-1]
+    recent = looks[-NUM_LOOKS:]
+    if len(recent) < NUM_LOOKS or not all(map(shows_collapse, recent)):
+        return None
+    alike, was_healthy = all(map(_is_alike, recent)), not all(map(shows_collapse, looks))
+    if not was_healthy and len(looks) < (GRACE_LOOKS if alike else POSITION_GRACE_LOOKS):
+        return None
+    last = looks[-1]
+    if all(map(_is_positional, recent)):
         return Finding(
             "position",
             f"COLLAPSED to position at step {last['step'] + 1}: {last['targets/variance_of_position']:.0%} of the "
@@ -120,12 +111,24 @@ def _find_position(looks: Sequence[Row]) -> Finding | None:
             "Look at the images that are trained on (are they all alike?), widen data.crop_scale, lower "
             "optimization.lr, or raise the first value of optimization.ema",
         )
-    return None
+    return Finding(
+        "collapse",
+        f"COLLAPSED at step {last['step'] + 1}: nearly the same for every image (features: mean cosine "
+        f"{_show(last, 'features/mean_cosine', 3)}, centred effective rank "
+        f"{_show(last, 'features/effective_rank_centered', 1)}; variance of the targets "
+        f"{_show(last, 'targets/variance', 4)})",
+        "Lower optimization.lr, raise the first value of optimization.ema, lengthen optimization.warmup, or clip "
+        "the gradient (optimization.clip_grad)",
+    )
 
 
 def shows_collapse(look: Row) -> bool:
     """Whether a single look shows what is a collapse if it stays."""
-    return _is_alike(look) or (look.get("targets/variance_of_position") or 0) > MAX_POSITION
+    return _is_alike(look) or _is_positional(look)
+
+
+def _is_positional(row: Row) -> bool:
+    return (row.get("targets/variance_of_position") or 0) > MAX_POSITION
 
 
 def _is_alike(row: Row) -> bool:
