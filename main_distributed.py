@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmtjepa.arguments import USAGE, parse_with_overrides
+from dmtjepa.output import protect_output
 
 if TYPE_CHECKING:
     import submitit
@@ -146,6 +147,7 @@ def submit(options: argparse.Namespace, configs: Sequence[Config]) -> list[submi
 
 
 def main(arguments: list[str] | None = None) -> int:
+    protect_output()
     options = parse_arguments(arguments)
     # Imported late: a mistyped command line is answered at once.
     from dmtjepa.errors import UserError

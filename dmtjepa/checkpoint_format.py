@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,19 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise CheckpointError(f"{checkpoint / META} holds a {type(meta).__name__}, not a dictionary")
     return meta
+
+
+def check_fits(checkpoint: Path, shapes: Mapping[str, torch.Size]) -> None:
+    """Check that a checkpoint has tensors of these names and shapes, without reading them.
+
+    Raises:
+        CheckpointError: one is missing or has another shape, or the folder holds anything but tensors.
+    """
+    rows: dict[str, Any] = TensorReader(checkpoint).read_metadata().state_dict_metadata
+    for name, shape in shapes.items():
+        found = "is missing" if name not in rows else f"is {list(rows[name].size)} instead of {list(shape)}"
+        if name not in rows or rows[name].size != shape:
+            raise CheckpointError(f"{checkpoint} does not fit this run: {name} {found}")
 
 
 def load_into(state: dict[str, Tensor], checkpoint: Path) -> None:

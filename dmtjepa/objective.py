@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,33 @@ def _check_predictor_width(config: Config, num_heads: int) -> None:
         )
 
 
+def _draw_encoder(config: Config, device_type: str) -> VisionTransformer:
+    return VisionTransformer(
+        config.data.image_size,
+        config.mask.patch_size,
+        **ARCHITECTURES[config.meta.model_name],
+        init_std=config.meta.init_std,
+        attention=config.runtime.attention,
+        kernels=config.runtime.kernels,
+        device_type=device_type,
+    )
+
+
+def build_frozen_encoder(config: Config, weights: Mapping[str, Tensor], device_type: str = "cpu") -> VisionTransformer:
+    """Build the encoder of a run around whole, float32 `weights`, which are not copied. Draws no random numbers.
+
+    Args:
+        config: settings of the run.
+        weights: `state_dict()` of its student or teacher encoder, on a device of type `device_type`.
+    """
+    with torch.device("meta"):
+        encoder = _draw_encoder(config, device_type)
+    encoder.load_state_dict(weights, assign=True)
+    if device_type == "cpu":
+        compute_by_onednn(encoder)
+    return encoder.eval().requires_grad_(False)
+
+
 def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
     """Build student and teacher of a run on the CPU in float32. PyTorch's global generator draws the weights.
 
@@ -151,15 +179,7 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
     architecture = ARCHITECTURES[config.meta.model_name]
     _check_predictor_width(config, architecture["num_heads"])
     kernels, attention, init_std = config.runtime.kernels, config.runtime.attention, config.meta.init_std
-    encoder = VisionTransformer(
-        config.data.image_size,
-        config.mask.patch_size,
-        **architecture,
-        init_std=init_std,
-        attention=attention,
-        kernels=kernels,
-        device_type=device_type,
-    )
+    encoder = _draw_encoder(config, device_type)
     predictor = Predictor(
         config.grid_size,
         embed_dim=encoder.embed_dim,

@@ -10,6 +10,7 @@
     {tag}-latest.pth.tar         the newest epoch in the official layout, see `dmtjepa.interop.official`
     {tag}-ep{N}.pth.tar          the state after N epochs in the official layout, kept
     rollbacks.json               how often a collapsed run went back to an earlier checkpoint (`runtime.on_collapse`)
+    {tag}-best.pth.tar           the encoders of the best evaluation during training (evaluation.keep_best)
     not_finite/                  the state after a loss that was not finite: a checkpoint, and steps.json
     report/                      what `python -m dmtjepa.evaluation` writes
     .lock                        held while a run writes into the folder
@@ -94,6 +95,10 @@ class RunFolder:
     @property
     def latest_export(self) -> Path:
         return self.path / f"{self.tag}-latest.pth.tar"
+
+    @property
+    def best_export(self) -> Path:
+        return self.path / f"{self.tag}-best.pth.tar"
 
     def epoch_export(self, num_epochs: int) -> Path:
         """The file of the state after `num_epochs` epochs."""

@@ -22,13 +22,12 @@ from .checks import (
     check_tensor,
     debug_check_index,
 )
-from .launch import contiguous_rows, cpu_blocks, launch
+from .launch import cpu_blocks
 from .neighbor_softmax import (
     add_to_softmax,
     check_heads,
-    head_blocks,
+    launch_over_heads,
     locate_heads,
-    num_programs,
     softmax_weights,
     weighted_sum,
     widen,
@@ -168,23 +167,10 @@ def _aggregate_neighbors_kernel(
 def launch_aggregate_neighbors(query, self_key, self_value, key, value, neighbor_index, num_heads):
     """The implementation for CUDA tensors: starts the Triton kernel."""
     debug_check_index("neighbor_index", neighbor_index, key.shape[0], lowest=-1)
-    num_covered, dim = query.shape
-    tensors = [contiguous_rows(tensor) for tensor in (query, self_key, self_value, key, value)]
-    output = torch.empty((num_covered, dim), dtype=query.dtype, device=query.device)
-    blocks = head_blocks(dim, num_heads)
-    launch(
-        _aggregate_neighbors_kernel,
-        num_programs(num_covered, blocks),
-        *tensors,
-        neighbor_index.contiguous(),
-        output,
-        num_covered,
-        *(tensor.stride(0) for tensor in tensors),
-        math.log2(math.e) / math.sqrt(dim // num_heads),
-        K=neighbor_index.shape[1],
-        **blocks,
-    )
-    return output
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    tensors = [query, self_key, self_value, key, value]
+    scale = math.log2(math.e) / math.sqrt(query.shape[1] // num_heads)
+    return launch_over_heads(_aggregate_neighbors_kernel, tensors, [neighbor_index], output, num_heads, scale)
 
 
 def aggregate_neighbors_cpu(query, self_key, self_value, key, value, neighbor_index, num_heads):

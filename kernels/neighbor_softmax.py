@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import accumulation_dtype
+from .launch import contiguous_rows, launch
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -69,9 +70,42 @@ def head_blocks(dim: int, num_heads: int) -> dict[str, int]:
     }
 
 
-def num_programs(num_covered: int, blocks: dict[str, int]) -> int:
-    """How many programs `locate_heads` expects."""
-    return triton.cdiv(num_covered, blocks["BLOCK_U"]) * triton.cdiv(blocks["H"], blocks["BLOCK_H"])
+def launch_over_heads(
+    kernel: triton.JITFunction,
+    tensors: list[Tensor],
+    indices: list[Tensor],
+    output: Tensor,
+    num_heads: int,
+    *scalars: float,
+) -> Tensor:
+    """Runs a kernel that finds its patches and heads with `locate_heads`, and returns `output`.
+
+    The kernel takes `tensors`, `indices`, `output`, U, the row strides of `tensors`, and `scalars`.
+
+    Args:
+        kernel: the Triton kernel.
+        tensors: inputs whose rows may lie apart.
+        indices: integer inputs, made contiguous; the first one is the neighbor index [U, K].
+        output: [U, D], contiguous.
+        num_heads: H.
+        scalars: further arguments.
+    """
+    num_covered, dim = output.shape
+    tensors = [contiguous_rows(tensor) for tensor in tensors]
+    blocks = head_blocks(dim, num_heads)
+    launch(
+        kernel,
+        triton.cdiv(num_covered, blocks["BLOCK_U"]) * triton.cdiv(num_heads, blocks["BLOCK_H"]),
+        *tensors,
+        *(index.contiguous() for index in indices),
+        output,
+        num_covered,
+        *(tensor.stride(0) for tensor in tensors),
+        *scalars,
+        K=indices[0].shape[1],
+        **blocks,
+    )
+    return output
 
 
 @triton.jit

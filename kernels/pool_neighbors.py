@@ -19,13 +19,12 @@ from .checks import (
     check_tensor,
     debug_check_index,
 )
-from .launch import contiguous_rows, cpu_blocks, launch
+from .launch import cpu_blocks
 from .neighbor_softmax import (
     add_to_softmax,
     check_heads,
-    head_blocks,
+    launch_over_heads,
     locate_heads,
-    num_programs,
     softmax_weights,
     weighted_sum,
     widen,
@@ -165,23 +164,9 @@ def launch_pool_neighbors(self_score, self_value, score, value, neighbor_index, 
     """The implementation for CUDA tensors: starts the Triton kernel."""
     debug_check_index("neighbor_index", neighbor_index, value.shape[0], lowest=-1)
     debug_check_index("image_index", image_index, self_value.shape[0])
-    num_covered, dim = image_index.shape[0], value.shape[1]
-    tensors = [contiguous_rows(tensor) for tensor in (self_score, self_value, score, value)]
-    output = torch.empty((num_covered, dim), dtype=value.dtype, device=value.device)
-    blocks = head_blocks(dim, score.shape[1])
-    launch(
-        _pool_neighbors_kernel,
-        num_programs(num_covered, blocks),
-        *tensors,
-        neighbor_index.contiguous(),
-        image_index.contiguous(),
-        output,
-        num_covered,
-        *(tensor.stride(0) for tensor in tensors),
-        K=neighbor_index.shape[1],
-        **blocks,
-    )
-    return output
+    output = value.new_empty(image_index.shape[0], value.shape[1])
+    tensors, indices = [self_score, self_value, score, value], [neighbor_index, image_index]
+    return launch_over_heads(_pool_neighbors_kernel, tensors, indices, output, score.shape[1])
 
 
 def pool_neighbors_cpu(self_score, self_value, score, value, neighbor_index, image_index):

@@ -4,6 +4,7 @@ Tests marked `gpu` are skipped without a CUDA device. Tests that use an expensiv
 """
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -22,8 +23,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if EXPENSIVE_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+    start_with_the_slow_files(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def start_with_the_slow_files(items):
+    """Sort tests by the number of slow ones in their folder, then in their file: parallel processes end together."""
+    counts = Counter()
+    for item in items:
+        if item.get_closest_marker("slow"):
+            counts.update({item.path, item.path.parent})
+    items.sort(key=lambda item: (-counts[item.path.parent], str(item.path.parent), -counts[item.path], str(item.path)))

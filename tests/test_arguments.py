@@ -24,6 +24,12 @@ def test_the_last_setting_wins_in_main(line, overrides):
     assert "=" not in "".join(options.devices or [])
 
 
+def test_settings_can_follow_devices():
+    options = main.parse_arguments(["--fname", "x.yaml", "--devices", "cpu", "cpu", "data.batch_size=8"])
+    assert options.devices == ["cpu", "cpu"]
+    assert options.overrides == ["data.batch_size=8"]
+
+
 def test_the_last_setting_wins_in_main_distributed():
     line = "data.batch_size=8 --fname x.yaml y.yaml data.batch_size=4 --folder logs --constraint a=b data.batch_size=2"
     options = main_distributed.parse_arguments(line.split())

@@ -1,6 +1,8 @@
 """What tells a whole checkpoint from a damaged one, which one is found, and that a foreign one cannot run code."""
 
+import ast
 import hashlib
+import io
 import json
 import pickle
 import shutil
@@ -16,6 +18,7 @@ from dmtjepa.checkpoint_format import CheckpointError
 from dmtjepa.interop.__main__ import main
 from dmtjepa.training.checkpoint_writer import CheckpointWriter
 
+ROOT = Path(__file__).parents[1]
 WEIGHTS = {"model.encoder.weight": torch.arange(12.0).view(4, 3), "rng.0": torch.arange(8, dtype=torch.uint8)}
 
 
@@ -161,11 +164,11 @@ class Evil:
         return eval, (code,)
 
 
-def replace_metadata(folder, contents):
-    """Replace .metadata, with a manifest that fits."""
-    (folder / ".metadata").write_bytes(contents)
+def replace_metadata(folder, contents, name=".metadata"):
+    """Replace .metadata, or another file, with a manifest that fits."""
+    (folder / name).write_bytes(contents)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][".metadata"] = {"bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
+    manifest["files"][name] = {"bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint_format.find_fault(folder) is None
 
@@ -184,10 +187,47 @@ def test_code_in_a_checkpoint_is_refused_by_name_and_not_run(checkpoints, tmp_pa
         with pytest.raises(CheckpointError, match=r"\.metadata names builtins\.eval, which does not belong"):
             read()
     out = str(tmp_path / "out.pth.tar")
-    for command in (["verify"], ["show"], ["export", "--format", "official", "--out", out]):
-        main([command[0], str(checkpoint), *command[1:]])
-    assert "builtins.eval" in capsys.readouterr().err
+    for source, command in (
+        (checkpoints, ["verify"]),
+        (checkpoint, ["verify"]),
+        (checkpoint, ["show"]),
+        (checkpoint, ["export", "--format", "official", "--out", out]),
+        (checkpoint, ["export", "--format", "timm", "--out", out]),
+    ):
+        assert main([command[0], str(source), *command[1:]]) == 1
+        assert ".metadata names builtins.eval, which does not belong" in capsys.readouterr().err
     assert not mark.exists()
+
+
+def find_unsafe_reads(tree):
+    """Imports and calls that can make any object of a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None)]
+            yield from {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"} & set(names)
+        elif isinstance(node, ast.Attribute | ast.Name) and "FileSystemReader" in ast.unparse(node):
+            yield "FileSystemReader"
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            safe = {
+                "torch.load": keywords.get("weights_only") == "True",
+                "yaml.load": keywords.get("Loader") == "_Loader",  # a subclass of SafeLoader
+                "yaml.unsafe_load": False,
+                "yaml.full_load": False,
+                "np.load": keywords.get("allow_pickle", "False") == "False",
+                "dcp.load": keywords.get("storage_reader") == "reader",  # a TensorReader
+            }
+            if not safe.get(called, True):
+                yield called
+
+
+def test_nothing_else_reads_pickles():
+    for path in [*ROOT.glob("dmtjepa/**/*.py"), *ROOT.glob("*.py")]:
+        unsafe = set(find_unsafe_reads(ast.parse(path.read_text())))
+        admitted = {"pickle", "FileSystemReader"} if path.name == "checkpoint_reader.py" else set()
+        assert unsafe <= admitted, path
+    assert set(find_unsafe_reads(ast.parse("import pickle\ntorch.load(path)"))) == {"pickle", "torch.load"}
 
 
 @pytest.mark.parametrize("name", ["os.system", "posix.system", "torch.load", "torch.hub.load", "numpy.load"])
@@ -207,6 +247,27 @@ def spoil(change):
         replace_metadata(checkpoint, pickle.dumps(loaded))
 
     return work
+
+
+def test_code_in_the_bytes_of_a_tensor_is_refused_and_not_run(checkpoints, tmp_path):
+    """Each tensor is stored as `torch.save` writes it. Here it is an object that calls a function."""
+    checkpoint, mark = checkpoints / "step-00000024", tmp_path / "code-was-run"
+    buffer = io.BytesIO()
+    torch.save(Evil(mark, pickle.dumps(torch.zeros(3))), buffer)
+    name = next(checkpoint.glob("*.distcp")).name
+    replace_metadata(checkpoint, buffer.getvalue(), name)
+
+    def point_there(loaded):
+        for place in loaded.storage_data.values():
+            place.offset, place.length = 0, len(buffer.getvalue())
+
+    spoil(point_there)(checkpoint)
+    for read in read_all(checkpoint):
+        with pytest.raises(CheckpointError, match=r"Weights only load failed"):
+            read()
+    assert not mark.exists()
+    torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert mark.exists()  # so it would have run
 
 
 def as_pickled_value(loaded):

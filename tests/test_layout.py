@@ -45,7 +45,7 @@ ALLOWED = {
     "packing": set(),
     "tensors": set(),
     "masks": {"config", "errors", "packing"},
-    "data": {"config", "errors", "files", "processes"},
+    "data": {"config", "errors", "files", "output", "processes"},
     "models": {"kernels", "packing"},
     "objective": {"kernels", "config", "masks", "models", "tensors"},
     "reference": {"config", "masks", "objective"},

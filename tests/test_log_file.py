@@ -71,3 +71,23 @@ def test_a_path_that_comes_back_is_written_again(tmp_path, gone):
         path.parent.mkdir()
     assert log.flush()
     assert path.read_bytes() == b"first\n"
+
+
+def test_a_file_is_opened_again_after_an_error(tmp_path, monkeypatch):
+    """The descriptor of a file system that was away stays useless, and the file can be another one now."""
+    path = tmp_path / "log"
+    log = LogFile(path)
+    log.write(b"first\n")
+    assert log.flush()
+
+    def fail(descriptor, block):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fail)
+        log.write(b"second\n")
+        assert not log.flush()
+    path.unlink()
+    log.write(b"third\n")
+    assert log.flush()
+    assert path.read_bytes() == b"second\nthird\n"

@@ -2,8 +2,17 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import main_distributed
+from dmtjepa.data import make_shards
+from dmtjepa.evaluation import __main__ as evaluation
+from dmtjepa.interop import __main__ as interop
+from tests.helpers.streams import BrokenPipe
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 PROGRAM = """
 import logging, os, sys, time
@@ -28,3 +37,21 @@ def test_output_that_fails_ends_nothing(tmp_path, how):
     done = subprocess.run(["bash", "-c", command, "bash", PROGRAM], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert path.read_text() == "the end\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "code"),
+    [
+        (main_distributed.main, ["--fname", str(QUICKSTART), "--folder", "logs", "--dry-run"], 0),
+        (main_distributed.main, ["--fname", "nowhere.yaml", "--folder", "logs"], 1),
+        (evaluation.main, ["nowhere"], 1),
+        (interop.main, ["verify", "nowhere"], 1),
+        (make_shards.main, ["nowhere", "out"], 1),
+    ],
+)
+def test_no_program_needs_its_output(monkeypatch, tmp_path, main, arguments, code):
+    """The exit code is that of the work, not of the message about it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", BrokenPipe())
+    monkeypatch.setattr(sys, "stderr", BrokenPipe())
+    assert main(arguments) == code

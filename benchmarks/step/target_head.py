@@ -28,16 +28,16 @@ from benchmarks.workloads import OFFICIAL_WORKLOADS, Workload, add_workloads, ch
 from dmtjepa.models import AggregationHead
 from dmtjepa.reference import step as reference
 
-# Of the targets' relative errors, row by row: the median, and the share of rows above 0.1. In bfloat16 a few patches
-# choose another neighbour where two are all but equally similar.
+# Relative errors of the targets, one per patch: the median, and the share above 0.1. In bfloat16, a few patches select
+# another neighbour where two are almost equally similar.
 LIMITS = {torch.float32: (1e-5, 0.0), torch.bfloat16: (2e-2, 2e-2)}
 DEFAULT_WORKLOADS = {"cpu": ("vit_base:8", "vit_huge:16"), "cuda": OFFICIAL_WORKLOADS}
 
 
 def read_blocks(h: Tensor, target_index: Tensor) -> Tensor:
     """[B, N, D] at [B, M, T] -> [B, M, T, D], as the official step does."""
-    rows = h.gather(1, target_index.flatten(1)[..., None].expand(-1, -1, h.shape[-1]))
-    return rows.unflatten(1, target_index.shape[1:])
+    tokens = h.gather(1, target_index.flatten(1)[..., None].expand(-1, -1, h.shape[-1]))
+    return tokens.unflatten(1, target_index.shape[1:])
 
 
 def measure(workload: Workload, device: str, dtype: torch.dtype, repeats: int, official: bool) -> list[dict]:
@@ -70,7 +70,7 @@ def measure(workload: Workload, device: str, dtype: torch.dtype, repeats: int, o
     error, outliers = errors.median().item(), 1 - (errors <= 0.1).double().mean().item()  # a NaN is an outlier
     if not (error <= LIMITS[dtype][0] and outliers <= LIMITS[dtype][1]):
         raise SystemExit(
-            f"{workload.name}: the targets are wrong (median error {error:.1e}, {outliers:.1%} of rows "
+            f"{workload.name}: the targets are wrong (median error {error:.1e}, {outliers:.1%} of them "
             "above 0.1); nothing was timed"
         )
     del found, expected, errors

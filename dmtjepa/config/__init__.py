@@ -2,7 +2,7 @@
 
 from dmtjepa.config.errors import ConfigError
 from dmtjepa.config.loading import load_config, parse_config, read_yaml
-from dmtjepa.config.paths import expand_path
+from dmtjepa.config.paths import as_file_name, expand_path
 from dmtjepa.config.resume import Resume, changed_settings, different_settings, resume_rules
 from dmtjepa.config.settings import (
     Config,
@@ -28,6 +28,7 @@ __all__ = [
     "PatchSettings",
     "Resume",
     "RuntimeSettings",
+    "as_file_name",
     "changed_settings",
     "different_settings",
     "expand_path",

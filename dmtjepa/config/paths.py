@@ -31,4 +31,15 @@ def expand_path(text: str, setting: str) -> str:
         user = path.partition("/")[0]
         raise ConfigError(f"{setting}: {text} begins with {user}, and its home folder is not known; write ./{user} for "
                           "a folder of that name")  # fmt: skip
-    return path
+    return as_file_name(path)
+
+
+def as_file_name(path: str) -> str:
+    """A path as it opens a file: in a locale that is ASCII, Python knows a file by the name that its bytes have there.
+
+    In other locales the path is returned as it is.
+    """
+    try:
+        return os.fsdecode(path.encode(errors="surrogateescape"))
+    except UnicodeEncodeError:
+        return path

@@ -289,10 +289,33 @@ class RuntimeSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """What the report measures."""
+    """What the report measures, and what is measured during training."""
 
     batch_size: Free[int] = Field(256, ge=1, description="images per batch of feature extraction")
-    neighbors: Free[tuple[int, ...]] = Field((5, 10, 20), description="k of the k-NN accuracies")
+    neighbors: Free[tuple[int, ...]] = Field((5, 10, 20), description="k of the k-NN accuracies of the report")
+    every_epochs: Free[int] = Field(0, ge=0, description="epochs between evaluations during training; 0: none")
+    data: Free[str | None] = Field(
+        None,
+        description="images that are measured during training, with labels or masks: a folder, a list or tar shards as "
+        "for the report; null: those of the run",
+    )
+    max_images: Free[int] = Field(
+        10_000, ge=10, description="upper limit for the images of each split that are measured during training"
+    )
+    keep_best: Free[bool] = Field(
+        False,
+        description="keep the encoders of the best evaluation (linear probe, or mIoU without labels) as "
+        "{tag}-best.pth.tar",
+    )
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> EvaluationSettings:
+        if self.keep_best and not self.every_epochs:
+            raise ValueError(
+                "keep_best: true has no effect without evaluations during training; set evaluation.every_epochs, or "
+                "evaluation.keep_best: false"
+            )
+        return self
 
 
 class Config(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import logging
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dmtjepa.config import DataSettings
+from dmtjepa.config import DataSettings, as_file_name
 from dmtjepa.data.loaders.base import Loader
 from dmtjepa.data.loaders.center_crop import EvaluationLoader
 from dmtjepa.data.loaders.torchvision import TorchvisionLoader
@@ -32,10 +31,7 @@ def open_images(path: str | os.PathLike[str]) -> StoredSource:
     Raises:
         DataError: there are no images at this path, or they cannot be listed.
     """
-    # In a locale that is ASCII, Python can open a file only by the name that its bytes have there.
-    path = os.fspath(path)
-    with contextlib.suppress(UnicodeEncodeError):
-        path = os.fsdecode(path.encode(errors="surrogateescape"))
+    path = as_file_name(os.fspath(path))
     if path in ("shapes:train", "shapes:val"):
         return FolderSource(find_shapes() / path.split(":")[1])
     try:

@@ -26,7 +26,7 @@ class Fingerprint:
 
     num_images: int
     names: str  # of all names, in their order
-    sizes: str  # of the sizes in bytes of at most 4096 images, evenly spread
+    sizes: str  # of the sizes in bytes of at most 4096 images, evenly spaced
     loader: str
 
     def to_meta(self) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class ImageList:
     """The names of all images, and the sizes of some. Names are relative to the folder, list or shard.
 
     The names are known without reading the images; sizes of files must be asked for one by one, which takes minutes
-    for a million images on a network. So at most 4096 images, evenly spread, are asked for, by 16 threads. Images that
+    for a million images on a network. So at most 4096 images, evenly spaced, are asked for, by 16 threads. Images that
     are added, removed or renamed are always noticed; replaced ones if they are many, or the images few.
     """
 

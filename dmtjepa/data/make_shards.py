@@ -27,6 +27,7 @@ from dmtjepa.data.decode import tell_reason
 from dmtjepa.data.sources.base import IMAGE_EXTENSIONS
 from dmtjepa.data.sources.tar_index import read_members, write_index
 from dmtjepa.files import WRITING, open_atomically, write_atomically, write_json
+from dmtjepa.output import protect_output
 
 
 def make_shards(source: ImageSource, out: Path, shard_size: int, num_threads: int = 8) -> list[tuple[str, str]]:
@@ -121,6 +122,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    protect_output()
     parser = argparse.ArgumentParser(
         prog="python -m dmtjepa.data.make_shards", description="Pack images into tar shards."
     )

@@ -14,11 +14,13 @@ from dmtjepa.errors import UserError
 from dmtjepa.evaluation.formatting import format_table, format_verdict
 from dmtjepa.evaluation.report import evaluate
 from dmtjepa.evaluation.splits import find_splits
+from dmtjepa.output import protect_output
 from dmtjepa.run_folder import open_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    protect_output()
     parser = argparse.ArgumentParser(prog="python -m dmtjepa.evaluation", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder (logging.folder of its settings)")
     parser.add_argument("--data", type=Path, help="images: a folder, a list or tar shards (default: those of the run)")
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="file to measure (default: the run's latest)")
     parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
     parser.add_argument("--max-images", type=int, help="upper limit for the images of each split")
+    parser.add_argument("--quick", action="store_true", help="leave out what takes long: low-shot, attentive probes")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that load images")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is a GPU)")
     options = parser.parse_args(arguments)
@@ -54,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out,
             device=device,
             num_workers=options.num_workers,
+            quick=options.quick,
         )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

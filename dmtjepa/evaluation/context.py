@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,12 @@ from dmtjepa.objective import build_model
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """encoders: name -> frozen encoder on `device`; the names are `trained` and `untrained`."""
+    """What is measured, and where.
+
+    encoders: name -> frozen encoder on `device`: `trained` (the teacher), `student` if the checkpoint has it, and
+        `untrained`.
+    quick: leave out what takes long: low-shot and attentive probes, and the last four blocks.
+    """
 
     config: Config
     encoders: dict[str, VisionTransformer]
@@ -26,11 +32,30 @@ class EvaluationContext:
     device: torch.device | str = "cpu"
     num_workers: int = 0
     progress: bool = True
+    quick: bool = False
 
     def build_loader(self, source: ImageSource) -> EvaluationLoader:
         """A loader of all images of `source`, cropped as the settings say."""
         batch_size = self.config.evaluation.batch_size
         return build_eval_loader(source, self.config.data.image_size, batch_size, num_workers=self.num_workers)
+
+
+def load_encoders(
+    config: Config, checkpoint_path: Path, device: torch.device | str = "cpu"
+) -> dict[str, VisionTransformer]:
+    """The encoders of `EvaluationContext`.
+
+    Raises:
+        WeightsError: as `load_teacher`; and the student does not fit the settings or is not finite.
+    """
+    trained, untrained = load_teacher(config, checkpoint_path, device)
+    checkpoint = read_checkpoint(checkpoint_path)
+    if "encoder" not in checkpoint:
+        return {"trained": trained, "untrained": untrained}
+    student = copy.deepcopy(untrained)
+    load_weights(student, get_part(checkpoint, "encoder", checkpoint_path), checkpoint_path)
+    check_finite(student.state_dict(), f"the student in {checkpoint_path}")
+    return {"trained": trained, "student": student, "untrained": untrained}
 
 
 def load_teacher(

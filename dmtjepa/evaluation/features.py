@@ -29,11 +29,13 @@ class Features:
 
     pooled: float32 [n,D]. labels: int64 [n], or None if the images have none.
     layout: float32 [n,S*S*D], concatenated averages over S x S fields of the grid, or None.
+    blocks: float32 [n,D*L], concatenated averages over patches of the last L blocks, or None.
     """
 
     pooled: Tensor
     labels: Tensor | None
     layout: Tensor | None = None
+    blocks: Tensor | None = None
 
 
 @torch.no_grad()
@@ -71,13 +73,11 @@ def extract_features(
     layout: list[Tensor] = []
     labels: list[Tensor] = []
     for images, batch_labels, _ in tqdm(batches, desc=description, unit="batch", disable=None if progress else True):
-        with _autocast(device):
+        with autocast(device):
             layers = last_layers(encoder, images.to(device, non_blocking=True), num_layers)
-        pooled.append(torch.cat([layer.float().mean(1) for layer in layers], dim=1).cpu())
+        pooled.append(torch.cat([average_patches(layer) for layer in layers], dim=1).cpu())
         if grid_size is not None:
-            fields = layers[-1].float().transpose(1, 2).unflatten(2, grid_size)
-            side = (min(LAYOUT_SIDE, grid_size[0]), min(LAYOUT_SIDE, grid_size[1]))
-            layout.append(F.adaptive_avg_pool2d(fields, side).flatten(2).transpose(1, 2).flatten(1).cpu())
+            layout.append(average_fields(layers[-1], grid_size).cpu())
         if batch_labels is not None:
             labels.append(batch_labels.cpu())
     if not pooled:
@@ -89,8 +89,20 @@ def extract_features(
 def extract_patches(encoder: nn.Module, images: Tensor, *, device: torch.device | str = "cpu") -> Tensor:
     """Patch outputs of a frozen encoder: images uint8 [B,3,H,W] -> float32 [B,N,D] on the CPU."""
     encoder = encoder.to(device).eval()
-    with _autocast(device):
+    with autocast(device):
         return encoder(images.to(device)).float().cpu()
+
+
+def average_patches(patches: Tensor) -> Tensor:
+    """The average over patches in float32: [B,N,D] -> [B,D]."""
+    return patches.float().mean(1)
+
+
+def average_fields(patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Averages over S x S fields of the grid in float32, concatenated: [B,N,D] -> [B,S*S*D], see `LAYOUT_SIDE`."""
+    fields = patches.float().transpose(1, 2).unflatten(2, grid_size)
+    side = (min(LAYOUT_SIDE, grid_size[0]), min(LAYOUT_SIDE, grid_size[1]))
+    return F.adaptive_avg_pool2d(fields, side).flatten(2).transpose(1, 2).flatten(1)
 
 
 def extract_pixels(batches: Iterable[Batch]) -> Features:
@@ -139,6 +151,7 @@ def last_layers(encoder: VisionTransformer, images: Tensor, num_layers: int) -> 
     return [encoder.norm(output) for output in outputs]
 
 
-def _autocast(device: torch.device | str) -> torch.autocast:
+def autocast(device: torch.device | str) -> torch.autocast:
+    """What a frozen encoder computes in: bfloat16 on CUDA, float32 on a CPU."""
     kind = torch.device(device).type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -109,29 +109,19 @@ def _make_panels(data: FigureData) -> list[_Panel]:
         return panels
     height, width = data.images.shape[-2:]
     strip = WIDTH / len(data.images) * height / width
+
+    def add(name: str, height: float, draw: Callable[..., None], **shown: Any) -> None:
+        panels.append(_Panel(name, height, partial(draw, images=data.images, grid_size=data.grid_size, **shown)))
+
     if data.target_index is not None and data.context_index is not None:
-        draw_masks = partial(
-            drawing.draw_mask_strip,
-            images=data.images,
-            context_index=data.context_index,
-            target_index=data.target_index,
-            grid_size=data.grid_size,
-        )
-        panels.append(_Panel("masks", strip + 0.9, draw_masks))
+        shown = {"context_index": data.context_index, "target_index": data.target_index}
+        add("masks", strip + 0.9, drawing.draw_mask_strip, **shown)
     if data.neighbor_index is not None and data.query_index is not None:
-        draw_neighbors = partial(
-            drawing.draw_neighbor_strip,
-            images=data.images,
-            query_index=data.query_index,
-            neighbor_index=data.neighbor_index,
-            grid_size=data.grid_size,
-            window=data.window,
-        )
-        panels.append(_Panel("neighbors", strip + 0.9, draw_neighbors))
+        shown = {"query_index": data.query_index, "neighbor_index": data.neighbor_index}
+        add("neighbors", strip + 0.9, drawing.draw_neighbor_strip, window=data.window, **shown)
     if data.patches is not None:
         patches = {"trained": data.patches}
         if data.untrained_patches is not None:
             patches["untrained"] = data.untrained_patches
-        draw_pca = partial(drawing.draw_pca_rows, images=data.images, patches=patches, grid_size=data.grid_size)
-        panels.append(_Panel("pca", (1 + len(patches)) * strip + 0.6, draw_pca))
+        add("pca", (1 + len(patches)) * strip + 0.6, drawing.draw_pca_rows, patches=patches)
     return panels

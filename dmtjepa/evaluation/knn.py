@@ -11,6 +11,9 @@ from torch import Tensor
 TEMPERATURE = 0.07
 """Temperature of the weights exp(similarity / temperature): Wu et al. (arXiv 1805.01978), DINO (arXiv 2104.14294)."""
 
+DINO_NEIGHBORS = (10, 20, 100, 200)
+"""k of the k-NN accuracies in DINO."""
+
 SIMILARITIES = 2**26
 """Similarities computed at once, 256 MB in float32; queries are split into chunks accordingly."""
 

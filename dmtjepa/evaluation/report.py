@@ -1,7 +1,7 @@
 """The report of a run, written as report.md, report.json and PNG files.
 
-It compares the teacher with the untrained network and with raw pixels: k-NN and linear accuracy, collapse numbers,
-segmentation if there are masks, and figures.
+It compares teacher and student with the untrained network and with raw pixels: k-NN, linear, attentive and low-shot
+accuracy, collapse numbers, segmentation if there are masks, and figures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from dmtjepa.config import Config
 from dmtjepa.evaluation import measurements
-from dmtjepa.evaluation.context import EvaluationContext, load_teacher
+from dmtjepa.evaluation.context import EvaluationContext, load_encoders
 from dmtjepa.evaluation.errors import NotMeasuredError
 from dmtjepa.evaluation.figure_data import collect_figure_data
 from dmtjepa.evaluation.figures import FigureData, save_figures
@@ -39,16 +39,19 @@ def evaluate(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
     progress: bool = True,
+    quick: bool = False,
 ) -> Report:
-    """Measure the teacher of a run and write the report into `out`.
+    """Measure the teacher and the student of a run and write the report into `out`.
+
+    Args:
+        quick: leave out low-shot and attentive probes, and the probe of the last four layers.
 
     Raises:
         WeightsError: the checkpoint has no teacher, or the teacher does not fit the settings or is not finite.
         EvaluationError: a split has no readable image, or features are not finite.
     """
-    trained, untrained = load_teacher(config, checkpoint_path, device)
-    encoders = {"trained": trained, "untrained": untrained}
-    context = EvaluationContext(config, encoders, splits, device, num_workers, progress)
+    encoders = load_encoders(config, checkpoint_path, device)
+    context = EvaluationContext(config, encoders, splits, device, num_workers, progress, quick)
     report = Report(describe_run(run.path, context, checkpoint_path), describe_data(splits), notes=list(splits.notes))
 
     measure_features(report, context)
@@ -126,10 +129,28 @@ def measure_features(report: Report, context: EvaluationContext) -> None:
         )
     with skipping(report):
         report.linear = measurements.measure_linear(train, validation, device=device)
+    measure_papers(report, context, train, validation)
     labels = validation["trained"].labels
     assert labels is not None
     report.data["validation_images"] = len(labels)
     report.data["most_frequent_class"] = (labels.bincount().max() / len(labels)).item()
+
+
+def measure_papers(
+    report: Report,
+    context: EvaluationContext,
+    train: measurements.FeatureSets,
+    validation: measurements.FeatureSets,
+) -> None:
+    """Fill in what papers measure: their linear probes and k-NN, and, unless `quick`, low-shot and attentive probes."""
+    encoded = {name: features for name, features in validation.items() if name != "pixels"}
+    report.protocols = measurements.measure_protocols(train, encoded, report.linear, device=context.device)
+    if context.quick:
+        report.skipped.append("low-shot and attentive probes, and the last four layers (--quick)")
+        return
+    report.low_shot = measurements.measure_few_labels(train, validation, device=context.device)
+    with skipping(report):
+        report.attentive = measurements.measure_attentive(context)
 
 
 def read_loss_curve(run: RunFolder) -> LossCurve:

@@ -12,11 +12,17 @@ from PIL import Image
 from torch import Tensor
 
 from dmtjepa.data.crop import crop_center
+from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
+from dmtjepa.evaluation.splits import Subset, subsample
 
+NUM_SEGMENTED = 300
+"""Images of each split whose patches are segmented."""
 MAX_PATCHES = 20_000
 """Patches that the probe is fitted to, drawn from those of the training images."""
+NUM_RESAMPLES = 200
+"""Draws of the bootstrap."""
 VOID = 255
 """Pixels of this value are of no class, as in PASCAL VOC and Cityscapes. They are neither learnt nor counted."""
 MAX_DEPTH = 3
@@ -25,10 +31,14 @@ MAX_DEPTH = 3
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """From 0 to 1: IoU averaged over classes, the background being one; IoU of all objects against the background."""
+    """From 0 to 1: IoU averaged over classes, the background being one; IoU of all objects against the background.
+
+    mean_iou_error: standard error of `mean_iou`, by a bootstrap over the images.
+    """
 
     mean_iou: float
     object_iou: float
+    mean_iou_error: float
 
 
 def find_mask(image: str | Path) -> Path | None:
@@ -43,6 +53,13 @@ def find_mask(image: str | Path) -> Path | None:
         if mask.is_file():
             return mask
     return None
+
+
+def find_masked(source: ImageSource) -> Subset:
+    """Images of a source that have a mask, of a sample of NUM_SEGMENTED."""
+    sample = subsample(source, NUM_SEGMENTED)
+    masked = [image for image in range(len(sample)) if find_mask(sample.name(image)) is not None]
+    return Subset(sample, np.array(masked, np.int64))
 
 
 def read_mask(path: Path, image_size: tuple[int, int]) -> Tensor:
@@ -126,7 +143,14 @@ def score_segmentation(
         features, labels = features[chosen], labels[chosen]
     probe = fit_linear(features, labels, device=device)
     predicted = probe.predict(patches.flatten(0, 1)).cpu().view(len(patches), *grid_size)
-    return _score(count_pixels(predicted, masks, num_classes))
+    counts = torch.stack(
+        [count_pixels(image[None], mask[None], num_classes) for image, mask in zip(predicted, masks, strict=True)]
+    )
+    count = counts.sum(0)
+    either_object, both_object = int(count.sum() - count[0, 0]), int(count[1:, 1:].sum())
+    return SegmentationScores(
+        float(mean_iou(count[None])), both_object / either_object if either_object else 0.0, bootstrap_error(counts)
+    )
 
 
 def count_pixels(predicted: Tensor, masks: Tensor, num_classes: int) -> Tensor:
@@ -146,12 +170,26 @@ def count_pixels(predicted: Tensor, masks: Tensor, num_classes: int) -> Tensor:
     return count.view(num_classes, num_classes)
 
 
-def _score(count: Tensor) -> SegmentationScores:
-    both = count.diagonal()
-    either = count.sum(0) + count.sum(1) - both
-    ious = (both.double() / either)[either > 0].tolist()  # of the classes that are in the masks or predicted
-    either_object, both_object = int(count.sum() - count[0, 0]), int(count[1:, 1:].sum())
-    return SegmentationScores(sum(ious) / len(ious), both_object / either_object if either_object else 0.0)
+def mean_iou(counts: Tensor) -> Tensor:
+    """The mean over those classes that are in the masks or predicted: [...,L,L] of `count_pixels` -> float64 [...]."""
+    counts = counts.double()
+    both = counts.diagonal(dim1=-2, dim2=-1)
+    either = counts.sum(-1) + counts.sum(-2) - both
+    return (both / either.clamp_min(1)).sum(-1) / (either > 0).sum(-1).clamp_min(1)
+
+
+def bootstrap_error(counts: Tensor) -> float:
+    """Standard error of the mean IoU: its deviation over 200 draws of m of the m images, with a fixed seed.
+
+    Args:
+        counts: [m,L,L], `count_pixels` of each image.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(counts), (NUM_RESAMPLES, len(counts)), generator=generator)
+    weight = torch.zeros(NUM_RESAMPLES, len(counts), dtype=torch.float64)
+    weight.scatter_add_(1, chosen, torch.ones(chosen.shape, dtype=torch.float64))
+    resampled = (weight @ counts.double().flatten(1)).unflatten(1, counts.shape[1:])
+    return mean_iou(resampled).std().item()
 
 
 def _largest_class(masks: Tensor) -> int:

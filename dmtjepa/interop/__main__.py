@@ -25,6 +25,7 @@ from dmtjepa.interop.weights import (
     get_part,
     read_checkpoint,
 )
+from dmtjepa.output import protect_output
 from dmtjepa.run_folder import open_run
 
 SOURCE = "a run folder (its latest export), a checkpoints/step-N folder, or a .pth.tar file"
@@ -38,6 +39,7 @@ LOADING = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    protect_output()
     options = _parse(arguments)
     try:
         return {"show": _show, "export": _export, "verify": _verify}[options.command](options)

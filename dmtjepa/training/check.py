@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from pathlib import Path
 
 import torch
 
-from dmtjepa.checkpoint_format import list_checkpoints, newest_whole, read_meta
+from dmtjepa.checkpoint_format import check_fits, list_checkpoints, newest_whole, read_meta
 from dmtjepa.config import Config, ConfigError, expand_path
-from dmtjepa.data import StoredSource, check_batch_fits, check_loader, open_source
+from dmtjepa.data import StoredSource, build_loader, check_batch_fits, check_loader, open_source
+from dmtjepa.data.fingerprint import Fingerprint
+from dmtjepa.evaluation.evaluator import open_splits
 from dmtjepa.interop import load_model
 from dmtjepa.masks import check_masks
 from dmtjepa.objective import DMTJEPA, build_model
-from dmtjepa.run_folder import RunFolder
-from dmtjepa.training.compute_plan import ComputePlan
+from dmtjepa.run_folder import RunFolder, RunFolderError
+from dmtjepa.training.compiler import check_compiler
+from dmtjepa.training.images import check_images, check_steps_per_epoch
 from dmtjepa.training.parallelize import check_shard_size
-from dmtjepa.training.state import check_data_unchanged
 
 
 def check_start(config: Config, world_size: int, device_type: str) -> StoredSource:
@@ -34,7 +35,7 @@ def check_start(config: Config, world_size: int, device_type: str) -> StoredSour
 
     Raises:
         ConfigError, DataError, MaskError, WeightsError: the settings do not allow a single step.
-        RunFolderError: the run folder holds another run, or cannot be written to.
+        RunFolderError: the run folder holds another run, cannot be written to, or has no room for a checkpoint.
     """
     check_settings(config, world_size)
     here = device_type if device_type == "cpu" or torch.cuda.is_available() else "cpu"
@@ -46,8 +47,11 @@ def check_start(config: Config, world_size: int, device_type: str) -> StoredSour
     source = open_source(config.data)
     check_batch_fits(config.data, len(source), world_size)
     count_steps_per_epoch(config, world_size, len(source))
+    if config.evaluation.every_epochs:
+        open_splits(config)
     with torch.device("meta"):  # shapes alone
         model = build_model_for(config, here)
+    check_space(folder, model)
     weights = find_initial_weights(config, folder)
     if weights is not None and not list_checkpoints(folder.checkpoints):
         with warnings.catch_warnings():
@@ -68,42 +72,61 @@ def check_settings(config: Config, world_size: int) -> None:
         build_model_for(config, "cpu")
 
 
-def check_dry_run(config: Config, world_size: int, device_type: str) -> None:
-    """`check_start`, and what a start checks while it holds the lock of the run folder.
+def check_checkpoint(
+    config: Config, folder: RunFolder, source: StoredSource, loader: str, world_size: int
+) -> tuple[Path | None, Fingerprint]:
+    """Check the checkpoint that a start resumes from. Changes nothing.
+
+    Args:
+        loader: name of the loader that reads the images.
+
+    Returns:
+        The newest whole checkpoint, or None if there is no checkpoint, and what this start trains on.
 
     Raises:
-        CheckpointError: all checkpoints are damaged, or the data set has changed; and what `check_start` raises.
+        CheckpointError: all checkpoints are damaged, the newest whole one does not fit the model, or the data have
+            changed.
     """
-    num_images = len(check_start(config, world_size, device_type))
-    folder = RunFolder.from_config(config)
-    folder.check_unlocked()
     checkpoint = newest_whole(folder.checkpoints)
     if checkpoint is not None:
-        steps_per_epoch = count_steps_per_epoch(config, world_size, num_images)
-        check_data_unchanged(checkpoint, read_meta(checkpoint), steps_per_epoch, num_images)
+        with torch.device("meta"):
+            model = build_model_for(config, "cpu")
+        check_fits(checkpoint, {f"model.{name}": tensor.shape for name, tensor in model.state_dict().items()})
+        steps_per_epoch = count_steps_per_epoch(config, world_size, len(source))
+        check_steps_per_epoch(checkpoint, read_meta(checkpoint), steps_per_epoch, len(source))
+    return checkpoint, check_images(config, folder, source, loader, checkpoint)
 
 
-def check_compiler(config: Config, device_type: str) -> None:
-    """Refuse settings that need a compiler where there is none.
+def check_dry_run(config: Config, world_size: int, device_type: str) -> None:
+    """All that a start checks before its first step, on this machine.
 
     Raises:
-        ConfigError: with the program that was not found.
+        CheckpointError: see `check_checkpoint`; and what `check_start` raises.
     """
-    compiled = ComputePlan.from_config(config, device_type).compiled
-    if device_type == "cpu" and compiled:
-        given = os.environ.get("CXX")
-        if not shutil.which(given or "g++"):
-            raise ConfigError(
-                f"runtime.compile: there is no C++ compiler ({given or 'g++'}); install it, let the environment "
-                "variable CXX name one, or set runtime.compile: off"
-            )
-    if device_type == "cuda" and (compiled or config.runtime.kernels == "triton"):
-        given = os.environ.get("CC")
-        if not any(map(shutil.which, [given] if given else ["gcc", "clang"])):
-            raise ConfigError(
-                f"runtime.kernels: triton needs a C compiler ({given or 'gcc or clang'}); install it, let the "
-                "environment variable CC name one, or set runtime.kernels: torch and runtime.compile: off"
-            )
+    source = check_start(config, world_size, device_type)
+    folder = RunFolder.from_config(config)
+    folder.check_unlocked()
+    device = device_type if torch.cuda.is_available() else "cpu"  # a login node may have no GPU
+    loader = build_loader(config.data, seed=config.runtime.seed, world_size=world_size, device=device, source=source)
+    loader.close()
+    check_checkpoint(config, folder, source, loader.name, world_size)
+
+
+def check_space(folder: RunFolder, model: DMTJEPA) -> None:
+    """Refuse a disk without room for one checkpoint.
+
+    Raises:
+        RunFolderError: with both sizes.
+    """
+    student = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    values = sum(tensor.numel() for tensor in model.state_dict().values()) + 2 * student  # AdamW keeps two averages
+    place = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
+    disk = shutil.disk_usage(place)
+    if disk.total > 0 and disk.free < 4 * values:  # some network file systems report no sizes
+        raise RunFolderError(
+            f"{folder.path} (logging.folder) has room for {disk.free / 2**30:.2f} GiB, and a checkpoint takes "
+            f"{4 * values / 2**30:.2f} GiB; free some, or choose another logging.folder"
+        )
 
 
 def count_steps_per_epoch(config: Config, world_size: int, num_images: int) -> int:

@@ -37,7 +37,7 @@ class CheckpointWriter:
     """Writes checkpoints into `folder` one at a time, in a thread on every rank.
 
     Args:
-        folder: where `step-{n}` folders go; shared by all ranks.
+        folder: where `step-{n}` folders go, within the folder of the run; shared by all ranks.
         group: a gloo process group of all ranks that nothing else uses.
         keep_last: newest checkpoints that are kept; those whose meta says `keep` are never removed.
         device: where the state is.
@@ -165,5 +165,10 @@ class CheckpointWriter:
 
 
 def _prepare(writing: Path) -> None:
+    """Make the folder that is written into. A run folder that was removed is not made again: it would lack the rest."""
+    run_folder = writing.parent.parent
+    if not run_folder.is_dir():
+        raise FileNotFoundError(f"{run_folder} (logging.folder) is gone")
     shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
+    writing.parent.mkdir(exist_ok=True)
+    writing.mkdir()

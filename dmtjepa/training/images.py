@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dmtjepa.checkpoint_format import CheckpointError, read_meta
 from dmtjepa.config import Config
@@ -12,6 +14,20 @@ from dmtjepa.data.fingerprint import Fingerprint, ImageList, describe_change
 from dmtjepa.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+
+def check_steps_per_epoch(checkpoint: Path, meta: Mapping[str, Any], steps_per_epoch: int, num_images: int) -> None:
+    """Refuse a checkpoint whose epochs have another number of steps.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    if meta["steps_per_epoch"] != steps_per_epoch:
+        raise CheckpointError(
+            f"{checkpoint} counts {meta['steps_per_epoch']} steps per epoch of {meta['num_images']} images, and "
+            f"this run {steps_per_epoch} of {num_images}: the data set has changed. Restore it, or choose another "
+            "logging.folder and start from the weights (meta.read_checkpoint)"
+        )
 
 
 def check_images(

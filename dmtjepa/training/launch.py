@@ -162,18 +162,26 @@ def _report(processes: Sequence[BaseProcess], folder: Path) -> int:
     failures = sorted(
         (path.read_text() for path in folder.glob("*.txt")), key=lambda text: float(text.split("\n", 1)[0])
     )
+    codes = [(process.name, process.exitcode) for process in processes if process.exitcode]
     if failures:
         print(failures[0].split("\n", 1)[1], file=sys.stderr)
+        for name, code in codes:
+            if code < 0:  # the others can only tell that they lost it
+                print(_describe_kill(name, -code), file=sys.stderr)
         return 1
-    name, code = next((process.name, process.exitcode) for process in processes if process.exitcode)
+    name, code = codes[0]
     if code > 0:
         print(f"{name} ended with exit code {code}; its messages are above", file=sys.stderr)
         return code
     if all(process.exitcode in (code, 0) for process in processes) and -code in STOP_SIGNALS:
         return 128 - code  # all were asked to stop, saved, and did
-    reason = " (often: no memory left)" if code == -signal.SIGKILL else ""
-    print(f"{name} was ended by {signal.Signals(-code).name}{reason}", file=sys.stderr)
+    print(_describe_kill(name, -code), file=sys.stderr)
     return 128 - code
+
+
+def _describe_kill(name: str, number: int) -> str:
+    reason = " (often: no memory left)" if number == signal.SIGKILL else ""
+    return f"{name} was ended by {signal.Signals(number).name}{reason}"
 
 
 def _run_child(config: Config, device_name: str, rank: int, world_size: int, port: int, folder: str) -> None:

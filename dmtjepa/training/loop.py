@@ -54,7 +54,7 @@ def train(config: Config, world: World) -> Outcome:
         run = build_run(config, world, folder, source, watchdog, stack)
         state, metrics, num_steps = run.state, run.metrics, run.schedules.num_steps
 
-        decision = Vote.CONTINUE
+        run.evaluation.run_missing()
         metrics.restart_clock()
         for batch in run.batches.steps(state.step, num_steps):
             loss, norm = run.train_step(batch.micro_batches, batch.step)
@@ -71,17 +71,19 @@ def train(config: Config, world: World) -> Outcome:
             stopping = decision in (Vote.STOP, Vote.COLLAPSED)
             saving = stopping or run.saver.is_due()
             epoch_done = state.step % run.schedules.steps_per_epoch == 0
-            if not saving:  # else fetch after saving, whose time must not count as a step's
+            evaluating = not stopping and run.evaluation.is_due()
+            if not (saving or evaluating):  # else fetch afterwards: that time must not count as a step's
                 watchdog.on_phase(Phase.DATA, state.step)
                 run.batches.fetch()
-            if saving or epoch_done or state.step % config.runtime.log_every == 0:
+            if saving or evaluating or epoch_done or state.step % config.runtime.log_every == 0:
                 watchdog.on_phase(Phase.LOGGING, state.step)
-                steps = metrics.flush()
-                run.finite_check.check(steps)
-                run.watch.look(steps)
+                run.judge(metrics.flush())
             if saving:
                 watchdog.on_phase(Phase.SAVING, state.step)
                 run.saver.save()
+            if evaluating:
+                run.evaluation.run()
+            if saving or evaluating:
                 metrics.restart_clock()
             if epoch_done:
                 state.epoch_loss = (0.0, 0)
@@ -91,16 +93,15 @@ def train(config: Config, world: World) -> Outcome:
 
         watchdog.on_phase(Phase.SAVING, state.step)
         _finish(run)
-        if decision == Vote.COLLAPSED:
-            run.watch.stop()
         return Outcome(state.step, num_steps, _gather_signals(signals, world))
 
 
 def _finish(run: Run) -> None:
-    """Wait until everything is written and exported."""
+    """Wait until everything is written and exported. Raises CollapsedRun if that is why the run ends."""
     run.vote.finish()
     run.saver.export_missing()
     run.saver.wait()
+    run.watch.finish()
 
 
 def _gather_signals(signals: StopSignals, world: World) -> tuple[int, ...]:

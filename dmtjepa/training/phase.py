@@ -18,6 +18,7 @@ class Phase(str, Enum):
     TEACHER = "teacher"
     LOGGING = "logging"
     SAVING = "saving"
+    EVALUATION = "evaluation"
 
     def __str__(self) -> str:
         return self.value

@@ -154,6 +154,10 @@ def _export(checkpoint: Path, paths: list[Path]) -> None:
     except WeightsError as error:  # what becomes of the run is decided by its loss
         logger.warning("not exported: %s", error)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        if not checkpoint.is_dir():
+            raise CheckpointError(
+                f"{checkpoint} was written and is gone: was the run folder (logging.folder) removed or renamed?"
+            ) from error
         raise CheckpointError(
             f"{checkpoint} is complete, but its export failed (is the disk full?): {error}. The next start makes it"
         ) from error

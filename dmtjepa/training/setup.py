@@ -10,21 +10,28 @@ from pathlib import Path
 
 import torch
 
-from dmtjepa.checkpoint_format import newest_whole
 from dmtjepa.config import Config
 from dmtjepa.data import Loader, StoredSource, build_loader
+from dmtjepa.data.fingerprint import Fingerprint
 from dmtjepa.interop import load_model
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.run_folder import RunFolder, RunFolderError
+from dmtjepa.training.agreement import check_ranks_agree
 from dmtjepa.training.batches import BatchStream
-from dmtjepa.training.check import build_model_for, count_steps_per_epoch, find_initial_weights
+from dmtjepa.training.check import (
+    build_model_for,
+    check_checkpoint,
+    count_steps_per_epoch,
+    find_initial_weights,
+)
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
+from dmtjepa.training.evaluation import PeriodicEvaluation
 from dmtjepa.training.finite import FiniteCheck
-from dmtjepa.training.images import check_images, record_images
+from dmtjepa.training.images import record_images
 from dmtjepa.training.instruments import Instruments
-from dmtjepa.training.metrics import Metrics
+from dmtjepa.training.metrics import Metrics, StepValues
 from dmtjepa.training.parallelize import build_mesh, parallelize
 from dmtjepa.training.saving import Saver
 from dmtjepa.training.schedules import Schedules, build_schedules
@@ -50,7 +57,13 @@ class Run:
     finite_check: FiniteCheck
     watch: CollapseWatch
     metrics: Metrics
+    evaluation: PeriodicEvaluation
     batches: BatchStream
+
+    def judge(self, steps: list[StepValues]) -> None:
+        """Judge what `Metrics.flush` has returned. Raises NonFiniteLoss."""
+        self.finite_check.check(steps)
+        self.watch.look(steps)
 
 
 def open_folder(config: Config, world: World, stack: contextlib.ExitStack) -> RunFolder:
@@ -93,6 +106,7 @@ def build_run(
         config.data, seed=runtime.seed, rank=world.rank, world_size=world.world_size, device=world.device, source=source
     )
     stack.callback(loader.close)
+    check_ranks_agree(config, source, loader.name, world)
     steps_per_epoch = count_steps_per_epoch(config, world.world_size, loader.num_images)
     num_rollbacks = run_on_rank_0(world, lambda: len(folder.read_rollbacks()))
     schedules = slow_down(build_schedules(config.optimization, steps_per_epoch, global_batch), num_rollbacks)
@@ -100,10 +114,9 @@ def build_run(
     torch.manual_seed(runtime.seed)  # the same weights on every rank
     mesh = build_mesh(world.device.type, world.world_size, runtime.shard_size, world.timeout)
     model = build_model_for(config, world.device.type)
-    resume_from = find_checkpoint(folder, world)
+    resume_from, images = find_checkpoint(config, folder, source, loader.name, world)
     if resume_from is None:
         load_initial_weights(model, config, folder, world)
-    images = run_on_rank_0(world, lambda: check_images(config, folder, source, loader.name, resume_from))
     model = parallelize(model, mesh, ComputePlan.from_config(config, world.device.type))
     instruments = Instruments(model, config, schedules.num_steps)
     train_step = TrainStep(model, config.optimization, schedules, mesh, world.device, watchdog.on_phase, instruments)
@@ -114,21 +127,35 @@ def build_run(
     if resume_from is not None:
         state.restore(resume_from)
         saver.export_missing()
-    with _named_failure(folder):
-        if world.rank == 0:
-            folder.record_start(
-                config, world.device, world_size=world.world_size, global_batch=global_batch, step=state.step
-            )
-            record_images(folder, source, images)
-        metrics = Metrics(
-            folder, world.rank, world.device,
-            schedules=schedules, first_step=state.step, global_batch=global_batch,
-        )  # fmt: skip
+    metrics = _start_records(config, world, folder, source, images, schedules, state.step)
     stack.callback(metrics.close)
     batches = _build_batches(config, world, loader, schedules, metrics, stack)
     watch = CollapseWatch(config, world, folder, saver, first_step=state.step)
+    evaluation = PeriodicEvaluation(config, world, folder, schedules, state, metrics, watchdog)
     finite_check = FiniteCheck(config, world, state, saver)
-    return Run(schedules, train_step, instruments, state, vote, saver, finite_check, watch, metrics, batches)
+    return Run(
+        schedules, train_step, instruments, state, vote, saver, finite_check, watch, metrics, evaluation, batches
+    )
+
+
+def _start_records(
+    config: Config,
+    world: World,
+    folder: RunFolder,
+    source: StoredSource,
+    images: Fingerprint,
+    schedules: Schedules,
+    step: int,
+) -> Metrics:
+    """Write the settings of this start, and open the files of losses and figures."""
+    global_batch = config.global_batch(world.world_size)
+    with _named_failure(folder):
+        if world.rank == 0:
+            folder.record_start(config, world.device, world_size=world.world_size, global_batch=global_batch, step=step)
+            record_images(folder, source, images)
+        return Metrics(
+            folder, world.rank, world.device, schedules=schedules, first_step=step, global_batch=global_batch
+        )
 
 
 @contextlib.contextmanager
@@ -171,16 +198,18 @@ def _build_batches(
     return batches
 
 
-def find_checkpoint(folder: RunFolder, world: World) -> Path | None:
-    """The newest whole checkpoint of a run folder, if there is one. Removes what a killed run left half written.
+def find_checkpoint(
+    config: Config, folder: RunFolder, source: StoredSource, loader: str, world: World
+) -> tuple[Path | None, Fingerprint]:
+    """The checkpoint to resume from, and what the run trains on. Removes what a killed run left half written.
 
     Raises:
-        CheckpointError: there are checkpoints, and all of them are damaged.
+        CheckpointError: see `check_checkpoint`.
     """
 
-    def find() -> Path | None:
+    def find() -> tuple[Path | None, Fingerprint]:
         folder.remove_leftovers()
-        return newest_whole(folder.checkpoints)
+        return check_checkpoint(config, folder, source, loader, world.world_size)
 
     return run_on_rank_0(world, find)
 

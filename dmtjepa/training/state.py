@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dmtjepa.checkpoint_format import CheckpointError, load_into, read_meta
+from dmtjepa.checkpoint_format import load_into, read_meta
 from dmtjepa.config import Config
 from dmtjepa.data.fingerprint import Fingerprint
 from dmtjepa.objective import DMTJEPA
@@ -97,7 +96,6 @@ class TrainingState:
             CheckpointError: the checkpoint does not fit this run.
         """
         meta = read_meta(checkpoint)
-        check_data_unchanged(checkpoint, meta, self._schedules.steps_per_epoch, self._images.num_images)
         tensors = self.tensors()
         if meta["world_size"] != self._world.world_size:  # the generators belong to another number of ranks
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("rng.")}
@@ -118,19 +116,6 @@ class TrainingState:
                 "resumed from %s: step %d, epoch %d, written by %d processes",
                 checkpoint, meta["step"], meta["epoch"], meta["world_size"],
             )  # fmt: skip
-
-
-def check_data_unchanged(checkpoint: Path, meta: Mapping[str, Any], steps_per_epoch: int, num_images: int) -> None:
-    """Refuse a checkpoint whose epochs have another number of steps.
-
-    Raises:
-        CheckpointError: with both numbers.
-    """
-    if meta["steps_per_epoch"] != steps_per_epoch:
-        raise CheckpointError(
-            f"{checkpoint} counts {meta['steps_per_epoch']} steps per epoch of {meta['num_images']} images, and "
-            f"this run {steps_per_epoch} of {num_images}: the data set has changed"
-        )
 
 
 def model_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ class CollapseWatch:
         self._action, self._world, self._folder, self._saver = config.runtime.on_collapse, world, folder, saver
         self._looks = select_looks(folder.read_metrics()) if world.rank == 0 else []
         self._finding: Finding | None = None
+        self._stopping = False
         self._last_good = first_step  # number of steps
 
     def look(self, steps: list[StepValues]) -> None:
@@ -70,10 +71,12 @@ class CollapseWatch:
         Raises:
             CheckpointError: the last checkpoint could not be written.
         """
-        if self._action != "rollback":
-            return False
-        self._saver.wait()
-        return run_on_rank_0(self._world, self._roll_back)
+        if self._action == "rollback":
+            self._saver.wait()
+            self._stopping = not run_on_rank_0(self._world, self._roll_back)
+        else:
+            self._stopping = True
+        return not self._stopping
 
     def _roll_back(self) -> bool:
         folder, rollbacks = self._folder, self._folder.read_rollbacks()
@@ -96,14 +99,14 @@ class CollapseWatch:
         )  # fmt: skip
         return True
 
-    def stop(self) -> None:
-        """End the run on all ranks, which have saved.
+    def finish(self) -> None:
+        """Call this on all ranks when everything is saved.
 
         Raises:
-            CollapsedRun: with the finding of rank 0.
+            CollapsedRun: the run ends because it has collapsed; with the finding of rank 0.
         """
-        text = run_on_rank_0(self._world, self._explain)
-        raise CollapsedRun(text)
+        if self._stopping:
+            raise CollapsedRun(run_on_rank_0(self._world, self._explain))
 
     def _explain(self) -> str:
         assert self._finding is not None

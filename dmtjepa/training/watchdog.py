@@ -87,8 +87,11 @@ class Watchdog:
             self._write_row(since)
         if self._num_places != seen:
             return None
+        rows = self._read_rows()
+        if self._place[0] == Phase.EVALUATION and self._any_progress(earlier, rows):
+            return None
         lines = [f"{self._world.name}: no progress for {self._timeout:g} s (runtime.hang_timeout). Where each rank is:"]
-        for rank, (before, row) in enumerate(zip(earlier, self._read_rows(), strict=True)):
+        for rank, (before, row) in enumerate(zip(earlier, rows, strict=True)):
             if isinstance(row, str):
                 lines.append(f"  rank {rank}: {row}")
                 continue
@@ -99,6 +102,14 @@ class Watchdog:
             place = f"step {row['step']}, {row['phase']}, since {row['seconds']:.0f} s"
             lines.append(f"  rank {rank} on {row['host']}: {place}{lost}")
         return "\n".join(lines)
+
+    def _any_progress(self, earlier: list[dict[str, Any] | str], rows: list[dict[str, Any] | str]) -> bool:
+        """Whether a rank that is heard from has made progress within the timeout.
+
+        In an evaluation, ranks have different work and wait for each other.
+        """
+        pairs = [(a, b) for a, b in zip(earlier, rows, strict=True) if isinstance(a, dict) and isinstance(b, dict)]
+        return any(a["ticks"] != b["ticks"] and b["seconds"] <= self._timeout for a, b in pairs)
 
     def _read_rows(self) -> list[dict[str, Any] | str]:
         """What each rank has written last, or why that is not known."""

@@ -14,7 +14,7 @@ from dmtjepa.data.sampling import BLUR_DRAW, COLOR_DRAW, NUM_DRAWS, draw_uniform
 from tests.helpers.images import smooth_image
 
 
-def pictures(count: int) -> torch.Tensor:
+def draw_images(count: int) -> torch.Tensor:
     rng = np.random.default_rng(4)
     return torch.stack([torch.from_numpy(np.array(smooth_image(rng, 40, 32))).permute(2, 0, 1) for _ in range(count)])
 
@@ -28,7 +28,7 @@ def one_operation(number: int, u: float, order: float = 0.0) -> np.ndarray:
 
 
 def test_each_operation_is_torchvisions():
-    image = pictures(1)
+    image = draw_images(1)
     adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
     for number, operation in enumerate(adjust):
         for u in (0.05, 0.4, 0.95):
@@ -40,7 +40,7 @@ def test_each_operation_is_torchvisions():
 
 
 def test_images_of_a_batch_are_independent_and_grey_is_grey():
-    images = pictures(12)
+    images = draw_images(12)
     uniforms = np.stack([draw_uniforms(0, 0, position) for position in range(12)])
     together = distort_colors(images, uniforms, 0.7)
     for row in range(12):
@@ -52,14 +52,14 @@ def test_images_of_a_batch_are_independent_and_grey_is_grey():
 
 
 def test_zero_strength_changes_no_colour():
-    images = pictures(4)
+    images = draw_images(4)
     uniforms = np.stack([draw_uniforms(0, 0, position) for position in range(4)])
     uniforms[:, COLOR_DRAW + 6] = 0.9
     assert torch.equal(distort_colors(images, uniforms, 0.0), images)
 
 
 def test_blur_is_gaussian_for_every_second_image():
-    images = pictures(2)
+    images = draw_images(2)
     uniforms = np.full((2, NUM_DRAWS), 0.9)
     uniforms[0, BLUR_DRAW : BLUR_DRAW + 2] = [0.1, 0.5]  # sigma 1.05
     blurred = blur(images, uniforms)
@@ -72,7 +72,7 @@ def test_blur_is_gaussian_for_every_second_image():
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_host_waits_for_nothing():
-    images = pictures(12)
+    images = draw_images(12)
     uniforms = np.stack([draw_uniforms(0, 0, position) for position in range(12)])
     settings = DataSettings(use_color_distortion=True, color_jitter_strength=0.5, use_gaussian_blur=True)
     expected, device = augment(images, uniforms, settings), images.cuda()

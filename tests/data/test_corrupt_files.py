@@ -104,8 +104,8 @@ def test_files_deleted_during_the_run_are_skipped(tmp_path: Path, loader_name: s
 
 def fuzzed(count: int, seed: int) -> list[bytes]:
     rng = np.random.default_rng(seed)
-    pictures = [smooth_image(rng, 160, 120) for _ in range(4)]
-    whole = [encode(picture, "JPEG", progressive=bool(n % 2)) for n, picture in enumerate(pictures)]
+    images = [smooth_image(rng, 160, 120) for _ in range(4)]
+    whole = [encode(image, "JPEG", progressive=bool(n % 2)) for n, image in enumerate(images)]
     return [flip_bytes(whole[number % 4], rng) for number in range(count)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_eval_loader, build_loader, check
+from dmtjepa.data.resources import is_memory_left
 from tests.helpers.images import LOADERS
 
 
@@ -61,3 +63,14 @@ def test_images_above_the_limit_are_refused_by_both_loaders(tmp_path: Path, load
     assert len(next(loader.epoch(0))) == 5
     assert loader.corrupt == [(str(tmp_path / f"large.{form}"), "400x100 pixels exceed data.max_megapixels = 0.01")]
     loader.close()
+
+
+def test_the_memory_that_is_left_is_found_out():
+    """In a child with room for 64 MiB more."""
+    pid = os.fork()
+    if pid == 0:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+        found = [is_memory_left(num_bytes) for num_bytes in (1 << 20, 1 << 30, 0)]
+        os._exit(0 if found == [True, False, False] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

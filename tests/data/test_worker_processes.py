@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dmtjepa.data.cache import cache_folder
 from dmtjepa.data.loaders.center_crop import EvaluationLoader
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = 240  # only ends a hang
 
 
 class Endless:
@@ -65,6 +67,7 @@ def test_workers_end_with_a_killed_parent(work: Callable[[Endless], None]):
         assert os.read(end, 1) == b"x"
     os.kill(pid, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert select.select([end], [], [], TIMEOUT)[0], "workers are left"
     assert os.read(end, 1) == b""
     os.close(end)
 
@@ -75,11 +78,11 @@ def test_processes_that_draw_shapes_end_with_a_killed_parent():
     program = [sys.executable, "-c", "from dmtjepa.data import open_images; open_images('shapes:train')"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 240  # only ends a hang
+    deadline = time.monotonic() + TIMEOUT
     while not any(cache_folder().glob(".shapes-*/train/*/*.jpg")):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
-    process.communicate(timeout=240)
+    process.communicate(timeout=TIMEOUT)
     assert process.returncode == -signal.SIGKILL

@@ -12,16 +12,8 @@ import torch
 
 from dmtjepa.evaluation.figures import FigureData
 from dmtjepa.step_csv import LossCurve
+from tests.helpers.one_thread import _one_thread
 from tests.helpers.run_folders import write_images, write_masks, write_run
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """One thread: the tensors of these tests are too small for several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 import json
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
 from dmtjepa.objective import build_model
 from dmtjepa.run_folder import open_run
 from tests.helpers.run_folders import write_images, write_masks, write_run
+from tests.helpers.signal_stack import has_signal_stack
 
 LATEST = "tiny-latest.pth.tar"
 
@@ -30,6 +33,7 @@ def finished(run_template, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
+        patch.setattr("dmtjepa.evaluation.attentive.MIN_STEPS", 50)
         assert main([str(run), "--device", "cpu"]) == 0
     return run, "\n".join(printed)
 
@@ -42,18 +46,25 @@ def test_everything_is_measured(finished):
     assert report["data"]["validation_images"] == 12
     assert report["data"]["classes"] == 3
     assert report["data"]["most_frequent_class"] == pytest.approx(1 / 3)
-    assert set(report["knn"]) == set(report["knn_plain"]) == {"trained", "untrained", "pixels"}
+    encoders = {"trained", "student", "untrained"}
+    assert set(report["knn"]) == set(report["knn_plain"]) == encoders | {"pixels"}
     assert list(report["knn"]["trained"]) == ["5", "10", "20"]
-    assert set(report["knn_layout"]) == {"trained", "untrained"}
+    assert set(report["knn_layout"]) == set(report["attentive"]) == encoders
     assert report["knn_layout"]["untrained"]["5"] > 0.6
     # Colours tell the classes apart, even for a network that was not trained.
     assert report["knn"]["untrained"]["5"] > 0.6
-    assert set(report["linear"]) == {"trained", "untrained"}
-    assert set(report["collapse"]) == {"trained", "untrained"}
+    assert set(report["linear"]) == encoders | {"pixels"}
+    assert report["attentive"]["untrained"] > 0.6
+    assert set(report["collapse"]) == encoders
+    protocols = ["I-JEPA linear probe, last layer", "DINO k-NN, k = 10", "I-JEPA linear probe, last 4 layers"]
+    assert set(protocols) <= set(report["protocols"])
+    assert report["protocols"][protocols[0]]["trained"] == report["linear"]["trained"]
+    assert set(report["protocols"][protocols[2]]) == encoders
+    assert report["low_shot"]["5 per class"]["pixels"]["num_images"] == 15
     assert report["collapse"]["trained"]["num_dimensions"] == 128
     # The checkpoint was drawn with another seed than the run's: both networks were really measured.
     assert report["collapse"]["trained"]["effective_rank"] != report["collapse"]["untrained"]["effective_rank"]
-    assert set(report["segmentation"]) == {"trained", "untrained"}
+    assert set(report["segmentation"]) == encoders | {"pixels"}
     assert report["segmentation"]["trained"]["object_iou"] > 0.5
     assert report["loss"]["steps"] == 120
     assert report["loss"]["last"] < report["loss"]["first"]
@@ -87,7 +98,16 @@ def test_files_are_written_and_named(finished):
     for name in names:
         assert name in printed
     text = (run / "report" / "report.md").read_text()
-    for part in ("k-NN, k = 10", "linear probe", "Segmentation", "effective rank", "(report.png)", "vit_nano"):
+    for part in (
+        "k-NN, k = 10",
+        "linear probe",
+        "DINO k-NN, k = 20",
+        "Low-shot",
+        "Segmentation",
+        "effective rank",
+        "(report.png)",
+        "vit_nano",
+    ):
         assert part in text
 
 
@@ -183,11 +203,14 @@ def test_features_with_layout_are_compared_too():
 
 
 @pytest.mark.slow
-def test_layout_too_large_to_hold_is_skipped(run, monkeypatch, capsys):
+def test_layout_too_large_to_hold_is_skipped(run, monkeypatch, capsys, without_figures):
     monkeypatch.setattr("dmtjepa.evaluation.measurements.LAYOUT_BYTES", 1000)
-    assert main([str(run), "--device", "cpu"]) == 0
+    assert main([str(run), "--device", "cpu", "--quick"]) == 0
     assert "k-NN with layout: its features would take" in capsys.readouterr().out
-    assert json.loads((run / "report" / "report.json").read_text())["knn_layout"] == {}
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert report["knn_layout"] == report["attentive"] == report["low_shot"] == {}
+    assert "I-JEPA linear probe, last layer" in report["protocols"]
+    assert "low-shot and attentive probes, and the last four layers (--quick)" in report["skipped"]
 
 
 def test_collapse_is_called_so():
@@ -229,7 +252,23 @@ def test_few_training_images_skip_the_linear_probe(run, tmp_path, capsys, withou
 
 
 def test_max_images_below_ten_is_measured(run, without_figures):
-    assert main([str(run), "--device", "cpu", "--max-images", "9"]) == 0
+    assert main([str(run), "--device", "cpu", "--quick", "--max-images", "9"]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sigaltstack")
+def test_the_measuring_thread_has_a_signal_stack(run, without_figures):
+    """Tested in a thread of its own, because pytest gives the first one a stack."""
+    found = []
+
+    def measure():
+        found.append(has_signal_stack())
+        assert main([str(run), "--device", "cpu", "--max-images", "9"]) == 0
+        found.append(has_signal_stack())
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    thread.join()
+    assert found == [False, True]
 
 
 def test_a_teacher_that_is_not_finite_is_named(run, tmp_path, capsys):
@@ -249,13 +288,14 @@ def test_validation_images_that_cannot_be_read_are_an_error(run, tmp_path, capsy
     assert "validation: no images could be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_masks_that_cannot_be_used_skip_the_segmentation(run, tmp_path, capsys, without_figures):
     write_images(tmp_path / "color" / "train", 4, seed=0)
     write_images(tmp_path / "color" / "val", 4, seed=1)
     write_masks(tmp_path / "color")
     for mask in (tmp_path / "color" / "masks" / "val").glob("*/*.png"):
         Image.new("RGB", (32, 32)).save(mask)
-    assert main([str(run), "--device", "cpu", "--data", str(tmp_path / "color")]) == 0
+    assert main([str(run), "--device", "cpu", "--quick", "--data", str(tmp_path / "color")]) == 0
     assert "skipped segmentation: the mask" in capsys.readouterr().out
 
 

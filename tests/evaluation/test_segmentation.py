@@ -11,7 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmtjepa.data.sources.shapes import ShapesParameters, find_shapes
 from dmtjepa.evaluation.errors import EvaluationError
-from dmtjepa.evaluation.segmentation import VOID, count_pixels, find_mask, label_patches, read_mask, score_segmentation
+from dmtjepa.evaluation.segmentation import (
+    VOID,
+    bootstrap_error,
+    count_pixels,
+    find_mask,
+    label_patches,
+    mean_iou,
+    read_mask,
+    score_segmentation,
+)
 
 
 def make_masks(n, seed):
@@ -163,3 +172,30 @@ def test_masks_that_hold_no_class_numbers_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 300, np.int32)).save(tmp_path / "large.tif")
     with pytest.raises(EvaluationError, match="holds 300"):
         read_mask(tmp_path / "large.tif", (4, 4))
+
+
+def test_mean_iou_and_its_error_equal_a_direct_computation():
+    rng = np.random.default_rng(0)
+    masks = rng.integers(0, 3, (40, 8, 8))
+    predicted = np.where(rng.random((40, 8, 8)) < 0.7, masks, rng.integers(0, 3, (40, 8, 8)))
+    masks[:, 0] = VOID
+
+    def score(images):
+        truth, guess = masks[images], predicted[images]
+        known = truth != VOID
+        ious = []
+        for label in range(5):  # 3 and 4 are nowhere
+            both = np.sum((truth == label) & (guess == label) & known)
+            either = np.sum(((truth == label) | (guess == label)) & known)
+            ious += [both / either] if either else []
+        return np.mean(ious)
+
+    counts = torch.stack(
+        [
+            count_pixels(torch.from_numpy(guess)[None], torch.from_numpy(mask)[None], 5)
+            for guess, mask in zip(predicted, masks, strict=True)
+        ]
+    )
+    assert mean_iou(counts.sum(0)[None]).item() == pytest.approx(score(np.arange(40)))
+    resampled = np.std([score(rng.integers(0, 40, 40)) for _ in range(400)])
+    assert bootstrap_error(counts) == pytest.approx(resampled, rel=0.25)

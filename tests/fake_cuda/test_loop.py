@@ -41,12 +41,3 @@ def test_each_rank_stays_on_its_device(main_py, settings, devices, changes):
     processes, indices = zip(*ended.contexts, strict=True)
     assert sorted(indices) == list(range(devices))
     assert len(set(processes)) == devices
-
-
-def test_float8_needs_a_newer_gpu(main_py, settings):
-    config = settings(**{"runtime.teacher_precision": "fp8"})
-    ended = main_py(config, "cuda:0", capability=80)
-    assert ended.code == 1
-    assert "Traceback" not in ended.output
-    assert "fp8" in ended.output
-    assert "8.9" in ended.output

@@ -21,6 +21,7 @@ from dmtjepa.config import Config, parse_config
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.training.fork_server import start_fork_server
 from dmtjepa.training.launch import launch
+from dmtjepa.training.step import TrainStep
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -31,6 +32,7 @@ def _tiny_architecture():
     """The tiny network in this process too, for these tests alone: other tests know the real `vit_tiny`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, "vit_tiny", ARCHITECTURES["vit_tiny"])  # what is put back
+        patch.setattr(TrainStep, "__call__", TrainStep.__call__)
         sys.modules.pop("tests.helpers.tiny_architecture", None)
         importlib.import_module("tests.helpers.tiny_architecture")
         yield
@@ -49,15 +51,6 @@ def _fork_server():
 def _quiet():
     """torch.distributed.checkpoint logs hundreds of lines per save at DEBUG, which pytest collects."""
     logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread():
-    """Another number of threads sums in another order: runs are compared bit by bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -110,6 +110,7 @@ def test_timm_gives_equal_outputs(run, images, tmp_path, part):
         torch.testing.assert_close(model(images), expected.mean(1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_timm_reads_the_official_layout(run, images, tmp_path):
     timm = pytest.importorskip("timm")
     export(run, tmp_path / "a.pth.tar", "--format", "official")
@@ -165,6 +166,7 @@ def test_hugging_face_crops_as_the_evaluation(run, photographs, tmp_path):
     assert similarity_to_ours(run, photographs, prepare) > 0.99
 
 
+@pytest.mark.slow
 def test_timm_crops_as_the_evaluation(run, photographs, tmp_path):
     timm = pytest.importorskip("timm")
     export(run, tmp_path / "timm", "--format", "timm")
@@ -200,7 +202,7 @@ def test_exported_files_appear_whole_and_with_the_permissions_of_new_files(run, 
 
 def test_a_full_disk_is_named(run, tmp_path, monkeypatch):
     """The zip writer of torch reports a failed write as `unexpected pos`."""
-    monkeypatch.setattr("dmtjepa.interop.official.open_atomically", lambda _: Path("/dev/full").open("wb"))  # noqa: SIM115
+    monkeypatch.setattr("dmtjepa.interop.official.open_atomically", lambda _: Path("/dev/full").open("wb", buffering=0))  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):
         export_official(read_checkpoint(run / "jepa-latest.pth.tar"), tmp_path / "a.pth.tar")
 

@@ -39,6 +39,7 @@ def test_unknown_backend():
         kernels.backend("cuda")
 
 
+@pytest.mark.slow
 def test_the_operators_are_registered_once():
     """A second copy of the modules would register the operators again and free those that are in use.
 

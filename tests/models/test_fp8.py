@@ -9,13 +9,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
-from dmtjepa.config import MaskSettings, parse_config
+from dmtjepa.config import ConfigError, MaskSettings, parse_config
 from dmtjepa.evaluation.context import load_teacher
 from dmtjepa.masks import MaskSampler
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer, fp8
 from dmtjepa.models.layers import Linear
 from dmtjepa.models.replace_method import replace_method
 from dmtjepa.objective import DMTJEPA, build_model
+from dmtjepa.training.check import build_model_for
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.parallelize import compile_blocks, parallelize
 
@@ -191,9 +192,13 @@ def test_a_report_measures_the_weights_without_rounding(tmp_path):
 def test_other_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(ValueError, match=r"runtime.teacher_precision fp8 .* A100-SXM4-80GB has 8\.0\. Choose same"):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    message = r"runtime.teacher_precision fp8 .*8\.9 or 9\.0 and later.* A100-SXM4-80GB has 8\.0\. Choose same"
+    with pytest.raises(ValueError, match=message):
         fp8.compute_in_fp8(make_model().teacher_encoder.blocks, "cuda")
+    config = parse_config({"meta": {"model_name": "vit_tiny"}, "runtime": {"teacher_precision": "fp8"}})
+    with pytest.raises(ConfigError, match=message), torch.device("meta"):  # which main.py prints without a traceback
+        build_model_for(config, "cuda")
 
 
 def test_other_widths_are_refused():

@@ -1,8 +1,8 @@
 """Fixtures for short runs."""
 
+from tests.helpers.one_thread import _one_thread
 from tests.helpers.runs import (
     _fork_server,
-    _one_thread,
     _quiet,
     image_folder,
     losses,

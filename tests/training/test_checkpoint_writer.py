@@ -60,18 +60,16 @@ def test_command_verifies_and_exports(checkpoints, tmp_path, capsys):
         assert "has other contents" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_data_set_that_changed_is_an_error(settings):
-    config = settings(**{"optimization.epochs": 2})
-    assert launch(config, ["cpu"]) == 0
-    newest = checkpoint_format.newest_whole(Path(config.logging.folder, "checkpoints"))
+def test_data_set_that_changed_is_an_error(plain, settings_in, tmp_path):
+    folder = Path(shutil.copytree(plain.logging.folder, tmp_path / "run"))
+    newest = checkpoint_format.newest_whole(folder / "checkpoints")
     meta = checkpoint_format.read_meta(newest) | {"steps_per_epoch": 9, "num_images": 150}
     (newest / "meta.json").write_text(json.dumps(meta))
     manifest = json.loads((newest / "manifest.json").read_text())
     manifest["files"]["meta.json"] = checkpoint_format.describe_file(newest / "meta.json")
     (newest / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(checkpoint_format.CheckpointError, match=r"9 steps per epoch of 150 images.*has changed"):
-        launch(config, ["cpu"])
+        launch(settings_in(folder), ["cpu"])
 
 
 def test_all_checkpoints_damaged_is_an_error_and_nothing_is_written(plain, settings_in, tmp_path):

@@ -109,7 +109,6 @@ def test_the_reported_share_is_that_of_waiting_for_the_loader(settings, monkeypa
         return shares.pop()
 
     assert share(loader=1.0) == 1
-    assert share(step=1.0) == 0
     assert share(step=1.0, log=5.0) == 0
     assert share(step=3.0, loader=1.0) == pytest.approx(0.25)
 

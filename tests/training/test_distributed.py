@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from dmtjepa.training.distributed import (
     first_failure,
     process_group,
 )
-from dmtjepa.training.launch import launch
+from dmtjepa.training.launch import _report, launch
 from dmtjepa.training.phase import Phase
 from dmtjepa.training.signals import StopSignals
 from dmtjepa.training.vote import RankVote, Vote
@@ -66,7 +67,10 @@ GROUP = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
 )
 def test_variables_that_describe_no_group_are_named_at_once(monkeypatch, changes, message):
     for name, value in (GROUP | changes).items():
-        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
     with pytest.raises(DistributedError) as error, join():
         pass
     assert message in str(error.value)
@@ -231,6 +235,22 @@ def test_watchdog_looks_again_before_it_ends_a_run(monkeypatch):
     assert "rank 0 of 1" in watch(monkeypatch, 22, lambda watchdog: None)[0]
 
 
+def test_ranks_that_wait_in_an_evaluation_for_one_that_works_do_not_end_the_run(monkeypatch):
+    def evaluate(watchdog):
+        watchdog._place = (Phase.EVALUATION, 8)  # no progress since the start
+
+    assert len(watch(monkeypatch, 22, evaluate)) == 1
+    rows = {"ticks": 3, "seconds": 100.0}, {"ticks": 3, "seconds": 5.0}
+    watchdog = Watchdog(World(0, 2, CPU, dist.HashStore()), timeout=80)
+    later = [row | {"ticks": 6} for row in rows]
+    assert watchdog._any_progress([*rows, "never heard from"], [*later, "never heard from"])
+    assert not watchdog._any_progress([rows[0]], [later[0]])
+    assert not watchdog._any_progress(list(rows), [later[0], rows[1]])  # the working rank is gone
+    monkeypatch.setattr(Watchdog, "_any_progress", lambda *_: True)
+    assert watch(monkeypatch, 22, evaluate) == []
+    assert len(watch(monkeypatch, 22, lambda watchdog: None)) == 1  # in other phases all ranks go on together
+
+
 @pytest.mark.slow
 def test_first_traceback_is_what_the_user_sees(settings, capfd):
     config = settings(**{"data.batch_size": 8})
@@ -239,6 +259,24 @@ def test_first_traceback_is_what_the_user_sees(settings, capfd):
     assert "rank 1 of 2 failed:" in printed
     assert "DeviceError: device 'cuda:9'" in printed or "device cuda:9: this machine has" in printed
     assert "rank 0 of 2 failed" not in printed
+
+
+def ended(rank, code):
+    """A process of `launch` that has ended."""
+    return SimpleNamespace(name=f"rank {rank}", exitcode=code, join=lambda timeout: None)
+
+
+def test_of_several_failures_the_first_is_printed(tmp_path, capsys):
+    (tmp_path / "0.txt").write_text("10.5\nrank 0 of 2 failed:\nwhat follows")
+    (tmp_path / "1.txt").write_text("9.75\nrank 1 of 2 failed:\nthe cause")
+    assert _report([ended(0, 1), ended(1, 1)], tmp_path) == 1
+    assert capsys.readouterr().err == "rank 1 of 2 failed:\nthe cause\n"
+
+
+def test_a_rank_that_was_killed_is_named_after_those_that_lost_it(tmp_path, capsys):
+    (tmp_path / "0.txt").write_text("9.75\nrank 0 of 2 failed:\nLostPeer: it lost another rank")
+    assert _report([ended(0, 1), ended(1, -signal.SIGKILL)], tmp_path) == 1
+    assert capsys.readouterr().err.endswith("another rank\nrank 1 was ended by SIGKILL (often: no memory left)\n")
 
 
 def test_signals_are_noted_and_handlers_restored():

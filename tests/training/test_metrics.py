@@ -14,6 +14,7 @@ from dmtjepa.step_csv import read_losses
 from dmtjepa.training.launch import launch
 from dmtjepa.training.metrics import Metrics, StepRecord, StepValues
 from dmtjepa.training.schedules import Schedules
+from tests.helpers.streams import BrokenPipe
 
 
 def finished(step):
@@ -53,16 +54,6 @@ def test_a_later_start_hides_the_steps_that_it_repeats(tmp_path):
             next(folder.tensorboard.iterdir()).rename(folder.tensorboard / "events.out.tfevents.0")
     board = EventAccumulator(str(folder.tensorboard)).Reload()
     assert [event.step for event in board.Scalars("loss")] == list(range(8))
-
-
-class BrokenPipe:
-    def isatty(self):
-        return False
-
-    def write(self, text):
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-
-    flush = isatty
 
 
 @pytest.mark.slow

@@ -79,6 +79,30 @@ def test_damaged_checkpoints_are_not_exported(folder, caplog):
     assert exported_steps(folder) == {"jepa-latest.pth.tar": 16, "jepa-ep3.pth.tar": 24}
 
 
+def test_an_export_from_a_folder_that_vanishes_is_explained(folder):
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match=r"step-00000024 was written and is gone: was the run folder"):
+        saving._export(folder / "checkpoints" / "step-00000024", [folder / "jepa-latest.pth.tar"])
+    assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_vanishes_ends_the_run_and_is_not_made_again(settings, monkeypatch):
+    """A folder of checkpoints without the settings of the run would be refused by the next start."""
+    config = settings(**{"runtime.save_every_steps": 3})
+    train_step = TrainStep.__call__
+
+    def remove_before(self, batches, step):
+        if step == 2:
+            shutil.rmtree(config.logging.folder)
+        return train_step(self, batches, step)
+
+    monkeypatch.setattr(TrainStep, "__call__", remove_before)
+    with pytest.raises(CheckpointError, match=r"run \(logging\.folder\) is gone"):
+        launch(config, ["cpu"])
+    assert not Path(config.logging.folder).exists()
+
+
 @pytest.mark.slow
 def test_full_disk_while_exporting_is_one_message_and_the_next_start_exports(settings, monkeypatch):
     config = settings(**{"optimization.epochs": 1, "optimization.warmup": 0})

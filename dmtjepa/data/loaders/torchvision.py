@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -169,6 +170,8 @@ class TorchvisionLoader(Loader):
             cause = self._describe_stall() if stalled.is_set() else self._describe_death(error)
             if cause is None:
                 check_resources(error)
+                if isinstance(error, EOFError):  # the thread of a worker that passes on memory ended: it needs a file
+                    check_resources(OSError(errno.EMFILE, "a worker cannot pass on its batch"))
                 raise
             images = sorted({self._source.name(image) for image in self._maker.progress[:, 1].tolist()})
         finally:

@@ -86,11 +86,11 @@ class Names:
     @classmethod
     def join(cls, lists: list[Names]) -> Names:
         """The concatenation of several lists."""
-        joined = cls([])
+        combined = cls([])
         starts = np.cumsum([0] + [len(names._bytes) for names in lists])
-        joined._ends = np.concatenate([names._ends + start for names, start in zip(lists, starts, strict=False)])
-        joined._bytes = np.concatenate([names._bytes for names in lists])
-        return joined
+        combined._ends = np.concatenate([names._ends + start for names, start in zip(lists, starts, strict=False)])
+        combined._bytes = np.concatenate([names._bytes for names in lists])
+        return combined
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -12,6 +12,7 @@ import glob
 import logging
 import os
 import re
+import resource
 import threading
 from collections import Counter, OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +108,12 @@ def _expand(pattern: str) -> list[str]:
     return [
         whole for choice in choices for whole in _expand(pattern[: match.start()] + choice + pattern[match.end() :])
     ]
+
+
+def _max_open() -> int:
+    """Shards that may be held open at a time: at most a quarter of the files that this process may open."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MAX_OPEN if limit == resource.RLIM_INFINITY else max(1, min(_MAX_OPEN, limit // 4))
 
 
 class ShardImages(NamedTuple):
@@ -232,7 +239,7 @@ class ShardSource:
             if descriptor is None:
                 descriptor = os.open(self._shards[shard], os.O_RDONLY)
             self._open[shard] = descriptor
-            if len(self._open) > _MAX_OPEN:
+            if len(self._open) > _max_open():
                 os.close(self._open.popitem(last=False)[1])
             descriptor = os.dup(descriptor)  # another thread may close the original
         try:

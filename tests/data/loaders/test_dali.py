@@ -102,12 +102,14 @@ def photographs(tmp_path: Path, monkeypatch) -> DataSettings:
     return DataSettings(root_path=sample, batch_size=50, num_workers=2, loader="torchvision")
 
 
+@pytest.mark.slow
 def test_photographs_agree_with_torchvision(photographs: DataSettings):
     apart = difference(batches(use(photographs)), batches(photographs))
     assert apart.mean() < 0.1
     assert apart.max() <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_whole_graph")
 def test_photographs_agree_where_dali_resizes_too(photographs: DataSettings):
     """But for single pixels, where the two round the rim of the filter differently."""

@@ -44,10 +44,10 @@ def test_pixels_are_torchvisions_on_the_same_box(settings: DataSettings):
             assert images.dtype == torch.uint8
             assert images.shape == (4, 3, 32, 48)
             for row, (position, image) in enumerate(zip(*order.request(0, step)[1:], strict=True)):
-                picture = Image.open(source.name(image)).convert("RGB")
+                pil_image = Image.open(source.name(image)).convert("RGB")
                 uniforms = draw_uniforms(7, 0, position)
-                left, top, width, height = choose_crop(*picture.size, uniforms, settings.crop_scale)
-                expected = F.pil_to_tensor(F.resized_crop(picture, top, left, height, width, [32, 48]))
+                left, top, width, height = choose_crop(*pil_image.size, uniforms, settings.crop_scale)
+                expected = F.pil_to_tensor(F.resized_crop(pil_image, top, left, height, width, [32, 48]))
                 if flip and uniforms[FLIP_DRAW] < 0.5:
                     expected = F.horizontal_flip(expected)
                 assert torch.equal(images[row], expected)
@@ -56,12 +56,14 @@ def test_pixels_are_torchvisions_on_the_same_box(settings: DataSettings):
 def test_transform_is_the_official_one(settings: DataSettings):
     """v2.RandomResizedCrop itself, given our box, gives our pixels: bilinear, antialiased."""
     source = FolderSource(settings.path)
-    picture = Image.open(source.name(0)).convert("RGB")
-    box = choose_crop(*picture.size, draw_uniforms(0, 0, 0), (0.3, 1.0))
+    pil_image = Image.open(source.name(0)).convert("RGB")
+    box = choose_crop(*pil_image.size, draw_uniforms(0, 0, 0), (0.3, 1.0))
     transform = v2.RandomResizedCrop(32, scale=(0.3, 1.0), antialias=True)
     params = dict(zip(("left", "top", "width", "height"), box, strict=True))
-    theirs = np.asarray(transform.transform(picture, params))
-    ours = picture.crop((box[0], box[1], box[0] + box[2], box[1] + box[3])).resize((32, 32), Image.Resampling.BILINEAR)
+    theirs = np.asarray(transform.transform(pil_image, params))
+    left, top, width, height = box
+    cropped = pil_image.crop((left, top, left + width, top + height))
+    ours = cropped.resize((32, 32), Image.Resampling.BILINEAR)
     assert np.array_equal(theirs, np.asarray(ours))
 
 
@@ -241,6 +243,22 @@ def test_a_workers_death_is_told_where_data_are_asked_for(settings: DataSettings
     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # torch's handler would raise here
     with pytest.raises(DataError, match="a worker was ended by SIGKILL"):
         list(images)
+
+
+def test_a_worker_that_cannot_pass_on_its_batch_lacks_open_files(settings: DataSettings):
+    """Without one, the thread that hands over shared memory ends, and this process reads the end of its answer."""
+    loader, images = started(settings)
+    kept = loader._batches
+
+    class HungUp:
+        _workers = kept._workers
+
+        def __next__(self) -> None:
+            raise EOFError
+
+    loader._batches = HungUp()
+    with pytest.raises(DataError, match=r"as many open files as it may have .*ulimit -n.*cannot pass on its batch"):
+        next(images)
 
 
 def test_an_error_of_a_worker_that_is_no_images_fault_is_raised(settings: DataSettings, monkeypatch):

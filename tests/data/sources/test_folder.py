@@ -134,16 +134,19 @@ def test_a_locale_that_is_ascii(tmp_path: Path):
     touch(tmp_path / "bild er ü 画" / "b.png")
     (tmp_path / "list.txt").write_text(f"{tmp_path}/bild er ü 画/é.png\n", encoding="utf-8")
     program = f"""if True:
-        import sys
+        import os, sys
+        from dmtjepa.config import expand_path
         from dmtjepa.data import open_images
         assert sys.getfilesystemencoding() == "ascii", sys.getfilesystemencoding()
         for path in ({f"{tmp_path}/bild er ü 画"!a}, {f"{tmp_path}/list.txt"!a}):
             source = open_images(path)
             print([len(source.read(image)) > 0 for image in range(len(source))])
+        os.mkdir(expand_path({f"{tmp_path}/läuf"!a}, "logging.folder"))
     """
     environment = os.environ | {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout == "[True, True]\n[True]\n", done.stderr
+    assert (tmp_path / "läuf").is_dir(), done.stderr
 
 
 def test_a_user_without_home_has_a_cache(monkeypatch):

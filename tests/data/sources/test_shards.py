@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def test_packed_shards_hold_the_folder(shards: Path, image_folder: Path):
     assert contents(pickle.loads(pickle.dumps(packed))) == contents(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader_name", LOADERS)
 def test_loaders_read_shards_and_lists_as_folders(shards: Path, image_folder: Path, tmp_path: Path, loader_name: str):
     listing = tmp_path / "images.txt"
@@ -80,6 +82,16 @@ def test_indexes_are_dalis(shards: Path, tmp_path: Path):
     subprocess.run([sys.executable, tool, copy, copy.with_suffix(".idx")], check=True, timeout=300)
     assert copy.with_suffix(".idx").read_text() == (shards / "shard-000002.idx").read_text()
     assert contents(open_images(copy)) == contents(open_images(shards))[16:24]
+
+
+@pytest.mark.parametrize(("limit", "count"), [(8, 2), (1, 1), (resource.RLIM_INFINITY, 4)])
+def test_few_shards_are_held_open_where_few_files_may_be(
+    shards: Path, image_folder: Path, monkeypatch, limit: int, count: int
+):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (limit, limit))
+    source = ShardSource(shards)
+    assert contents(source) == contents(FolderSource(image_folder))
+    assert len(source._open) == count
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -1,0 +1,246 @@
+"""What is measured during training: k-NN, linear probes and segmentation, of the last blocks of student and teacher."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dmtjepa.config import Config, expand_path
+from dmtjepa.data import DataError, build_eval_loader
+from dmtjepa.data.sources.base import ImageSource
+from dmtjepa.evaluation.errors import EvaluationError
+from dmtjepa.evaluation.features import autocast, average_fields, average_patches, last_layers
+from dmtjepa.evaluation.knn import DINO_NEIGHBORS, knn_accuracy, standardize
+from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
+from dmtjepa.evaluation.ranks import Ranks
+from dmtjepa.evaluation.segmentation import find_mask, find_masked, read_mask, score_segmentation
+from dmtjepa.evaluation.splits import Splits, find_splits
+from dmtjepa.models import VisionTransformer
+
+logger = logging.getLogger(__name__)
+
+NUM_BLOCKS = 4
+"""Blocks of an encoder that are measured, counted from the last."""
+Encoders: TypeAlias = Mapping[str, VisionTransformer]
+"""`teacher` and `student`, frozen."""
+Task: TypeAlias = Callable[[], dict[str, float]]
+"""Measures one kind of features; returns numbers by name."""
+
+
+class FeatureKey(NamedTuple):
+    """What features are of: a block of an encoder, from 1 to depth; and their kind, `pooled`, `layout` or `patches`."""
+
+    kind: str
+    block: int
+    depth: int
+    encoder: str
+
+    @property
+    def prefix(self) -> str:
+        """What the names of results begin with: nothing for the last block of the teacher."""
+        encoder = "" if self.encoder == "teacher" else f"{self.encoder}/"
+        return encoder if self.block == self.depth else f"{encoder}block{self.block}/"
+
+
+@dataclass
+class _Part:
+    """What this rank has read of a split: features of its images, in their order, and their labels and masks.
+
+    fault: why the masks cannot be used, if they cannot.
+    """
+
+    features: dict[FeatureKey, list[Tensor]] = field(default_factory=dict)
+    labels: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
+    fault: str | None = None
+
+    def add(self, key: FeatureKey, features: Tensor) -> None:
+        self.features.setdefault(key, []).append(features.cpu())
+
+
+def open_splits(config: Config) -> Splits:
+    """The images that the settings name for evaluations during training.
+
+    Raises:
+        DataError: they are missing, or have neither labels nor masks.
+        ConfigError: `evaluation.data` names an environment variable that is not set.
+    """
+    data = config.evaluation.data
+    splits = find_splits(
+        config.data,
+        data=None if data is None else Path(expand_path(data, "evaluation.data")),
+        max_images=config.evaluation.max_images,
+    )
+    if splits.unlabelled is not None and not all(len(find_masked(part)) for part in (splits.train, splits.validation)):
+        raise DataError(
+            f"evaluation.every_epochs: nothing can be measured during training on {splits.description}: "
+            f"{splits.unlabelled}; and there are no masks beside them. Set evaluation.data to images with labels or "
+            "masks, or evaluation.every_epochs: 0"
+        )
+    return splits
+
+
+class Evaluator:
+    """Measures encoders on the images of two splits. Each rank reads some of the images and fits some of the probes.
+
+    Args:
+        config: settings of the run.
+        splits: labelled, or with masks.
+        ranks: that share the work. Their number does not change the results.
+        device: where this rank computes.
+        num_workers: processes of this rank that load images.
+        on_progress: called for each batch and each kind of features.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        splits: Splits,
+        ranks: Ranks,
+        *,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config, self._splits, self._ranks = config, splits, ranks
+        self._device, self._num_workers, self._on_progress = device, num_workers, on_progress
+        self._masked = [find_masked(source) for source in (splits.train, splits.validation)]
+
+    def measure(self, encoders: Encoders) -> dict[str, float]:
+        """Measure the last blocks of each encoder. All ranks call this alike and get the same results.
+
+        Returns:
+            Numbers by name. `knn_20` and `linear` are accuracies of pooled features, from 0 to 1, computed as in the
+            report; `knn_20_layout` and `linear_layout` are those of features that keep the layout of the image. `miou`
+            is the mean IoU of a linear probe of patches. Names of what is not the teacher's last block have a prefix:
+            `student/linear`, `block11/linear`. `train_images` and `images` are the numbers of images.
+
+        Raises:
+            EvaluationError: no image of a split can be read.
+        """
+        tasks: list[Task] = []
+        numbers: dict[str, float] = {}
+        if self._splits.unlabelled is None:
+            numbers = self._add_classification(encoders, tasks)
+        if all(map(len, self._masked)):
+            self._add_segmentation(encoders, tasks)
+        for result in self._ranks.run(tasks):
+            numbers |= result
+        return numbers
+
+    def _add_classification(self, encoders: Encoders, tasks: list[Task]) -> dict[str, float]:
+        """Add k-NN and linear probes to `tasks`. Returns the numbers of images."""
+        parts = [self._read(encoders, source, dense=False) for source in (self._splits.train, self._splits.validation)]
+        labels = [self._ranks.gather(part.labels) for part in parts]
+        if not all(map(len, labels)):
+            raise EvaluationError("no images of a split could be read; check the images that are evaluated")
+        for key in _keys(encoders, ("layout", "pooled")):  # what takes longest first
+            owner = self._ranks.owner(len(tasks))
+            train, validation = (self._ranks.gather_on(owner, part.features.get(key, [])) for part in parts)
+            tasks.append(functools.partial(self._classify, key, train, labels[0], validation, labels[1]))
+        return {"train_images": len(labels[0]), "images": len(labels[1])}
+
+    def _add_segmentation(self, encoders: Encoders, tasks: list[Task]) -> None:
+        """Add linear probes of patches to `tasks`, unless masks cannot be used, which is logged."""
+        parts = [self._read(encoders, source, dense=True) for source in self._masked]
+        faults = [fault for part in parts for fault in self._ranks.exchange(part.fault) if fault is not None]
+        if faults:
+            if self._ranks.rank == 0:
+                logger.warning("segmentation is not measured: %s", faults[0])
+            return
+        for key in _keys(encoders, ("patches",)):
+            owner = self._ranks.owner(len(tasks))
+            columns = [rows for part in parts for rows in (part.features.get(key, []), part.masks)]
+            tasks.append(
+                functools.partial(self._segment, key, *[self._ranks.gather_on(owner, rows) for rows in columns])
+            )
+
+    @torch.no_grad()
+    def _read(self, encoders: Encoders, source: ImageSource, *, dense: bool) -> _Part:
+        """Features of the images of this rank: pooled and with layout, or, if `dense`, of patches, and the masks."""
+        part, config = _Part(), self._config
+        mine = self._ranks.take_part(source)
+        loader = build_eval_loader(
+            mine, config.data.image_size, config.evaluation.batch_size, num_workers=self._num_workers
+        )
+        for images, labels, names in loader if len(mine) else ():
+            self._on_progress()
+            for name, encoder in encoders.items():
+                for block, patches in self._encode(encoder, images):
+                    at = functools.partial(FeatureKey, block=block, depth=len(encoder.blocks), encoder=name)
+                    if dense:
+                        part.add(at("patches"), patches.float())
+                    else:
+                        part.add(at("pooled"), average_patches(patches))
+                        part.add(at("layout"), average_fields(patches, config.grid_size))
+            if labels is not None:
+                part.labels.append(labels)
+            if dense:
+                try:
+                    part.masks.append(_read_masks(names, config.data.image_size))
+                except (EvaluationError, OSError) as error:
+                    part.fault = str(error)
+                    break
+        return part
+
+    def _encode(self, encoder: VisionTransformer, images: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(number from 1, output [B,N,D]) of each of the last blocks."""
+        depth = len(encoder.blocks)
+        with autocast(self._device):
+            layers = last_layers(encoder, images.to(self._device, non_blocking=True), min(NUM_BLOCKS, depth))
+        return zip(range(depth - len(layers) + 1, depth + 1), layers, strict=True)
+
+    def _classify(
+        self, key: FeatureKey, train: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor
+    ) -> dict[str, float]:
+        """k-NN for all features; linear probes for pooled ones and, since they take long, the last block's layout."""
+        self._on_progress()
+        suffix, results = "_layout" if key.kind == "layout" else "", {}
+        neighbors = [k for k in DINO_NEIGHBORS if k <= len(train)]
+        if neighbors:
+            gallery, queries = standardize(train, features)
+            accuracy = knn_accuracy(
+                gallery, train_labels, queries, labels, num_neighbors=neighbors, device=self._device
+            )
+            results = {f"knn_{k}{suffix}": value for k, value in accuracy.items()}
+        if len(train) >= MIN_ROWS and (key.kind == "pooled" or key.block == key.depth):
+            probe = fit_linear(train, train_labels, device=self._device)
+            results[f"linear{suffix}"] = probe.accuracy(features, labels)
+        return {key.prefix + name: value for name, value in results.items()}
+
+    def _segment(
+        self, key: FeatureKey, train_patches: Tensor, train_masks: Tensor, patches: Tensor, masks: Tensor
+    ) -> dict[str, float]:
+        self._on_progress()
+        try:
+            scores = score_segmentation(
+                train_patches, train_masks, patches, masks, self._config.grid_size, device=self._device
+            )
+        except EvaluationError as error:
+            logger.warning("segmentation is not measured: %s", error)
+            return {}
+        return {f"{key.prefix}miou": scores.mean_iou}
+
+
+def _keys(encoders: Encoders, kinds: tuple[str, ...]) -> list[FeatureKey]:
+    """The features of the given kinds: those of the last blocks first, so that ranks share long tasks evenly."""
+    return [
+        FeatureKey(kind, block, len(encoder.blocks), name)
+        for kind in kinds
+        for from_last in range(NUM_BLOCKS)
+        for name, encoder in encoders.items()
+        if (block := len(encoder.blocks) - from_last) > 0
+    ]
+
+
+def _read_masks(names: list[str], image_size: tuple[int, int]) -> Tensor:
+    """The masks uint8 [n,H,W] of images that have one."""
+    paths = [find_mask(name) for name in names]
+    return torch.stack([read_mask(path, image_size) for path in paths if path is not None])

@@ -1,0 +1,80 @@
+"""All ranks train on the same images, in the same order, with the same settings, or the run says which one does not."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dmtjepa.config import Config, Resume, different_settings, resume_rules
+from dmtjepa.data import ImageSource
+from dmtjepa.data.fingerprint import ImageList, describe_change
+from dmtjepa.training.distributed import DistributedError, World
+
+T = TypeVar("T")
+
+MAX_LISTED = 8
+"""Ranks in a message."""
+
+
+def check_ranks_agree(config: Config, source: ImageSource, loader: str, world: World) -> None:
+    """Refuse ranks that have other images than rank 0, or read them with another loader or other settings.
+
+    That happens where nodes see different states of a shared folder, or have different software. All ranks call this.
+    Each sends digests of its names and its settings. The names themselves are sent only if digests differ.
+
+    Args:
+        loader: name of the loader that reads the images.
+
+    Raises:
+        DistributedError: on all ranks, with the ranks that differ and in what.
+    """
+    names = source.keys()
+    settings = hashlib.sha256(config.to_yaml().encode()).hexdigest()
+    found = _gather((len(names), names.digest(), loader, settings), world)
+    if all(other == found[0] for other in found):
+        return
+    own = config, ImageList(names, {}), loader
+    first: list[Any] = [own]
+    dist.broadcast_object_list(first, src=0, device=torch.device("cpu"))
+    config_0, images_0, loader_0 = first[0]
+    differences = _describe_difference(config_0, images_0, loader_0, *own)
+    lines = [line for line in _gather(f"  {world.name}: {differences}" if differences else "", world) if line]
+    if lines:
+        more = [f"  and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+        raise DistributedError(
+            "\n".join(
+                [
+                    "some ranks would not train on the same as rank 0:",
+                    *lines[:MAX_LISTED],
+                    *more,
+                    "If files on shared storage were changed lately, start again when all nodes see the change",
+                ]
+            )
+        )
+
+
+def _gather(value: T, world: World) -> list[T]:
+    """The values of all ranks, in their order."""
+    values: list[Any] = [None] * world.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _describe_difference(
+    config_0: Config, images_0: ImageList, loader_0: str, config: Config, images: ImageList, loader: str
+) -> str:
+    """How a rank differs from rank 0, or nothing. Paths of the images and numbers of workers may differ."""
+    texts = []
+    if images.names.digest() != images_0.names.digest():
+        change = describe_change(images_0, images)
+        texts.append(f"{len(images.names)} images and not {len(images_0.names)}: {change}")
+    if loader != loader_0:
+        texts.append(f"the loader {loader} and not {loader_0} (data.loader)")
+    rules = resume_rules(Config)
+    for key, first, own in different_settings(config_0, config):
+        if rules[key] is not Resume.FREE or not key.startswith("data."):
+            texts.append(f"{key} is {own} and not {first}")
+    return "; ".join(texts)

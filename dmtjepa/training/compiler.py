@@ -1,0 +1,82 @@
+"""What torch.compile and Triton need of a machine: a compiler, and a folder for what it makes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from dmtjepa.config import Config, ConfigError
+from dmtjepa.training.compute_plan import ComputePlan
+
+
+def check_compiler(config: Config, device_type: str) -> None:
+    """Refuse settings that need a compiler where there is none, or where its cache cannot be used. Nothing is left.
+
+    Raises:
+        ConfigError: with the program that was not found, or the folder and the environment variable that moves it.
+    """
+    compiled = ComputePlan.from_config(config, device_type).compiled
+    triton = device_type == "cuda" and (compiled or config.runtime.kernels == "triton")
+    if device_type == "cpu" and compiled:
+        given = os.environ.get("CXX")
+        if not shutil.which(given or "g++"):
+            raise ConfigError(
+                f"runtime.compile: there is no C++ compiler ({given or 'g++'}); install it, let the environment "
+                "variable CXX name one, or set runtime.compile: off"
+            )
+    if triton:
+        given = os.environ.get("CC")
+        if not any(map(shutil.which, [given] if given else ["gcc", "clang"])):
+            raise ConfigError(
+                f"runtime.kernels: triton needs a C compiler ({given or 'gcc or clang'}); install it, let the "
+                "environment variable CC name one, or set runtime.kernels: torch and runtime.compile: off"
+            )
+    if compiled:
+        _check_cache(_find_inductor_cache, "TORCHINDUCTOR_CACHE_DIR", "runtime.compile: off")
+    # The Triton kernels of torch.compile are kept in its own cache, unless the variable names another folder.
+    if triton and (config.runtime.kernels == "triton" or "TRITON_CACHE_DIR" in os.environ):
+        _check_cache(_find_triton_cache, "TRITON_CACHE_DIR", "runtime.kernels: torch and runtime.compile: off")
+
+
+def _find_inductor_cache() -> str:
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if given is not None:
+        return given
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds to import
+
+    return default_cache_dir()
+
+
+def _find_triton_cache() -> str:
+    from triton import knobs
+
+    return knobs.cache.dir
+
+
+def _check_cache(find: Callable[[], str], variable: str, setting: str) -> None:
+    """Check that programs can be written into a cache, which need not exist yet, and run from there.
+
+    Args:
+        find: the folder of the cache.
+        variable: environment variable that names another folder.
+        setting: what makes the cache unnecessary.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    path = None
+    try:
+        path = Path(find() or os.devnull).absolute()  # an empty name is no folder
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        tempfile.TemporaryFile(dir=existing).close()  # permissions alone do not tell: root has all of them
+        if os.statvfs(existing).f_flag & os.ST_NOEXEC:
+            raise PermissionError(f"{existing} is mounted without permission to run programs (noexec)")
+    except (OSError, KeyError) as error:  # KeyError: no HOME, and no entry in the passwd file
+        place = f"the cache of compiled programs, {path}, cannot be used" if path else "there is no place for its cache"
+        raise ConfigError(
+            f"{setting.partition(':')[0]}: {place}: {error}. Let the environment variable {variable} name a folder "
+            f"that can be written to, or set {setting}"
+        ) from None

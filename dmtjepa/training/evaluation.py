@@ -1,0 +1,148 @@
+"""Evaluation during training: when, of which weights, and what becomes of the results."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dmtjepa.config import Config
+from dmtjepa.evaluation.errors import EvaluationError
+from dmtjepa.evaluation.evaluator import Evaluator, open_splits
+from dmtjepa.evaluation.ranks import Ranks
+from dmtjepa.interop import write_official
+from dmtjepa.metrics_file import read_metrics
+from dmtjepa.objective import build_frozen_encoder
+from dmtjepa.run_folder import RunFolder
+from dmtjepa.tensors import whole_tensors
+from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
+from dmtjepa.training.metrics import Metrics
+from dmtjepa.training.phase import Phase
+from dmtjepa.training.schedules import Schedules
+from dmtjepa.training.state import TrainingState
+from dmtjepa.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "eval/"
+SCORES = ("eval/linear", "eval/miou")
+"""What decides which evaluation is the best: the first of them that is measured."""
+COUNTS = ("eval/train_images", "eval/images")
+"""Evaluations on other numbers of images are not compared with each other."""
+SUMMARY = {"knn_20": "k-NN", "linear": "linear", "miou": "mIoU"}
+
+
+class PeriodicEvaluation:
+    """Measures student and teacher every `evaluation.every_epochs` epochs, and after the last.
+
+    Training waits meanwhile. Its random numbers are not touched: the losses are those of a run without evaluation.
+
+    Args:
+        config, world, folder, schedules, state, metrics, watchdog: of the run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        folder: RunFolder,
+        schedules: Schedules,
+        state: TrainingState,
+        metrics: Metrics,
+        watchdog: Watchdog,
+    ) -> None:
+        self._config, self._world, self._folder = config, world, folder
+        self._schedules, self._state, self._metrics, self._watchdog = schedules, state, metrics, watchdog
+        self._every_epochs = config.evaluation.every_epochs
+        self._evaluator: Evaluator | None = None
+        if self._every_epochs:
+            group = new_gloo_group(world) if world.world_size > 1 else None
+            self._evaluator = Evaluator(
+                config,
+                open_splits(config),
+                Ranks(world.rank, world.world_size, group),
+                device=world.device,
+                num_workers=config.data.num_workers,
+                on_progress=lambda: watchdog.on_phase(Phase.EVALUATION),
+            )
+
+    def is_due(self) -> bool:
+        """Whether the settings ask for an evaluation after the current step."""
+        step = self._state.step
+        if not self._every_epochs or step == 0:
+            return False
+        return step % (self._schedules.steps_per_epoch * self._every_epochs) == 0 or step == self._schedules.num_steps
+
+    def run_missing(self) -> None:
+        """Evaluate now, if that is due at the step that a start resumes from and was not done before a kill."""
+        if not self.is_due():
+            return
+        last = self._state.step - 1
+        done = run_on_rank_0(self._world, lambda: any(row["step"] == last for row in self._read_rows()))
+        if not done:
+            self.run()
+
+    def run(self) -> None:
+        """Measure the current weights. All ranks call this alike."""
+        assert self._evaluator is not None
+        self._watchdog.on_phase(Phase.EVALUATION, self._state.step)
+        start = time.perf_counter()
+        model = self._state.model
+        device = self._world.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            weights = {
+                name: whole_tensors(encoder.state_dict())
+                for name, encoder in (("teacher", model.teacher_encoder), ("student", model.encoder))
+            }
+            encoders = {name: build_frozen_encoder(self._config, w, device.type) for name, w in weights.items()}
+            try:
+                numbers = self._evaluator.measure(encoders)
+            except EvaluationError as error:
+                if self._world.rank == 0:
+                    logger.warning("not evaluated after step %d: %s", self._state.step, error)
+                return
+        if self._world.rank == 0:
+            values = {PREFIX + name: value for name, value in numbers.items()}
+            if self._config.evaluation.keep_best:
+                self._keep_if_best(values, weights)
+            values["eval/seconds"] = time.perf_counter() - start
+            self._metrics.write_values(self._state.step - 1, values)
+            logger.info("%s", self._describe(values))
+
+    def _keep_if_best(self, values: Mapping[str, float], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write `{tag}-best.pth.tar`, before the row of metrics: if a kill comes between, both are made again."""
+        name = next((name for name in SCORES if name in values), None)
+        if name is None:
+            return
+        path = self._folder.best_export
+        earlier = [row[name] for row in self._read_rows() if name in row and _same_counts(row, values)]
+        if path.is_file() and earlier and values[name] <= max(earlier):
+            return
+        parts = {"encoder": weights["student"], "target_encoder": weights["teacher"]}
+        on_host = {part: {key: value.cpu() for key, value in tensors.items()} for part, tensors in parts.items()}
+        try:
+            write_official(path, on_host, self._state.meta(keep=True))
+        except OSError as error:
+            logger.warning("%s cannot be written, and the best encoder is not kept: %s", path, error)
+
+    def _read_rows(self) -> list[dict]:
+        """The earlier evaluations of this run."""
+        path = self._folder.metrics_file
+        rows = read_metrics(path) if path.is_file() else []
+        return [row for row in rows if "eval/seconds" in row]
+
+    def _describe(self, values: Mapping[str, float]) -> str:
+        parts = []
+        for name, title in SUMMARY.items():
+            if PREFIX + name in values:
+                teacher, student = (100 * values[f"{PREFIX}{part}{name}"] for part in ("", "student/"))
+                parts.append(f"{title} {teacher:.1f} (student {student:.1f})")
+        epoch, seconds = self._state.step / self._schedules.steps_per_epoch, values["eval/seconds"]
+        return f"evaluation after epoch {epoch:g} ({seconds:.1f} s): {', '.join(parts) or 'nothing could be measured'}"
+
+
+def _same_counts(row: Mapping[str, float], values: Mapping[str, float]) -> bool:
+    return all(row.get(name) == values.get(name) for name in COUNTS)

@@ -1,0 +1,51 @@
+"""Every fault in the settings is named with its remedy."""
+
+import pytest
+
+from dmtjepa.config import ConfigError, load_config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.batchsize=3", ["data.batchsize", "did you mean batch_size?"]),
+        ("dta.batch_size=3", ["dta", "did you mean data?"]),
+        ("mask.patch_k_num=2", ["mask.patch_k_num", "did you mean patch.patch_k_num?"]),
+        ("data.batch_size=0", ["data.batch_size", "greater than or equal to 1", "it is 0"]),
+        ("data.batch_size=many", ["data.batch_size", "integer", "many"]),
+        ("data.crop_scale=[0.5, 1.5]", ["data.crop_scale.1", "less than or equal to 1", "1.5"]),
+        ("data.crop_scale=[0.9, 0.5]", ["data.crop_scale", "0.9", "0.5"]),
+        ("data.crop_size=10", ["data.crop_size", "smaller than a patch", "14"]),
+        ("data.crop_size=225", ["data.crop_size", "not a multiple", "224 and 238"]),
+        ("mask.aspect_ratio=[2, 1]", ["mask.aspect_ratio", "larger than the second"]),
+        ("mask.num_enc_masks=2", ["mask.num_enc_masks", "must be 1"]),
+        ("patch.patch_k_size=4", ["patch.patch_k_size", "3, 5 or 7"]),
+        ("patch.target_attn=self-attn", ["patch.target_attn", "cross-attn"]),
+        ("meta.model_name=vit_bas", ["meta.model_name", "vit_base", "vit_bas"]),
+        ("optimization.warmup=301", ["optimization.warmup", "300 epochs", "shorten"]),
+        ("runtime.attention=flash", ["runtime.attention", "xformers", "flash"]),
+        ("data.dataset=shapes", ["data.root_path", "no effect with data.dataset: shapes", "set data.dataset: folder"]),
+        ("meta={read_checkpoint: x.pth.tar}", ["meta.read_checkpoint", "without meta.load_checkpoint"]),
+        ("data={batch_size: 1, batch_size: 2}", ["not a YAML value"]),
+        ("data.batch_size", ["section.key=value"]),
+        ("=3", ["section.key=value"]),
+        ("data.batch_size.x=3", ["batch_size is a value, not a section"]),
+    ],
+)
+def test_faults_are_named_with_their_remedy(official, override, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(official, [override])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_all_faults_are_listed_at_once(official):
+    with pytest.raises(ConfigError) as error:
+        load_config(official, ["data.batch_size=0", "mask.min_kep=3"])
+    assert "data.batch_size" in str(error.value)
+    assert "did you mean min_keep?" in str(error.value)
+
+
+def test_neighbours_must_fit_the_window(official):
+    with pytest.raises(ConfigError, match=r"window of 7 is larger than the grid of 4x4"):
+        load_config(official, ["data.crop_size=56", "patch.patch_k_size=7"])

@@ -1,0 +1,143 @@
+"""Evaluation during training: it changes nothing, it is made up for after a kill, and the best encoders are kept."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmtjepa import checkpoint_format
+from dmtjepa.config import ConfigError
+from dmtjepa.data import DataError, build_eval_loader
+from dmtjepa.evaluation.context import load_teacher
+from dmtjepa.evaluation.features import extract_features
+from dmtjepa.evaluation.knn import knn_accuracy, standardize
+from dmtjepa.evaluation.linear import fit_linear
+from dmtjepa.interop import read_checkpoint
+from dmtjepa.metrics_file import read_metrics
+from dmtjepa.run_folder import RunFolder
+from dmtjepa.training.check import check_start
+from dmtjepa.training.evaluation import PeriodicEvaluation
+from dmtjepa.training.launch import launch
+from tests.helpers.run_folders import write_images, write_masks
+
+
+@pytest.fixture(scope="package")
+def labelled(tmp_path_factory) -> Path:
+    """train/ and val/ of 3 classes, 10 and 4 images each, and masks."""
+    folder = tmp_path_factory.mktemp("labelled")
+    write_images(folder / "train", 10, seed=0)
+    write_images(folder / "val", 4, seed=1)
+    write_masks(folder)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def evaluated(settings_in, labelled, tmp_path_factory, plain):
+    """The run `plain`, evaluated after each of its 3 epochs."""
+    config = settings_in(tmp_path_factory.mktemp("evaluated"), **every_epoch(labelled))
+    assert launch(config, ["cpu"]) == 0
+    return config
+
+
+def every_epoch(labelled):
+    return {"evaluation.every_epochs": 1, "evaluation.data": str(labelled), "evaluation.keep_best": True}
+
+
+def read_rows(config):
+    rows = read_metrics(RunFolder.from_config(config).metrics_file)
+    return [row for row in rows if "eval/seconds" in row]
+
+
+def without_seconds(rows):
+    return [{name: value for name, value in row.items() if name != "eval/seconds"} for row in rows]
+
+
+@pytest.mark.slow
+def test_training_is_the_same_bit_by_bit(plain, evaluated, losses, weights):
+    assert losses(evaluated) == losses(plain)
+    torch.testing.assert_close(weights(evaluated), weights(plain), rtol=0, atol=0)
+    states = [
+        checkpoint_format.load_full(checkpoint_format.newest_whole(Path(config.logging.folder, "checkpoints")))
+        for config in (evaluated, plain)
+    ]
+    assert torch.equal(states[0]["rng.0"], states[1]["rng.0"])
+
+
+@pytest.mark.slow
+def test_the_rows_are_what_the_report_measures(evaluated, labelled):
+    rows = read_rows(evaluated)
+    assert [row["step"] for row in rows] == [7, 15, 23]
+    last = rows[-1]
+    # The tiny network has two blocks.
+    for name in ("linear", "knn_10", "knn_20_layout", "miou"):
+        assert {f"eval/{prefix}{name}" for prefix in ("", "block1/", "student/", "student/block1/")} <= last.keys()
+    assert {"eval/linear_layout", "eval/student/linear_layout"} <= last.keys()
+    assert "eval/knn_100" not in last  # there are 30 training images
+    assert (last["eval/train_images"], last["eval/images"]) == (30, 12)
+    assert last["eval/seconds"] > 0
+
+    teacher, _ = load_teacher(evaluated, RunFolder.from_config(evaluated).latest_export)
+    train, validation = (
+        extract_features(teacher, build_eval_loader(labelled / split, 32, 256), grid_size=(8, 8), progress=False)
+        for split in ("train", "val")
+    )
+    probe = fit_linear(train.pooled, train.labels)
+    assert last["eval/linear"] == pytest.approx(probe.accuracy(validation.pooled, validation.labels))
+    gallery, queries = standardize(train.layout, validation.layout)
+    expected = knn_accuracy(gallery, train.labels, queries, validation.labels, num_neighbors=(20,))[20]
+    assert last["eval/knn_20_layout"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_the_best_encoders_are_kept(evaluated):
+    rows = read_rows(evaluated)
+    best = max(rows, key=lambda row: row["eval/linear"])  # the first of equals
+    kept = read_checkpoint(RunFolder.from_config(evaluated).best_export)
+    assert kept["step"] == best["step"] + 1
+    assert {"encoder", "target_encoder"} <= kept.keys()
+    load_teacher(evaluated, RunFolder.from_config(evaluated).best_export)
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(evaluated, labelled, settings, monkeypatch, losses):
+    config = settings(**every_epoch(labelled))
+    run = PeriodicEvaluation.run
+
+    def killed(evaluation):
+        if evaluation._state.step == 16:
+            raise KeyboardInterrupt
+        run(evaluation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PeriodicEvaluation, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            launch(config, ["cpu"])
+    assert [row["step"] for row in read_rows(config)] == [7]
+    folder = RunFolder.from_config(config)
+    resumed = checkpoint_format.step_of(checkpoint_format.newest_whole(folder.checkpoints))
+    assert resumed in (8, 16)  # whether the checkpoint was complete
+    assert launch(config, ["cpu"]) == 0
+    assert without_seconds(read_rows(config)) == without_seconds(read_rows(evaluated))
+    assert losses(config) == losses(evaluated)
+    kept = [read_checkpoint(RunFolder.from_config(c).best_export) for c in (config, evaluated)]
+    torch.testing.assert_close(kept[0]["target_encoder"], kept[1]["target_encoder"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_evaluated_when_it_is_asked_for_later(plain, evaluated, labelled, settings_in, tmp_path):
+    folder = Path(shutil.copytree(plain.logging.folder, tmp_path / "run"))
+    config = settings_in(folder, **every_epoch(labelled))
+    assert launch(config, ["cpu"]) == 0
+    assert without_seconds(read_rows(config)) == without_seconds(read_rows(evaluated))[-1:]
+
+
+def test_images_without_labels_and_masks_are_refused_before_the_start(settings, labelled):
+    config = settings(**{"evaluation.every_epochs": 1})
+    with pytest.raises(DataError, match=r"nothing can be measured during training.*Set evaluation\.data to images"):
+        check_start(config, 1, "cpu")
+    check_start(settings(**every_epoch(labelled)), 1, "cpu")
+    with pytest.raises(ConfigError, match="SURELY_UNSET is not set"):
+        check_start(settings(**every_epoch("$SURELY_UNSET/images")), 1, "cpu")
