@@ -157,7 +157,7 @@ class Instruments(Observer):
         return Reading(sums, features)
 
 
-def _sum_squares(tensors: Sequence[Tensor]) -> Tensor:
+def _sum_squares(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum()
 
 
