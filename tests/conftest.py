@@ -32,9 +32,20 @@ def pytest_collection_modifyitems(items):
 
 
 def start_with_the_slow_files(items):
-    """Sort tests by the number of slow ones in their folder, then in their file: parallel processes end together."""
-    counts = Counter()
+    """Sort tests so that parallel processes end together.
+
+    Tests on SLURM come first: they wait for minutes while others compute. Then come the folders, and in them the files,
+    with the largest number of slow tests.
+    """
+    slow, slurm = Counter(), set()
     for item in items:
         if item.get_closest_marker("slow"):
-            counts.update({item.path, item.path.parent})
-    items.sort(key=lambda item: (-counts[item.path.parent], str(item.path.parent), -counts[item.path], str(item.path)))
+            slow.update({item.path, item.path.parent})
+        if item.get_closest_marker("slurm"):
+            slurm.add(item.path)
+
+    def order(item):
+        file, folder = item.path, item.path.parent
+        return file not in slurm, -slow[folder], str(folder), -slow[file], str(file)
+
+    items.sort(key=order)
