@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 TABLE = """
 base: configs/quickstart.yaml
 settings: [data.dataset=folder, data.crop_size=32, data.batch_size=8, data.num_workers=0, data.loader=torchvision,
-  mask.min_keep=0, optimization.epochs=20, runtime.log_every=1, runtime.save_every_epochs=1]
+  mask.min_keep=0, optimization.epochs=8, runtime.log_every=1, runtime.save_every_epochs=1]
 variants:
   patch: [patch.query=patch]
 seeds: [3]
@@ -69,14 +69,10 @@ def test_a_killed_table_continues_where_it_was(images, tmp_path):
 
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=1800)
     result = json.loads((folder / "result.json").read_text())
-    assert (result["variant"], result["seed"], result["steps"]) == ("patch", 3, 60)
+    assert (result["variant"], result["seed"], result["steps"]) == ("patch", 3, 24)
     assert len(result["starts"]) == 2
     assert result["starts"][1]["step"] > 0
     assert set(result["report"]["knn"]) >= {"trained", "untrained", "pixels"}
-
-    before = (folder / "train.log").stat().st_mtime_ns
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=600)
-    assert (folder / "train.log").stat().st_mtime_ns == before
 
 
 @pytest.fixture
