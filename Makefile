@@ -1,10 +1,10 @@
 # Everything runs in a virtual environment inside the checkout. Another Python: make PYTHON=python3.12 ...
 PYTHON ?= python3
-# Processes that run tests at a time. One thread each: two processes with two threads each are slower on two cores.
-JOBS ?= 2
+# Processes that run tests at a time, with one thread each: one more than two cores, because some tests only wait.
+JOBS ?= 3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: venv quickstart check test lint types format gpu-check clean
 

@@ -9,6 +9,7 @@
     checkpoints/step-{n}/        complete states, see `dmtjepa.checkpoint_format`
     {tag}-latest.pth.tar         the newest epoch in the official layout, see `dmtjepa.interop.official`
     {tag}-ep{N}.pth.tar          the state after N epochs in the official layout, kept
+    rollbacks.json               how often a collapsed run went back to an earlier checkpoint (`runtime.on_collapse`)
     {tag}-best.pth.tar           the encoders of the best evaluation during training (evaluation.keep_best)
     not_finite/                  the state after a loss that was not finite: a checkpoint, and steps.json
     report/                      what `python -m dmtjepa.evaluation` writes
@@ -36,7 +37,7 @@ from dmtjepa.config import Config, ConfigError, changed_settings, different_sett
 from dmtjepa.environment import describe_environment
 from dmtjepa.errors import UserError
 from dmtjepa.files import WRITING, write_atomically, write_json
-from dmtjepa.metrics_file import MetricsFile
+from dmtjepa.metrics_file import MetricsFile, read_metrics
 from dmtjepa.processes import private_descriptor
 from dmtjepa.step_csv import LossCurve, StepCsv, has_rows, read_losses
 
@@ -261,6 +262,13 @@ class RunFolder:
         """The metrics of the run, to write the rows from `first_step` on. Rank 0 writes them."""
         return MetricsFile(self.metrics_file, first_step=first_step)
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`. Empty if there is no such file, or it cannot be read."""
+        try:
+            return read_metrics(self.metrics_file)
+        except OSError:
+            return []
+
     def read_losses(self) -> LossCurve | None:
         """The losses of the run, which are the same on all ranks. None if the run has no CSV.
 
@@ -269,6 +277,26 @@ class RunFolder:
         """
         path = self.csv_file(0)
         return read_losses(path) if path.is_file() else None
+
+    def read_rollbacks(self) -> list[dict[str, Any]]:
+        """What `write_rollbacks` has written: `from_step`, `to_step` and `finding` of each. Empty if it was not called.
+
+        Raises:
+            RunFolderError: the file cannot be read.
+        """
+        path = self.path / "rollbacks.json"
+        if not path.is_file():
+            return []
+        try:
+            return list(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunFolderError(
+                f"{path} cannot be read: {error}. Restore it, or remove it to train at the full learning rate"
+            ) from None
+
+    def write_rollbacks(self, rollbacks: list[dict[str, Any]]) -> None:
+        """Note how often a run that had collapsed was rolled back."""
+        write_json(self.path / "rollbacks.json", rollbacks)
 
     def write_not_finite(self, steps: list[dict[str, Any]]) -> None:
         """Describe steps whose loss or gradient was not finite, beside the checkpoint in `not_finite/`."""

@@ -88,7 +88,7 @@ def train_and_measure(run: Run, images: Path, folder: Path, device: str) -> None
     """Train, or continue to train, evaluate, and write the result. Raises RunFailed."""
     program = [sys.executable, str(ROOT / "main.py"), "--fname", str(run.base_path), "--devices", device]
     call([*program, *run.overrides(images, folder)], folder / "train.log")
-    program = [sys.executable, "-m", "dmtjepa.evaluation", str(folder.absolute()), "--device", device]
+    program = [sys.executable, "-m", "dmtjepa.evaluation", str(folder.absolute()), "--device", device, "--quick"]
     call(program, folder / "evaluate.log")
     files = RunFolder.from_config(run.config(images, folder))
     times = read_step_seconds(files.csv_file(0))

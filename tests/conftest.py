@@ -4,6 +4,7 @@ Tests marked `gpu` are skipped without a CUDA device. Tests that use an expensiv
 """
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -22,8 +23,29 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if EXPENSIVE_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+    start_with_the_slow_files(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def start_with_the_slow_files(items):
+    """Sort tests so that parallel processes end together.
+
+    Tests on SLURM come first: they wait for minutes while others compute. Then come the folders, and in them the files,
+    with the largest number of slow tests.
+    """
+    slow, slurm = Counter(), set()
+    for item in items:
+        if item.get_closest_marker("slow"):
+            slow.update({item.path, item.path.parent})
+        if item.get_closest_marker("slurm"):
+            slurm.add(item.path)
+
+    def order(item):
+        file, folder = item.path, item.path.parent
+        return file not in slurm, -slow[folder], str(folder), -slow[file], str(file)
+
+    items.sort(key=order)

@@ -261,6 +261,11 @@ class RuntimeSettings(Section):
     reshard_after_forward: Free[bool] = Field(
         True, description="free the student's gathered weights between forward and backward; false: faster, larger"
     )
+    on_collapse: Free[Literal["warn", "stop", "rollback"]] = Field(
+        "warn",
+        description="what a run does that has collapsed, besides saying so: go on (warn); save and stop; or go on from "
+        "the last good checkpoint with half the learning rate, at most 3 times (rollback). See docs/evaluation.md",
+    )
     log_every: Free[int] = Field(10, ge=1, description="steps between two reads of the losses, when rows are written")
     save_every_steps: Free[int | None] = Field(
         None, ge=1, description="steps between checkpoints, besides those of epochs"
@@ -295,7 +300,7 @@ class EvaluationSettings(Section):
         "for the report; null: those of the run",
     )
     max_images: Free[int] = Field(
-        10_000, ge=10, description="upper limit for the images of each split that are measured during training"
+        5_000, ge=10, description="upper limit for the images of each split that are measured during training"
     )
     keep_best: Free[bool] = Field(
         False,

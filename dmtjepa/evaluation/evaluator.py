@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 NUM_BLOCKS = 4
 """Blocks of an encoder that are measured, counted from the last."""
+LAYOUT_DECAYS, LAYOUT_ITERATIONS = (1e-1, 1e-2, 1e-3), 30
+"""Of linear probes of features with layout, which have up to 16 times as many dimensions: training waits for them."""
+
 Encoders: TypeAlias = Mapping[str, VisionTransformer]
 """`teacher` and `student`, frozen."""
 Task: TypeAlias = Callable[[], dict[str, float]]
@@ -211,7 +214,12 @@ class Evaluator:
             )
             results = {f"knn_{k}{suffix}": value for k, value in accuracy.items()}
         if len(train) >= MIN_ROWS and (key.kind == "pooled" or key.block == key.depth):
-            probe = fit_linear(train, train_labels, device=self._device)
+            if key.kind == "pooled":
+                probe = fit_linear(train, train_labels, device=self._device)
+            else:
+                probe = fit_linear(
+                    train, train_labels, decays=LAYOUT_DECAYS, max_iterations=LAYOUT_ITERATIONS, device=self._device
+                )
             results[f"linear{suffix}"] = probe.accuracy(features, labels)
         return {key.prefix + name: value for name, value in results.items()}
 

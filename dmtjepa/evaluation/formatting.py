@@ -20,6 +20,7 @@ class Report:
     protocols: accuracies by the protocols of papers: name of the protocol -> name of the features -> accuracy.
     low_shot: accuracies with few labels: which labels -> name of the features -> mean, std, num_images.
     loss: number of logged steps, first and last loss.
+    verdict: what the figures of the training say, see `dmtjepa.evaluation.verdict`.
     notes: what limits the results, such as classes without images.
     skipped: what was not measured, and why.
     files: the files of the report.
@@ -38,6 +39,7 @@ class Report:
     segmentation: dict[str, dict[str, float]] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
     collapsed: bool = False
+    verdict: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -107,6 +109,7 @@ def format_verdict(report: Report) -> list[str]:
             f"{state}: effective rank {numbers['effective_rank']:.1f} of {numbers['num_dimensions']}, "
             f"mean cosine {numbers['mean_cosine']:.2f}"
         )
+    lines += [f"training: {sentence}" for sentence in report.verdict]
     return [*lines, *report.notes, *(f"skipped {reason}" for reason in report.skipped)]
 
 

@@ -22,6 +22,7 @@ from dmtjepa.evaluation.figure_data import collect_figure_data
 from dmtjepa.evaluation.figures import FigureData, save_figures
 from dmtjepa.evaluation.formatting import Report, format_markdown
 from dmtjepa.evaluation.splits import Splits
+from dmtjepa.evaluation.verdict import describe
 from dmtjepa.files import write_atomically, write_json
 from dmtjepa.interop import read_checkpoint
 from dmtjepa.run_folder import RunFolder
@@ -60,6 +61,7 @@ def evaluate(
     with skipping(report):
         loss = read_loss_curve(run)
         report.loss = measurements.summarize_loss(loss)
+    report.verdict = describe(run.read_metrics())
 
     figures = collect_figure_data(
         context, loss=loss, accuracy=report.knn, chance=report.data.get("most_frequent_class")

@@ -23,8 +23,10 @@ import torch.distributed as dist
 
 from dmtjepa.config import Config
 from dmtjepa.errors import UserError
+from dmtjepa.evaluation.verdict import describe
 from dmtjepa.output import protect_output
 from dmtjepa.processes import STOP_SIGNALS
+from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.distributed import check_device, first_failure, process_group
 from dmtjepa.training.estimate import OutOfMemory, explain_oom
 from dmtjepa.training.fork_server import enter_rank, start_fork_server
@@ -53,6 +55,8 @@ def run_process(config: Config, device_name: str) -> Outcome:
         with first_failure(world):
             try:
                 outcome = train(config, world)
+                while outcome.rolled_back and not outcome.signals:
+                    outcome = train(config, world)
             except torch.OutOfMemoryError as error:
                 raise OutOfMemory(explain_oom(config, world.world_size, device, error)) from error
         if world.rank == 0:
@@ -61,6 +65,8 @@ def run_process(config: Config, device_name: str) -> Outcome:
             remedy = "" if outcome.complete else "; start it again with the same settings to continue"
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print(f"{how} at {place}; the run is in {config.logging.path}{remedy}", file=sys.stderr, flush=True)
+                for sentence in describe(RunFolder.from_config(config).read_metrics()) if outcome.complete else ():
+                    print(sentence, file=sys.stderr, flush=True)
         return outcome
 
 

@@ -11,7 +11,7 @@ from dmtjepa.config import Config
 from dmtjepa.training.check import check_start
 from dmtjepa.training.distributed import World
 from dmtjepa.training.phase import Phase
-from dmtjepa.training.setup import build_run, open_folder
+from dmtjepa.training.setup import Run, build_run, open_folder
 from dmtjepa.training.signals import StopSignals
 from dmtjepa.training.vote import Vote
 from dmtjepa.training.watchdog import Watchdog
@@ -19,11 +19,15 @@ from dmtjepa.training.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: after `step` of `num_steps`. `signals` are those that any rank received."""
+    """How a run ended: after `step` of `num_steps`. `signals` are those that any rank received.
+
+    With `rolled_back`, it collapsed and has to be started again, from an earlier checkpoint.
+    """
 
     step: int
     num_steps: int
     signals: tuple[int, ...]
+    rolled_back: bool = False
 
     @property
     def complete(self) -> bool:
@@ -39,7 +43,7 @@ def train(config: Config, world: World) -> Outcome:
     Raises:
         RunFolderError: the folder holds another run.
         ConfigError, DataError, MaskError, WeightsError: the settings do not allow a single step.
-        NonFiniteLoss: see `optimization.max_skipped_steps`.
+        NonFiniteLoss, CollapsedRun: see `optimization.max_skipped_steps` and `runtime.on_collapse`.
         CheckpointError: a checkpoint could not be written or read.
     """
     source = check_start(config, world.world_size, world.device.type)
@@ -54,15 +58,17 @@ def train(config: Config, world: World) -> Outcome:
         metrics.restart_clock()
         for batch in run.batches.steps(state.step, num_steps):
             loss, norm = run.train_step(batch.micro_batches, batch.step)
-            metrics.record(batch, loss, norm)
+            metrics.record(batch, loss, norm, run.instruments.take())
             state.step += 1
 
             decision = run.vote.cast(
-                Vote.FAIL if run.saver.failed() else Vote.STOP if signals.received else Vote.CONTINUE
+                Vote.FAIL if run.saver.failed() else Vote.STOP if signals.received else run.watch.vote
             )
             if decision == Vote.FAIL:
                 run.saver.raise_failure()
-            stopping = decision == Vote.STOP
+            if decision == Vote.COLLAPSED and run.watch.rolls_back():
+                return Outcome(state.step, num_steps, _gather_signals(signals, world), rolled_back=True)
+            stopping = decision in (Vote.STOP, Vote.COLLAPSED)
             saving = stopping or run.saver.is_due()
             epoch_done = state.step % run.schedules.steps_per_epoch == 0
             evaluating = not stopping and run.evaluation.is_due()
@@ -71,7 +77,7 @@ def train(config: Config, world: World) -> Outcome:
                 run.batches.fetch()
             if saving or evaluating or epoch_done or state.step % config.runtime.log_every == 0:
                 watchdog.on_phase(Phase.LOGGING, state.step)
-                run.finite_check.check(metrics.flush())
+                run.judge(metrics.flush())
             if saving:
                 watchdog.on_phase(Phase.SAVING, state.step)
                 run.saver.save()
@@ -86,10 +92,16 @@ def train(config: Config, world: World) -> Outcome:
             watchdog.on_phase(Phase.DATA, state.step)
 
         watchdog.on_phase(Phase.SAVING, state.step)
-        run.vote.finish()
-        run.saver.export_missing()
-        run.saver.wait()
+        _finish(run)
         return Outcome(state.step, num_steps, _gather_signals(signals, world))
+
+
+def _finish(run: Run) -> None:
+    """Wait until everything is written and exported. Raises CollapsedRun if that is why the run ends."""
+    run.vote.finish()
+    run.saver.export_missing()
+    run.saver.wait()
+    run.watch.finish()
 
 
 def _gather_signals(signals: StopSignals, world: World) -> tuple[int, ...]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from dmtjepa.metrics_file import MetricsFile
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.batches import StepBatch
 from dmtjepa.training.event_file import EventFile
+from dmtjepa.training.instruments import Reading, read_features, read_sums
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.stopwatch import Event, Stopwatch
 
@@ -42,6 +45,7 @@ class StepRecord:
     momentum: float
     data_ready: Event  # when the device had the data of the step
     ended: Event
+    reading: Reading | None  # of the instruments, on the device
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class StepValues:
     norm: float  # of the whole gradient
     seconds: float
     waited: float  # seconds without data, part of `seconds`
+    figures: dict[str, float] = field(default_factory=dict)  # of the instruments, by name; features on rank 0 alone
 
     @property
     def finite(self) -> bool:
@@ -90,6 +95,7 @@ class Metrics:
         self._csv = folder.open_csv(rank, first_step=first_step, steps_per_epoch=schedules.steps_per_epoch)
         self._file: MetricsFile | None = None
         self._board: EventFile | None = None
+        self._shown: dict[str, float] = {}  # the latest figures of the progress line
         self._bar: tqdm | None = None
         if rank == 0:
             self._file = folder.open_metrics(first_step=first_step)
@@ -99,12 +105,13 @@ class Metrics:
                     total=schedules.num_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1
                 )
 
-    def record(self, batch: StepBatch, loss: Tensor, norm: Tensor) -> None:
+    def record(self, batch: StepBatch, loss: Tensor, norm: Tensor, reading: Reading | None = None) -> None:
         """Note a step that was enqueued. Reads nothing from the device.
 
         Args:
             batch: what the step trained on.
             loss, norm: scalars on the device.
+            reading: of the instruments, if the step was measured.
         """
         masks = batch.micro_batches[0][1]
         self._records.append(
@@ -121,6 +128,7 @@ class Metrics:
                 momentum=self._schedules.momentum(batch.step),
                 data_ready=batch.data_ready,
                 ended=self.stopwatch.record_event(),
+                reading=reading,
             )
         )
         if self._bar is not None:
@@ -132,17 +140,28 @@ class Metrics:
         self._previous = self.stopwatch.record_event()
 
     def flush(self) -> list[StepValues]:
-        """Fetch and write the steps recorded since the last call, with one transfer and one collective of all ranks."""
+        """Fetch and write the steps recorded since the last call, with one collective of all ranks.
+
+        One transfer fetches everything but the features of a look, which rank 0 alone fetches.
+        """
         if not self._records:
             return []
-        values = torch.stack([torch.stack((r.loss.float(), r.norm.float())) for r in self._records])
+        losses = torch.stack([torch.stack((r.loss.float(), r.norm.float())) for r in self._records]).flatten()
+        values = torch.cat([losses, *(r.reading.sums for r in self._records if r.reading is not None)])
         dist.all_reduce(values)
-        means = (values / dist.get_world_size()).tolist()
+        values[: len(losses)] /= dist.get_world_size()
+        numbers = iter(values.tolist())
+        means = [(next(numbers), next(numbers)) for _ in self._records]
         steps = []
         for record, (loss, norm) in zip(self._records, means, strict=True):
             seconds = self.stopwatch.seconds(self._previous, record.ended)
             waited = self.stopwatch.seconds(self._previous, record.data_ready)
-            steps.append(StepValues(record, loss, norm, seconds, waited))
+            figures: dict[str, float] = {}
+            if record.reading is not None:
+                figures = read_sums(list(itertools.islice(numbers, len(record.reading.sums))))
+                if self._rank == 0:
+                    figures |= read_features(record.reading.features)
+            steps.append(StepValues(record, loss, norm, seconds, waited, figures))
             self._previous = record.ended
         self._records = []
         self._write(steps)
@@ -185,6 +204,9 @@ class Metrics:
         total, waited = sum(v.seconds for v in steps), sum(v.waited for v in steps)
         rate = len(steps) * self._global_batch / total if total > 0 else 0.0
         wait_share = waited / total if total > 0 else 0.0
+        figures = self._figures(steps, rate, wait_share)
+        self.write_values(steps[-1].record.step, figures)
+        self._shown |= figures
         self._write_board(self._board, steps, rate, wait_share)
         self._print_progress(steps, rate, f"{wait_share:.0%}" if total > 0 else "-")
 
@@ -196,6 +218,11 @@ class Metrics:
             "images/s": f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}",
             "data wait": wait_share,
         }
+        explained = self._shown.get("targets/explained_variance", math.nan)
+        if math.isfinite(explained):
+            text["explained"] = f"{explained:.0%}" if explained >= 0 else "<0%"
+        if "features/effective_rank" in self._shown:
+            text["rank"] = f"{self._shown['features/effective_rank']:.1f}"
         if self._bar is not None:
             self._bar.set_description(f"epoch {last.epoch + 1}", refresh=False)
             with contextlib.suppress(OSError):
@@ -229,6 +256,20 @@ class Metrics:
             100 * waited / total,
         )
         self._waits = None
+
+    def _figures(self, steps: Sequence[StepValues], rate: float, wait_share: float) -> dict[str, float]:
+        """The line of `metrics.jsonl`: means over steps, and what the last of them shows."""
+        last, finite = steps[-1], [value for value in steps if value.finite]
+        return {
+            "epoch": (last.record.step + 1) / self._schedules.steps_per_epoch,
+            "train/loss": sum(v.loss for v in finite) / len(finite) if finite else math.nan,
+            "train/grad_norm": sum(v.norm for v in finite) / len(finite) if finite else math.nan,
+            "train/lr": last.record.learning_rate,
+            "train/weight_decay": last.record.weight_decay,
+            "train/momentum": last.record.momentum,
+            "train/images_per_second": rate,
+            "train/data_wait": wait_share,
+        } | last.figures
 
     @staticmethod
     def _write_board(board: EventFile, steps: Sequence[StepValues], rate: float, wait_share: float) -> None:

@@ -30,13 +30,15 @@ from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
 from dmtjepa.training.evaluation import PeriodicEvaluation
 from dmtjepa.training.finite import FiniteCheck
 from dmtjepa.training.images import record_images
-from dmtjepa.training.metrics import Metrics
+from dmtjepa.training.instruments import Instruments
+from dmtjepa.training.metrics import Metrics, StepValues
 from dmtjepa.training.parallelize import build_mesh, parallelize
 from dmtjepa.training.saving import Saver
 from dmtjepa.training.schedules import Schedules, build_schedules
 from dmtjepa.training.state import TrainingState
 from dmtjepa.training.step import TrainStep
 from dmtjepa.training.vote import RankVote
+from dmtjepa.training.watch import CollapseWatch, slow_down
 from dmtjepa.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -48,13 +50,20 @@ class Run:
 
     schedules: Schedules
     train_step: TrainStep
+    instruments: Instruments
     state: TrainingState
     vote: RankVote
     saver: Saver
     finite_check: FiniteCheck
+    watch: CollapseWatch
     metrics: Metrics
     evaluation: PeriodicEvaluation
     batches: BatchStream
+
+    def judge(self, steps: list[StepValues]) -> None:
+        """Judge what `Metrics.flush` has returned. Raises NonFiniteLoss."""
+        self.finite_check.check(steps)
+        self.watch.look(steps)
 
 
 def open_folder(config: Config, world: World, stack: contextlib.ExitStack) -> RunFolder:
@@ -99,7 +108,8 @@ def build_run(
     stack.callback(loader.close)
     check_ranks_agree(config, source, loader.name, world)
     steps_per_epoch = count_steps_per_epoch(config, world.world_size, loader.num_images)
-    schedules = build_schedules(config.optimization, steps_per_epoch, global_batch)
+    num_rollbacks = run_on_rank_0(world, lambda: len(folder.read_rollbacks()))
+    schedules = slow_down(build_schedules(config.optimization, steps_per_epoch, global_batch), num_rollbacks)
 
     torch.manual_seed(runtime.seed)  # the same weights on every rank
     mesh = build_mesh(world.device.type, world.world_size, runtime.shard_size, world.timeout)
@@ -108,7 +118,8 @@ def build_run(
     if resume_from is None:
         load_initial_weights(model, config, folder, world)
     model = parallelize(model, mesh, ComputePlan.from_config(config, world.device.type))
-    train_step = TrainStep(model, config.optimization, schedules, mesh, world.device, watchdog.on_phase)
+    instruments = Instruments(model, config, schedules.num_steps)
+    train_step = TrainStep(model, config.optimization, schedules, mesh, world.device, watchdog.on_phase, instruments)
     state = TrainingState(config, world, model, train_step.optimizer, schedules, images)
     vote = RankVote(new_gloo_group(world))
     saver = Saver(config, world, folder, schedules, state)
@@ -116,22 +127,35 @@ def build_run(
     if resume_from is not None:
         state.restore(resume_from)
         saver.export_missing()
-    with _named_failure(folder):
-        if world.rank == 0:
-            folder.record_start(
-                config, world.device, world_size=world.world_size, global_batch=global_batch, step=state.step
-            )
-            record_images(folder, source, images)
-        metrics = Metrics(
-            folder, world.rank, world.device,
-            schedules=schedules, first_step=state.step, global_batch=global_batch,
-        )  # fmt: skip
+    metrics = _start_records(config, world, folder, source, images, schedules, state.step)
     stack.callback(metrics.close)
-    batches = _build_batches(config, world, loader, schedules, metrics)
-    stack.callback(batches.close)
+    batches = _build_batches(config, world, loader, schedules, metrics, stack)
+    watch = CollapseWatch(config, world, folder, saver, first_step=state.step)
     evaluation = PeriodicEvaluation(config, world, folder, schedules, state, metrics, watchdog)
     finite_check = FiniteCheck(config, world, state, saver)
-    return Run(schedules, train_step, state, vote, saver, finite_check, metrics, evaluation, batches)
+    return Run(
+        schedules, train_step, instruments, state, vote, saver, finite_check, watch, metrics, evaluation, batches
+    )
+
+
+def _start_records(
+    config: Config,
+    world: World,
+    folder: RunFolder,
+    source: StoredSource,
+    images: Fingerprint,
+    schedules: Schedules,
+    step: int,
+) -> Metrics:
+    """Write the settings of this start, and open the files of losses and figures."""
+    global_batch = config.global_batch(world.world_size)
+    with _named_failure(folder):
+        if world.rank == 0:
+            folder.record_start(config, world.device, world_size=world.world_size, global_batch=global_batch, step=step)
+            record_images(folder, source, images)
+        return Metrics(
+            folder, world.rank, world.device, schedules=schedules, first_step=step, global_batch=global_batch
+        )
 
 
 @contextlib.contextmanager
@@ -146,7 +170,14 @@ def _named_failure(folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def _build_batches(config: Config, world: World, loader: Loader, schedules: Schedules, metrics: Metrics) -> BatchStream:
+def _build_batches(
+    config: Config,
+    world: World,
+    loader: Loader,
+    schedules: Schedules,
+    metrics: Metrics,
+    stack: contextlib.ExitStack,
+) -> BatchStream:
     accumulation = config.runtime.accumulation
     sampler = MaskSampler.from_config(config)
 
@@ -155,7 +186,7 @@ def _build_batches(config: Config, world: World, loader: Loader, schedules: Sche
         shard = micro_batch * world.world_size + world.rank
         return sampler.sample(step, shard, accumulation * world.world_size)
 
-    return BatchStream(
+    batches = BatchStream(
         loader,
         sample,
         metrics.stopwatch.record_event,
@@ -163,6 +194,8 @@ def _build_batches(config: Config, world: World, loader: Loader, schedules: Sche
         steps_per_epoch=schedules.steps_per_epoch,
         accumulation=accumulation,
     )
+    stack.callback(batches.close)
+    return batches
 
 
 def find_checkpoint(

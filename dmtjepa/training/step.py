@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dmtjepa.config import OptimizationSettings
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.batches import MicroBatch
+from dmtjepa.training.instruments import Observer
 from dmtjepa.training.optimizer import build_optimizer, clip_gradients, gradient_norm, set_schedules
 from dmtjepa.training.phase import Phase
 from dmtjepa.training.schedules import Schedules
@@ -29,6 +30,7 @@ class TrainStep:
         mesh: one dimension `shard`, or `copy` and `shard`.
         device: where batches and losses are.
         on_phase: called at the start of each phase, from `Phase.TARGETS` to `Phase.TEACHER`.
+        observer: sees the parts of each step, see `Instruments`.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class TrainStep:
         mesh: DeviceMesh,
         device: torch.device,
         on_phase: Callable[[Phase], None] = _ignore_phase,
+        observer: Observer | None = None,
     ) -> None:
         self.model, self.settings, self.schedules = model, settings, schedules
-        self.device, self.on_phase = device, on_phase
+        self.device, self.on_phase, self.observer = device, on_phase, observer or Observer()
         modules = (model.encoder, model.predictor, model.head)
         self.optimizer = build_optimizer(module for module in modules if module is not None)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -59,6 +62,7 @@ class TrainStep:
         Returns:
             The loss of this rank and the norm of the whole gradient: float32 scalars on the device.
         """
+        self.observer.start_step(step, micro_batches)
         loss = torch.zeros((), device=self.device)
         for images, masks in micro_batches:
             self.on_phase(Phase.TARGETS)
@@ -67,6 +71,7 @@ class TrainStep:
             predictions = self.model.predict_targets(images, masks)
             self.on_phase(Phase.LOSS)
             micro_loss = self.model.loss(predictions, targets, masks) / len(micro_batches)
+            self.observer.see_batch(predictions, targets, masks)
             self.on_phase(Phase.BACKWARD)
             micro_loss.backward()
             loss += micro_loss.detach()
@@ -77,7 +82,9 @@ class TrainStep:
             clip_gradients(self.parameters, norm, self.settings.clip_grad)
         set_schedules(self.optimizer, self.schedules.learning_rate(step), self.schedules.decay(step))
         self.optimizer.found_inf = (~norm.isfinite()).float()  # AdamW's kernel skips on the device
+        self.observer.before_update(self.parameters)
         self.optimizer.step()
+        self.observer.after_update(self.parameters)
         self.optimizer.zero_grad()
         self.on_phase(Phase.TEACHER)
         self.model.update_teacher(self.schedules.momentum(step))

@@ -12,8 +12,9 @@ class Vote(IntEnum):
     """What a rank wants to do next. The highest vote wins."""
 
     CONTINUE = 0
-    STOP = 1
-    FAIL = 2
+    COLLAPSED = 1
+    STOP = 2
+    FAIL = 3
 
 
 class RankVote:

@@ -28,6 +28,8 @@ def replace(path, text):
 def finished(run_template, tmp_path_factory):
     """A run folder after `python -m dmtjepa.evaluation RUN`, and what that printed."""
     run = Path(shutil.copytree(run_template, tmp_path_factory.mktemp("finished") / "tiny"))
+    rows = [{"step": step, "train/momentum": 0.5, "targets/explained_variance": 0.4} for step in range(20)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
@@ -68,6 +70,15 @@ def test_everything_is_measured(finished):
     assert report["loss"]["last"] < report["loss"]["first"]
     assert report["run"]["epoch"] == 2
     assert report["skipped"] == []
+
+
+@pytest.mark.slow
+def test_the_verdict_on_the_training_is_told(finished):
+    run, printed = finished
+    (sentence,) = json.loads((run / "report" / "report.json").read_text())["verdict"]
+    assert "follows the student within 2.0 steps" in sentence
+    for text in (printed, (run / "report" / "report.md").read_text()):
+        assert f"training: {sentence}" in text
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
     install()
     folder = Path(tempfile.mkdtemp(prefix="dmtjepa-slurm-"))  # pytest's own folders are too long for a socket's name

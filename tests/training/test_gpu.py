@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dmtjepa import checkpoint_format
+from dmtjepa.training import instruments
 from dmtjepa.training.launch import launch
 from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.saving import Saver
@@ -41,6 +42,7 @@ def _no_waiting(monkeypatch):
         return run
 
     monkeypatch.setattr(TrainStep, "__call__", checked_step)
+    monkeypatch.setattr(instruments, "LOOK_EVERY", 3)  # at each logged step
     monkeypatch.setattr(Saver, "save", allowed(Saver.save))
     monkeypatch.setattr(Metrics, "flush", allowed(Metrics.flush))
     yield

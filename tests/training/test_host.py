@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmtjepa.objective import DMTJEPA, build_model
+from dmtjepa.training import instruments
 from dmtjepa.training.launch import launch
 from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.step import TrainStep
@@ -126,6 +127,7 @@ def test_no_step_reads_a_value(settings, losses, monkeypatch, changes):
 
     monkeypatch.setattr(TrainStep, "__call__", watched_step)
     monkeypatch.setattr(Metrics, "record", watched_record)
+    monkeypatch.setattr(instruments, "LOOK_EVERY", 3)  # at each logged step
     config = settings(**changes)
     assert launch(config, ["cpu"]) == 0
     assert num_steps == len(losses(config)) > 0

@@ -1,0 +1,252 @@
+"""What the figures of a run say, in words, and what to do about it.
+
+The thresholds stand here and nowhere else. They were set by runs that were made to fail, and by healthy ones; their
+figures are in `tests/evaluation/histories`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+NUM_LOOKS = 3
+"""A run has collapsed if so many looks in a row show it."""
+GRACE_LOOKS = 10
+POSITION_GRACE_LOOKS = 40
+"""A run that has never looked healthy has collapsed only after so many looks: in general, and to position alone."""
+MAX_COSINE = 0.995
+MIN_RANK = 2.0
+MIN_VARIANCE = 0.01
+MAX_POSITION = 0.5
+MAX_BETWEEN = 0.97
+MIN_ROWS = 12
+"""With fewer rows of figures, nothing is said of learning and of the teacher."""
+MIN_EXPLAINED = 0.05
+MIN_UPDATE = 1e-6
+"""Relative norm of an update below which the student does not move."""
+MIN_MOMENTUM = 0.9
+MIN_CHANGED = 0.002
+"""Share of neighbors that change from look to look, below which the teacher does not move."""
+SCORES = ("eval/linear", "eval/miou", "eval/knn_20")
+"""The evaluations during training that tell of over-training."""
+MIN_EVALUATIONS = 4
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a run shows.
+
+    Args:
+        name: `collapse`, `position`, `image_constant`, `no_learning`, `slow_teacher`, `fast_teacher`, `over_training`.
+        text: what is seen, with figures.
+        remedy: what to change.
+    """
+
+    name: str
+    text: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.text}. {self.remedy}"
+
+
+def judge(rows: Sequence[Row]) -> list[Finding]:
+    """Judge a run by the rows of its `metrics.jsonl`. Empty if nothing is wrong, or too little is known.
+
+    A collapse comes alone: it explains the rest.
+    """
+    collapse = find_collapse(select_looks(rows))
+    if collapse is not None:
+        return [collapse]
+    findings = (find_image_constant(rows), find_no_learning(rows), find_teacher(rows), find_over_training(rows))
+    return [finding for finding in findings if finding is not None]
+
+
+def select_looks(rows: Sequence[Row]) -> list[Row]:
+    """The rows that hold figures of features."""
+    return [row for row in rows if row.get("features/mean_cosine") is not None]
+
+
+def describe(rows: Sequence[Row]) -> list[str]:
+    """The findings of a run as sentences, or one that says what it does well. Empty if nothing was measured."""
+    findings = judge(rows)
+    explained = _values(rows, "targets/explained_variance")
+    if findings or not explained:
+        return [str(finding) for finding in findings]
+    ranks = _values(rows, "features/effective_rank")
+    rank = f"; effective rank of the features {ranks[0]:.1f} at first, {ranks[-1]:.1f} at last" if ranks else ""
+    return [f"No sign of a fault: the predictions explain {explained[-1]:.0%} of the targets' variance{rank}"]
+
+
+# ---- Collapse
+
+
+def find_collapse(looks: Sequence[Row]) -> Finding | None:
+    """Collapse, if each of the last `NUM_LOOKS` looks shows it: of the features, of the targets, or to position.
+
+    The features of a network that was not trained are similar for all images, and depend on position more than on the
+    image. So a run that has never looked healthy gets more time.
+
+    Args:
+        looks: all rows of a run that hold figures of features.
+    """
+    recent = looks[-NUM_LOOKS:]
+    if len(recent) < NUM_LOOKS or not all(map(shows_collapse, recent)):
+        return None
+    alike, was_healthy = all(map(_is_alike, recent)), not all(map(shows_collapse, looks))
+    if not was_healthy and len(looks) < (GRACE_LOOKS if alike else POSITION_GRACE_LOOKS):
+        return None
+    last = looks[-1]
+    if all(map(_is_positional, recent)):
+        return Finding(
+            "position",
+            f"COLLAPSED to position at step {last['step'] + 1}: {last['targets/variance_of_position']:.0%} of the "
+            "targets' variance depend on the place in the image alone, whatever is in it",
+            "Look at the images that are trained on (are they all alike?), widen data.crop_scale, lower "
+            "optimization.lr, or raise the first value of optimization.ema",
+        )
+    return Finding(
+        "collapse",
+        f"COLLAPSED at step {last['step'] + 1}: nearly the same for every image (features: mean cosine "
+        f"{_show(last, 'features/mean_cosine', 3)}, centred effective rank "
+        f"{_show(last, 'features/effective_rank_centered', 1)}; variance of the targets "
+        f"{_show(last, 'targets/variance', 4)})",
+        "Lower optimization.lr, raise the first value of optimization.ema, lengthen optimization.warmup, or clip "
+        "the gradient (optimization.clip_grad)",
+    )
+
+
+def shows_collapse(look: Row) -> bool:
+    """Whether a single look shows what is a collapse if it stays."""
+    return _is_alike(look) or _is_positional(look)
+
+
+def _is_positional(row: Row) -> bool:
+    return (row.get("targets/variance_of_position") or 0) > MAX_POSITION
+
+
+def _is_alike(row: Row) -> bool:
+    """Whether features or targets are nearly the same for all images."""
+    cosine, rank = row.get("features/mean_cosine"), row.get("features/effective_rank_centered")
+    variance = row.get("targets/variance")
+    return (
+        (cosine is not None and cosine > MAX_COSINE)
+        or (rank is not None and rank < MIN_RANK)
+        or (variance is not None and variance < MIN_VARIANCE)
+    )
+
+
+def find_image_constant(rows: Sequence[Row]) -> Finding | None:
+    """Targets that are nearly the same for all patches of an image: the normal state of the published DMT-JEPA."""
+    shares = _values(rows, "targets/variance_between_images")[-3:]
+    if len(shares) < 3 or np.median(shares) < MAX_BETWEEN:
+        return None
+    return Finding(
+        "image_constant",
+        f"{np.median(shares):.0%} of the targets' variance lie between images: within an image, there is hardly "
+        "anything to predict. This is normal with the published DMT-JEPA, whose targets start from the image's "
+        "mean",
+        "It costs detail: patch.query: patch keeps targets local, and patch.local_agg_head: false trains plain I-JEPA",
+    )
+
+
+# ---- Learning
+
+
+def find_no_learning(rows: Sequence[Row]) -> Finding | None:
+    """Weights that do not move, or an explained variance of at most `MIN_EXPLAINED` in the last third of the rows."""
+    explained = _values(rows, "targets/explained_variance")
+    if len(explained) < MIN_ROWS:
+        return None
+    updates = _values(rows, "train/update_norm")
+    if updates and np.median(updates) < MIN_UPDATE:
+        return Finding(
+            "no_learning",
+            f"Nothing is learnt: a step changes the weights by {np.median(updates):.1g} of their norm",
+            "Raise optimization.lr",
+        )
+    recent = np.median(explained[-(len(explained) // 3) :])
+    if recent > MIN_EXPLAINED:
+        return None
+    return Finding(
+        "no_learning",
+        f"Nothing is learnt: the predictions explain {recent:.0%} of the targets' variance, hardly more than a "
+        "constant",
+        "Raise optimization.lr or train longer. If that does not help, the hidden patches cannot be told from the "
+        "visible ones: hide smaller blocks (mask.pred_mask_scale), or look at the images",
+    )
+
+
+def find_teacher(rows: Sequence[Row]) -> Finding | None:
+    """A teacher that stands still while the student moves, or that is nearly the student."""
+    momenta = _values(rows, "train/momentum")
+    if len(momenta) < MIN_ROWS:
+        return None
+    momentum = float(np.median(momenta))
+    if momentum < MIN_MOMENTUM:
+        return Finding(
+            "fast_teacher",
+            f"The teacher follows the student within {1 / (1 - momentum):.1f} steps (momentum {momentum:g}): targets "
+            "move with the predictions, which invites a collapse",
+            "Raise the first value of optimization.ema, to 0.98 in a run of a few thousand steps, 0.996 in a long one",
+        )
+    # Momentum rises towards 1, so that the teacher slows down in any run: only the first half tells.
+    middle = rows[-1]["step"] / 2
+    first = [row for row in rows if row["step"] <= middle]
+    changed, updates = _values(first, "neighbors/changed"), _values(first, "train/update_norm")
+    if len(changed) < 2 or np.median(changed) > MIN_CHANGED or np.median(updates) < MIN_UPDATE:
+        return None
+    return Finding(
+        "slow_teacher",
+        f"The teacher hardly moves: of the neighbors that it chooses, {np.median(changed):.2%} changed from look to "
+        f"look (momentum {momentum:g}). The student learns the features of a nearly untrained network",
+        "Lower the first value of optimization.ema, to 0.98 in a run of a few thousand steps",
+    )
+
+
+def find_over_training(rows: Sequence[Row]) -> Finding | None:
+    """A score of the evaluations during training that fell after its best while the loss went on falling.
+
+    The last two evaluations are both below the best by more than two standard errors of a difference.
+    """
+    for name in SCORES:
+        evaluations = [row for row in rows if row.get(name) is not None]
+        if len(evaluations) < MIN_EVALUATIONS:
+            continue
+        scores = [row[name] for row in evaluations]
+        best = int(np.argmax(scores))
+        drop = scores[best] - max(scores[-2:])
+        count = evaluations[best].get("eval/images") or 1000
+        if best >= len(scores) - 2 or drop <= 2 * math.sqrt(2 * scores[best] * (1 - scores[best]) / count):
+            continue
+        then, now = (_loss_before(rows, evaluations[place]["step"]) for place in (best, -1))
+        if then is not None and now is not None and now < then:
+            return Finding(
+                "over_training",
+                f"Over-trained: {name} was {scores[best]:.1%} at step {evaluations[best]['step'] + 1} and is "
+                f"{scores[-1]:.1%} now, although the loss went on falling ({then:.4f} then, {now:.4f} now)",
+                "Stop here and take the best evaluation (evaluation.keep_best), or shorten the run "
+                "(optimization.epochs), whose schedules then end earlier",
+            )
+    return None
+
+
+def _loss_before(rows: Sequence[Row], step: int) -> float | None:
+    """Mean of the losses that were logged last until a step."""
+    losses = _values([row for row in rows if row["step"] <= step], "train/loss")[-5:]
+    return float(np.mean(losses)) if losses else None
+
+
+def _values(rows: Sequence[Row], name: str) -> list[float]:
+    return [row[name] for row in rows if row.get(name) is not None]
+
+
+def _show(row: Row, name: str, digits: int) -> str:
+    value = row.get(name)
+    return "not known" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,183 @@
+"""The instruments of a run: which steps are measured, and what of them stays on the device until it is logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dmtjepa.config import Config
+from dmtjepa.evaluation.instruments import (
+    count_changed,
+    describe_features,
+    read_targets,
+    sum_targets,
+)
+from dmtjepa.kernels import backend
+from dmtjepa.masks import MaskBatch
+from dmtjepa.objective import DMTJEPA
+from dmtjepa.tensors import local_tensors
+from dmtjepa.training.batches import MicroBatch
+
+LOOK_EVERY = 50
+"""At least so many steps lie between two looks at features and neighbors, which cost more than the other figures."""
+NUM_SAMPLES = 256
+"""At most so many features give an effective rank."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was measured in a step. Nothing has been fetched from the device.
+
+    sums: float32 [n], to be added over ranks: the update and the weights squared, changed and all neighbors (0 where no
+        look was taken), then those of `sum_targets`.
+    features: pooled features of the teacher, float32 [n, D], and targets, [n, D], of this rank. Empty without a look.
+    """
+
+    sums: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Observer:
+    """Sees the parts of a training step and does nothing: what a `TrainStep` without instruments has."""
+
+    def start_step(self, step: int, micro_batches: Sequence[MicroBatch]) -> None:
+        """Before anything of a step is computed."""
+
+    def see_batch(self, predictions: Tensor, targets: Tensor, masks: MaskBatch) -> None:
+        """After the loss of a micro-batch: predictions [B, M, T, D], targets [U, D]."""
+
+    def before_update(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Before the student is updated."""
+
+    def after_update(self, parameters: Sequence[nn.Parameter]) -> None:
+        """After the student was updated."""
+
+
+class Instruments(Observer):
+    """Measures the steps that are logged. The host never waits for the device, and training is not changed.
+
+    Features are those of the teacher in the last steps before a look, at most `NUM_SAMPLES` images. Neighbors are
+    chosen again for the same images at each look: the first batch of this start, so that only the teacher differs.
+
+    Args:
+        model: of the run, sharded.
+        config: of the run.
+        num_steps: of the run.
+    """
+
+    def __init__(self, model: DMTJEPA, config: Config, num_steps: int) -> None:
+        self._model, self._patch, self._grid_size = model, config.patch, config.grid_size
+        self._log_every, self._num_steps = config.runtime.log_every, num_steps
+        self._look_every = -(-LOOK_EVERY // self._log_every) * self._log_every
+        self._select_neighbors = backend(config.runtime.kernels).select_neighbors
+        self._images_per_step = config.data.batch_size * config.runtime.accumulation
+        self._measured = self._pooling = self._looking = False
+        self._sums: list[Tensor] = []
+        self._pooled: list[Tensor] = []
+        self._targets: Tensor | None = None
+        self._weights: list[Tensor] = []
+        self._update: Tensor | None = None
+        self._probe: Tensor | None = None
+        self._neighbors: Tensor | None = None
+        self._changed: Tensor | None = None
+        model.teacher_encoder.register_forward_hook(self._keep_pooled)
+
+    def start_step(self, step: int, micro_batches: Sequence[MicroBatch]) -> None:
+        done = step + 1
+        self._measured = done % self._log_every == 0 or done == self._num_steps
+        before_look = -done % self._look_every
+        self._looking = before_look == 0
+        self._pooling = before_look * self._images_per_step < NUM_SAMPLES
+        self._sums, self._targets, self._changed = [], None, None
+        if self._probe is None:
+            # The teacher cannot be called by itself before the first step, in which FSDP2 finds its root.
+            self._probe = micro_batches[0][0].clone()
+        elif self._looking:
+            self._look_at_neighbors()
+
+    @torch.no_grad()
+    def _look_at_neighbors(self) -> None:
+        # Called before the step: what FSDP2 prefetches here is used by the step, with the same weights.
+        window, count = self._patch.patch_k_size, self._patch.patch_k_num
+        if window > min(self._grid_size):
+            return
+        assert self._probe is not None
+        pooling, self._pooling = self._pooling, False
+        h = self._model.teacher_encoder(self._probe)
+        self._pooling = pooling
+        patches = torch.arange(h.shape[0] * h.shape[1], device=h.device)
+        now = self._select_neighbors(h, patches, self._grid_size, count, window, self._patch.border)
+        if self._neighbors is not None:
+            self._changed = count_changed(self._neighbors, now)
+        self._neighbors = now
+
+    def _keep_pooled(self, module: nn.Module, arguments: tuple, features: Tensor) -> None:
+        if self._pooling:
+            self._pooled.append(features.detach().float().mean(1))
+
+    def see_batch(self, predictions: Tensor, targets: Tensor, masks: MaskBatch) -> None:
+        if not self._measured:
+            return
+        num_patches = self._grid_size[0] * self._grid_size[1]
+        sums = sum_targets(predictions.detach(), targets, masks.target_unique, masks.target_slot, num_patches)
+        self._sums.append(sums)
+        if self._looking:
+            self._targets = targets[:: -(-len(targets) // NUM_SAMPLES)].float()
+
+    @torch.no_grad()
+    def before_update(self, parameters: Sequence[nn.Parameter]) -> None:
+        if self._measured:
+            self._weights = [weight.clone() for weight in local_tensors(parameters)]
+
+    @torch.no_grad()
+    def after_update(self, parameters: Sequence[nn.Parameter]) -> None:
+        if not self._measured:
+            return
+        weights = local_tensors(parameters)
+        square = _sum_squares(weights)
+        torch._foreach_sub_(self._weights, weights)
+        self._update, self._weights = torch.stack([_sum_squares(self._weights), square]), []
+
+    def take(self) -> Reading | None:
+        """What was measured in the step that was just made, or None if it is not a logged one."""
+        if not self._measured:
+            return None
+        assert self._update is not None
+        changed = self._changed if self._changed is not None else self._update.new_zeros(2)
+        sums = torch.cat([self._update, changed, torch.stack(self._sums).sum(0)])
+        if not self._looking:
+            return Reading(sums)
+        assert self._targets is not None
+        features = {"features": torch.cat(self._pooled)[-NUM_SAMPLES:], "targets": self._targets}
+        self._pooled = []
+        return Reading(sums, features)
+
+
+def _sum_squares(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum()
+
+
+def read_sums(sums: Sequence[float]) -> dict[str, float]:
+    """The figures of `Reading.sums`, added over ranks: the relative norm of the update, and those of `read_targets`.
+
+    Returns:
+        Figures by their names in `metrics.jsonl`. `neighbors/changed` only where a look was taken before.
+    """
+    update, weight, changed, neighbors, *rest = sums
+    figures = {"train/update_norm": math.sqrt(update / weight) if weight > 0 else math.nan}
+    if neighbors:
+        figures["neighbors/changed"] = changed / neighbors
+    return figures | {f"targets/{name}": value for name, value in read_targets(rest).items()}
+
+
+def read_features(features: dict[str, Tensor]) -> dict[str, float]:
+    """The figures of `Reading.features`. The host waits for the device."""
+    return {
+        f"{kind}/{name}": value
+        for kind, tensor in features.items()
+        for name, value in describe_features(tensor.cpu()).items()
+    }

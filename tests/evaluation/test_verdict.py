@@ -1,0 +1,102 @@
+"""The verdict names what is wrong with runs that were made to fail, and is silent on healthy ones.
+
+`histories` holds the figures of real runs of small networks (width 64 and 96) on CIFAR-10; the first part of a file's
+name is what the run shows.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from dmtjepa.evaluation.verdict import GRACE_LOOKS, NUM_LOOKS, describe, find_collapse, judge
+from dmtjepa.metrics_file import read_metrics
+
+HISTORIES = sorted((Path(__file__).parent / "histories").glob("*.jsonl"))
+EXPECTED = {
+    "healthy": set(),
+    "healthy_dmt": {"image_constant"},  # the normal state of the published method; a note
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", HISTORIES, ids=lambda path: path.stem)
+def test_a_history_is_judged_as_what_it_is(path):
+    rows, kind = read_metrics(path), path.stem.partition("-")[0]
+    found = {finding.name for finding in judge(rows)}
+    if kind in EXPECTED:
+        assert found <= EXPECTED[kind]
+        looks = [row for row in rows if "features/mean_cosine" in row]
+        assert not any(find_collapse(looks[:end]) for end in range(len(looks)))  # at no time
+    else:
+        assert kind in found
+
+
+def look(step, cosine=0.5, rank=20.0, variance=0.5, position=0.0):
+    return {
+        "step": step,
+        "features/mean_cosine": cosine,
+        "features/effective_rank_centered": rank,
+        "targets/variance": variance,
+        "targets/variance_of_position": position,
+    }
+
+
+@pytest.mark.parametrize(
+    ("alike", "name"),
+    [
+        ({"cosine": 0.999}, "collapse"), ({"rank": 1.5}, "collapse"), ({"variance": 1e-4}, "collapse"),
+        ({"position": 0.9}, "position"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_collapse_has_to_stay(alike, name):
+    healthy = [look(step) for step in range(5)]
+    for count in range(1, NUM_LOOKS + 2):
+        found = find_collapse(healthy + [look(5 + step, **alike) for step in range(count)])
+        assert (found.name if found else None) == (name if count >= NUM_LOOKS else None)
+    assert find_collapse(healthy + [look(5, **alike)] * NUM_LOOKS + healthy[:1]) is None
+
+
+def test_an_untrained_network_has_time_to_tell_images_apart():
+    alike = [look(step, cosine=0.999) for step in range(GRACE_LOOKS)]
+    assert find_collapse(alike[:-1]) is None
+    assert find_collapse(alike).name == "collapse"
+
+
+def evaluations(scores, losses):
+    rows = []
+    for epoch, (score, loss) in enumerate(zip(scores, losses, strict=True)):
+        rows += [{"step": 100 * epoch + step, "train/loss": loss} for step in range(10)]
+        rows.append({"step": 100 * epoch + 50, "eval/linear": score, "eval/images": 2000})
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("scores", "losses", "found"),
+    [
+        ((0.4, 0.5, 0.6, 0.55, 0.5), (5, 4, 3, 2, 1), True),
+        ((0.4, 0.5, 0.6, 0.55, 0.5), (1, 2, 3, 4, 5), False),  # the loss rose, too
+        ((0.4, 0.5, 0.6, 0.59, 0.59), (5, 4, 3, 2, 1), False),  # within two standard errors
+        ((0.4, 0.5, 0.6, 0.5, 0.6), (5, 4, 3, 2, 1), False),  # it came back
+        ((0.6, 0.5, 0.4), (3, 2, 1), False),  # too few
+    ],
+)
+def test_over_training_is_a_score_that_falls_while_the_loss_does(scores, losses, found):
+    findings = judge(evaluations(scores, losses))
+    assert [finding.name for finding in findings] == ["over_training"] * found
+    if found:
+        assert "60.0% at step 251" in findings[0].text
+        assert "keep_best" in findings[0].remedy
+
+
+def test_nothing_measured_nothing_said():
+    assert judge([]) == describe([]) == []
+    assert describe([{"step": 9, "train/loss": 0.5}]) == []
+
+
+def test_a_healthy_run_is_told_so():
+    rows = [
+        look(step) | {"targets/explained_variance": 0.4, "features/effective_rank": 10.0 + step} for step in range(20)
+    ]
+    (sentence,) = describe(rows)
+    assert "explain 40%" in sentence
+    assert "10.0 at first, 29.0 at last" in sentence

@@ -1,0 +1,106 @@
+"""Instruments in the loop: they see what they should, on any number of processes, and change nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmtjepa.run_folder import RunFolder
+from dmtjepa.training import instruments
+from dmtjepa.training.instruments import Instruments, Observer
+from dmtjepa.training.launch import launch
+from dmtjepa.training.step import TrainStep
+
+TARGETS = {
+    f"targets/{name}"
+    for name in (
+        "explained_variance", "variance", "variance_between_images", "variance_of_position", "variance_within_images",
+    )
+}  # fmt: skip
+LOOKS = {
+    f"{kind}/{name}"
+    for kind in ("features", "targets")
+    for name in ("effective_rank", "effective_rank_centered", "mean_cosine")
+}
+
+
+def rows_of(config):
+    """The rows of a run by the number of steps that were done."""
+    return {row["step"] + 1: row for row in RunFolder.from_config(config).read_metrics()}
+
+
+@pytest.mark.slow
+def test_logged_steps_have_figures(plain, losses):
+    rows = rows_of(plain)
+    assert list(rows) == [3, 6, 8, 9, 12, 15, 16, 18, 21, 24]  # every 3 steps, and at the end of each epoch
+    measured = {step for step, row in rows.items() if row.keys() >= TARGETS}
+    assert measured == {3, 6, 9, 12, 15, 18, 21, 24}
+    assert rows[8]["train/loss"] == pytest.approx(sum(losses(plain)[6:8]) / 2, rel=1e-6)
+    assert rows[24]["epoch"] == 3
+    assert all(row.keys().isdisjoint(LOOKS) for row in rows.values())  # the run is shorter than LOOK_EVERY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"patch.local_agg_head": False}, {"mask.pack": True}], ids=str)
+def test_looks_have_the_other_figures_and_training_is_the_same(settings, losses, monkeypatch, changes):
+    monkeypatch.setattr(instruments, "LOOK_EVERY", 5)
+    config = settings(**{"optimization.epochs": 2, "runtime.accumulation": 2, "data.batch_size": 8} | changes)
+    assert launch(config, ["cpu"]) == 0
+    rows = rows_of(config)
+    assert {step for step, row in rows.items() if row.keys() >= LOOKS} == {6, 12}
+    assert {step for step, row in rows.items() if "neighbors/changed" in row} == {12}  # the first look compares nothing
+    assert 0 < rows[12]["neighbors/changed"] < 1
+    assert 1 <= rows[12]["features/effective_rank"] <= 16 * 6
+
+    with monkeypatch.context() as patch:
+        for name in vars(Observer):
+            if not name.startswith("__"):
+                patch.setattr(Instruments, name, getattr(Observer, name))
+        patch.setattr(Instruments, "take", lambda self: None)
+        alone = settings(
+            "alone", **{"optimization.epochs": 2, "runtime.accumulation": 2, "data.batch_size": 8} | changes
+        )
+        assert launch(alone, ["cpu"]) == 0
+    assert not any(row.keys() & TARGETS for row in rows_of(alone).values())
+    assert losses(alone) == losses(config)
+
+
+@pytest.mark.slow
+def test_two_ranks_see_what_one_does(plain, settings):
+    two = settings("two", **{"data.batch_size": 8})
+    assert launch(two, ["cpu", "cpu"]) == 0
+    one, both = rows_of(plain), rows_of(two)
+    assert list(one) == list(both)
+    for step in (3, 24):
+        for name in ("targets/explained_variance", "train/update_norm", "train/grad_norm"):
+            assert both[step][name] == pytest.approx(one[step][name], rel=1e-2), (step, name)
+
+
+@pytest.mark.slow
+def test_update_norm_is_that_of_the_student(settings, monkeypatch):
+    config = settings(**{"optimization.epochs": 1, "optimization.warmup": 0, "runtime.log_every": 1})
+    original, norms = TrainStep.__call__, []
+
+    def compared_step(train_step, *arguments):
+        before = [p.detach().clone() for p in train_step.parameters]
+        result = original(train_step, *arguments)
+        pairs = zip(before, train_step.parameters, strict=True)
+        update = torch.stack([(new - old).full_tensor().square().sum() for old, new in pairs]).sum()
+        weight = torch.stack([p.full_tensor().square().sum() for p in train_step.parameters]).sum()
+        norms.append((update / weight).sqrt().item())
+        return result
+
+    monkeypatch.setattr(TrainStep, "__call__", compared_step)
+    assert launch(config, ["cpu"]) == 0
+    assert [row["train/update_norm"] for row in rows_of(config).values()] == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_figures_are_on_the_board_too(plain):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = accumulator.EventAccumulator(str(Path(plain.logging.folder, "tensorboard"))).Reload()
+    found = {event.step: event.value for event in board.Scalars("targets/explained_variance")}
+    rows = {
+        step - 1: row["targets/explained_variance"] for step, row in rows_of(plain).items() if row.keys() >= TARGETS
+    }
+    assert found == pytest.approx(rows, rel=1e-6)
