@@ -4,6 +4,8 @@ Tests marked `gpu` are skipped without a CUDA device. Tests that use an expensiv
 """
 
 import os
+import signal
+import threading
 from collections import Counter
 
 import pytest
@@ -12,6 +14,12 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported: without a GPU, its kernels run in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# nohup and background jobs of a script start programs that ignore these, which a run respects and tests must not inherit.
+if threading.current_thread() is threading.main_thread():
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, default)
 
 
 # Fixtures that take more than a few seconds: a whole run, main.py as a process, a drawn image set.
