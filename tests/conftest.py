@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported: without a GPU, its kernels run in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# nohup and background jobs of a script start programs that ignore these, which a run respects and tests must not inherit.
+# nohup and background jobs of a script start programs that ignore these. A run respects it; tests must not inherit it.
 if threading.current_thread() is threading.main_thread():
     for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:
