@@ -90,12 +90,3 @@ def main_py(start_on, tmp_path) -> Callable[..., Ended]:
         return start_on(sys.executable, program, "--fname", path, "--devices", *names, **given).end()
 
     return run
-
-
-@pytest.fixture(scope="session", autouse=True)
-def full_step(request, start_on) -> Callable[[], Ended]:
-    """full_step() -> how `full_step.py` ended. It takes longest, so it starts before the first test and runs beside
-    all of them."""
-    if not any("full_step" in item.fixturenames for item in request.session.items):
-        return None
-    return start_on(sys.executable, HERE / "full_step.py", TORCHINDUCTOR_PERSISTENT_REDUCTIONS="0").end

@@ -1,15 +1,18 @@
 """A step of ViT-B/16 at its official batch, compiled: its memory, its graphs, what it makes the host do."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def found(full_step):
-    ended = full_step()
+def found(start_on):
+    ended = start_on(sys.executable, HERE / "full_step.py", TORCHINDUCTOR_PERSISTENT_REDUCTIONS="0").end()
     assert ended.code == 0, ended.output
     return json.loads(ended.output.splitlines()[-1])
 
