@@ -84,7 +84,8 @@ def test_interrupted_job_ends_like_an_uninterrupted_run(cluster, settings, losse
         wait_for(lambda: len(starts()) >= num_starts, f"start {num_starts}", describe)
         goal = starts()[num_starts - 1]["step"] + 5
         allow(goal)
-        wait_for(lambda: len(losses(config)) >= goal, f"step {goal}", describe)
+        csv = folder / "jepa_r0.csv"  # the first start writes it after it has been recorded
+        wait_for(lambda: csv.exists() and len(losses(config)) >= goal, f"step {goal}", describe)
 
     train(1)
     # Preempted: the job is told by its user signal, saves and requeues itself while another takes the nodes.
