@@ -20,6 +20,7 @@ quickstart: venv
 	$(RUN) -m dmtjepa.evaluation runs/quickstart
 
 # Before every commit: style, types and the fast tests. About 90 seconds on two cores.
+check: JOBS = 2
 check: lint types
 	$(PYTEST) -m "not slow" -q
 

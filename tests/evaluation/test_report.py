@@ -251,10 +251,12 @@ def test_few_training_images_skip_the_linear_probe(run, tmp_path, capsys, withou
     assert "k-NN, k = 5" in (run / "report" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_max_images_below_ten_is_measured(run, without_figures):
     assert main([str(run), "--device", "cpu", "--quick", "--max-images", "9"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs sigaltstack")
 def test_the_measuring_thread_has_a_signal_stack(run, without_figures):
     """Tested in a thread of its own, because pytest gives the first one a stack."""

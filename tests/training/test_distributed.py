@@ -140,6 +140,7 @@ def test_every_rank_quotes_the_failure_that_came_first(tmp_path, failing):
             )
 
 
+@pytest.mark.slow
 def test_rank_that_vanishes_is_reported_as_lost(tmp_path):
     ends = run_ranks(fail_on, 2, tmp_path, 1, "kill")
     assert [code for code, _ in ends] == [1, -signal.SIGKILL]

@@ -159,6 +159,7 @@ def test_epochs_follow_each_other_and_batches_stay_as_they_are(settings: DataSet
         assert torch.equal(images, again)
 
 
+@pytest.mark.slow
 def test_damage_that_dali_refuses_depends_on_no_history(tmp_path: Path):
     """A resumed run meets a refused image in other company, and gives the same pixels.
 
