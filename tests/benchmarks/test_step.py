@@ -76,6 +76,7 @@ def test_wrong_provider_is_refused(workload, world, monkeypatch, break_it):
     assert "WRONG" in runs.problems([row])[0]
 
 
+@pytest.mark.slow
 def test_lack_of_memory_is_a_result(workload, world, monkeypatch):
     def build(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.\nmore")

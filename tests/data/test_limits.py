@@ -21,6 +21,7 @@ def fail(self: FolderSource, image: int) -> bytes:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader_name", LOADERS)
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_training_ends_where_no_file_can_be_opened(

@@ -16,6 +16,7 @@ from dmtjepa.reference.masks import index_targets_reference
 from tests.helpers.masks import SAMPLERS, accepted, block_size, mask_settings, sample_masks
 
 
+@pytest.mark.slow
 def test_released_draws_five_sizes_and_corrected_eleven():
     for sampler, num_sizes in (("released", 5), ("corrected", 11)):
         sizes = {
@@ -59,6 +60,7 @@ def test_any_accepted_settings_give_valid_masks(mask, grid_size, batch_size, see
             assert not torch.isin(context, targets).any()
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(mask=mask_settings, grid_size=st.tuples(st.integers(1, 30), st.integers(1, 30)))
 def test_reachable_sizes_are_all_sizes(mask, grid_size):
@@ -138,6 +140,7 @@ def test_context_without_room_is_refused(sampler):
     check_masks(crowded.model_copy(update={"allow_overlap": True}), (14, 14))
 
 
+@pytest.mark.slow
 def test_rare_valid_masks_are_refused_and_never_looped_for():
     mask = MaskSettings(sampler="corrected", num_pred_masks=32, pred_mask_scale=(0.3, 0.3), min_keep=45)
     with pytest.raises(MaskError, match=r"no placement in 100 attempts .* 32 target blocks"):

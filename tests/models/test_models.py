@@ -62,6 +62,7 @@ def test_official_parameter_names():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 # Parameters of the official encoders: ViT-B/16 and H/14 as in I-JEPA, without class token and with 3 image channels.
 @pytest.mark.parametrize(
     ("name", "patch", "millions"),

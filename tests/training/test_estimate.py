@@ -45,6 +45,7 @@ def test_mean_mask_shapes_are_those_of_the_official_sampler():
     assert largest.context > mean.context
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", ["image", "targets", "patch"])
 def test_flops_agree_with_a_counted_step(settings, query):
     config = settings(**{"patch.query": query})
@@ -80,6 +81,7 @@ def test_memory_falls_with_the_number_of_devices():
     assert sixteen["saved activations"] == one["saved activations"]
 
 
+@pytest.mark.slow
 def test_dry_run_tells_batch_and_scaled_rate():
     config = load_config(CONFIGS / "in1k_vitb16_ep600.yaml", ["optimization.lr_batch_size=2048", "data.batch_size=128"])
     text = describe(config, 4, "cuda:0")

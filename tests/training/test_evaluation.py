@@ -134,6 +134,7 @@ def test_a_finished_run_is_evaluated_when_it_is_asked_for_later(plain, evaluated
     assert without_seconds(read_rows(config)) == without_seconds(read_rows(evaluated))[-1:]
 
 
+@pytest.mark.slow
 def test_images_without_labels_and_masks_are_refused_before_the_start(settings, labelled):
     config = settings(**{"evaluation.every_epochs": 1})
     with pytest.raises(DataError, match=r"nothing can be measured during training.*Set evaluation\.data to images"):

@@ -76,6 +76,7 @@ def test_what_would_wait_is_noticed(name):
         WAITS[name](torch.ones(3))
 
 
+@pytest.mark.slow
 def test_a_step_that_reads_its_loss_is_noticed(settings, monkeypatch):
     loss, original = DMTJEPA.loss, TrainStep.__call__
 

@@ -64,6 +64,7 @@ def test_a_run_goes_on_without_standard_error(settings, losses, monkeypatch):
     assert len(losses(config)) == 8
 
 
+@pytest.mark.slow
 def test_a_start_on_a_full_disk_says_so(settings, monkeypatch):
     config = settings()
 

@@ -180,6 +180,7 @@ def test_weights_that_are_cast_at_once_are_those_that_are_cast_one_by_one(tmp_pa
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_units_of_blocks():
     blocks = [torch.nn.Linear(1000, 10_000, bias=False) for _ in range(7)]  # 10 million parameters each
 
