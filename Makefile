@@ -19,7 +19,7 @@ quickstart: venv
 	$(RUN) main.py --fname configs/quickstart.yaml
 	$(RUN) -m dmtjepa.evaluation runs/quickstart
 
-# Before every commit: style, types and the fast tests. About 90 seconds on two cores.
+# Before every commit: style, types and the fast tests. Under two minutes on two cores.
 check: JOBS = 2
 check: lint types
 	$(PYTEST) -m "not slow" -q
