@@ -19,7 +19,7 @@ from pathlib import Path
 from dmtjepa.errors import UserError
 from experiments.runner import compute
 from experiments.summary import format_table, read_results, save_curves, save_plot
-from experiments.table import read_table
+from experiments.table import TableError, read_table
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         if options.command == "run":
+            if not options.data.is_dir():
+                raise TableError(f"--data: {options.data} is no folder; nothing was started")
             failed = compute(read_table(options.table), options.data, options.out, options.device)
             if failed:
                 print(f"{len(failed)} runs failed and are tried again next time: {', '.join(failed)}", file=sys.stderr)

@@ -75,10 +75,14 @@ def open_splits(config: Config) -> Splits:
         DataError: they are missing, or have neither labels nor masks.
         ConfigError: `evaluation.data` names an environment variable that is not set.
     """
-    data = config.evaluation.data
+    data = None
+    if config.evaluation.data is not None:
+        data = Path(expand_path(config.evaluation.data, "evaluation.data"))
+        if not data.exists():
+            raise DataError(f"evaluation.data: {data} does not exist; name the images to evaluate on")
     splits = find_splits(
         config.data,
-        data=None if data is None else Path(expand_path(data, "evaluation.data")),
+        data=data,
         max_images=config.evaluation.max_images,
     )
     if splits.unlabelled is not None and not all(len(find_masked(part)) for part in (splits.train, splits.validation)):

@@ -6,6 +6,7 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.summary import collect, format_table, read_results
+from experiments.table import ROOT
 
 
 def write_result(folder, variant, seed, trained, untrained, steps=100):
@@ -55,3 +56,10 @@ def test_plots_are_written(results, capsys):
 def test_a_folder_without_results_says_so(tmp_path, capsys):
     assert main(["table", str(tmp_path)]) == 1
     assert "holds no result yet" in capsys.readouterr().err
+
+
+def test_missing_images_are_named_before_any_run_starts(tmp_path, capsys):
+    table = next((ROOT / "experiments" / "tables").glob("*.yaml"))
+    assert main(["run", str(table), "--data", str(tmp_path / "missing"), "--out", str(tmp_path / "out")]) == 1
+    assert "missing is no folder; nothing was started" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

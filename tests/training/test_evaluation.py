@@ -140,5 +140,7 @@ def test_images_without_labels_and_masks_are_refused_before_the_start(settings, 
     with pytest.raises(DataError, match=r"nothing can be measured during training.*Set evaluation\.data to images"):
         check_start(config, 1, "cpu")
     check_start(settings(**every_epoch(labelled)), 1, "cpu")
+    with pytest.raises(DataError, match=r"evaluation\.data: /missing/images does not exist"):
+        check_start(settings(**every_epoch("/missing/images")), 1, "cpu")
     with pytest.raises(ConfigError, match="SURELY_UNSET is not set"):
         check_start(settings(**every_epoch("$SURELY_UNSET/images")), 1, "cpu")
