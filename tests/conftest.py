@@ -43,10 +43,11 @@ def start_with_the_slow_files(items):
     """Sort tests so that parallel processes end together.
 
     Tests on SLURM come first: they wait for minutes while others compute. Then come the folders, and in them the files,
-    with the largest number of slow tests.
+    with the largest number of slow tests, then those with the largest number of tests.
     """
-    slow, slurm = Counter(), set()
+    slow, tests, slurm = Counter(), Counter(), set()
     for item in items:
+        tests.update({item.path, item.path.parent})
         if item.get_closest_marker("slow"):
             slow.update({item.path, item.path.parent})
         if item.get_closest_marker("slurm"):
@@ -54,6 +55,6 @@ def start_with_the_slow_files(items):
 
     def order(item):
         file, folder = item.path, item.path.parent
-        return file not in slurm, -slow[folder], str(folder), -slow[file], str(file)
+        return file not in slurm, -slow[folder], -tests[folder], str(folder), -slow[file], -tests[file], str(file)
 
     items.sort(key=order)

@@ -59,6 +59,7 @@ def test_peak_memory_counts_what_a_call_holds():
     assert machine.peak_memory(call, "cpu") == 3000
 
 
+@pytest.mark.slow
 def test_operators_in_one_table(run_program, tiny, monkeypatch):
     monkeypatch.setattr(operators_speed, "milliseconds", lambda function, device: 2.0)
     machine.copy_bandwidth.cache_clear()
@@ -138,6 +139,7 @@ def test_two_processes(tmp_path, tiny):
     assert "efficiency" in done.stdout
 
 
+@pytest.mark.slow
 def test_efficiency_against_the_smallest_world(tmp_path):
     for processes, images_per_s in ((8, 5600.0), (1, 1000.0)):
         row = {"model": "vit_huge", "provider": "project", "scaling": "weak", "batch": 128}

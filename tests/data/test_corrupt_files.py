@@ -72,6 +72,7 @@ def test_loaders_agree_on_every_whole_kind(damaged: tuple[Path, set[str]]):
     assert difference.max() <= 24
 
 
+@pytest.mark.slow
 def test_check_reports_the_same(damaged: tuple[Path, set[str]]):
     folder, corrupt = damaged
     report = check(FolderSource(folder), num_workers=2)
@@ -82,6 +83,7 @@ def test_check_reports_the_same(damaged: tuple[Path, set[str]]):
     assert f"corrupt      {len(corrupt)}" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader_name", LOADERS)
 def test_files_deleted_during_the_run_are_skipped(tmp_path: Path, loader_name: str):
     rng = np.random.default_rng(0)

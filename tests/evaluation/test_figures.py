@@ -38,6 +38,7 @@ def test_leaves_out_what_there_is_no_data_for(everything, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_loss_of_one_step_and_of_nan_is_drawn(tmp_path):
     for loss in ([0.5], [0.5, float("nan"), 0.4]):
         curve = LossCurve(np.arange(len(loss)) / 10, np.array(loss))

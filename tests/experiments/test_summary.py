@@ -47,6 +47,7 @@ def test_the_untrained_network_of_a_seed_counts_once(results):
     assert sorted(collect(read_results(results))["untrained"]["linear"]) == pytest.approx([30, 31])
 
 
+@pytest.mark.slow
 def test_plots_are_written(results, capsys):
     assert main(["plot", str(results)]) == 0
     for name in ("results.png", "curves.png"):

@@ -178,6 +178,7 @@ def test_timm_crops_as_the_evaluation(run, photographs, tmp_path):
     assert similarity_to_ours(run, photographs, prepare) > 0.998
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["timm", "hf", "official"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_exported(run, tmp_path, capsys, format, value):

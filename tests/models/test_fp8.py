@@ -91,6 +91,7 @@ def test_the_emulated_product_is_pytorchs():
     torch.testing.assert_close(fp8.emulated_product(x, x_scale, weight, weight_scale, bias), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_effect_on_features_and_targets(seed):
     model = make_model(seed)

@@ -81,6 +81,7 @@ def test_models_on_a_cpu_take_it_and_others_do_not():
     assert products("cuda") == {torch.nn.functional.linear}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_for_a_cpu_trains_under_autocast(dtype):
     config = parse_config(SMALL)
