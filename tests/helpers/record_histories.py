@@ -4,7 +4,8 @@
 
 IMAGES is a folder of small photographs; CIFAR-10 was used. A run takes about half a minute of one core. Each writes
 `tests/evaluation/histories/NAME.jsonl`, the figures that the verdict reads, rounded. Looks are taken every 20 steps and
-not every 50, so that 240 steps show as much as 600.
+not every 50, so that 240 steps show as much as 600. Six histories (zeros, grey, lr10x, and three healthy ones, of 300
+steps of 32 images) are of runs with these settings that were made before this program.
 """
 
 from __future__ import annotations
@@ -50,21 +51,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "healthy-crop24x40-init003": {"data.crop_size": [24, 40], "meta.init_std": 0.03, "runtime.seed": 4},
     "healthy-query_patch": DMT | {"patch.query": "patch", "runtime.seed": 5},
     "healthy_dmt-seed0": DMT,
-    "healthy_dmt-patch8-nano": DMT | NANO | {
-        "mask.patch_size": 8, "mask.min_keep": 1, "mask.pred_mask_scale": [0.2, 0.35], "runtime.seed": 2,
-    },
     "collapse-zeros": ZERO_TARGETS,
     "position-decay": {"optimization.weight_decay": 100.0, "optimization.final_weight_decay": 100.0},
     "position-grey": {"data.root_path": "grey"},
     "collapse-noise": {"data.root_path": "noise"},
     "small_steps-lr0": {"optimization.lr": 1e-9, "optimization.start_lr": 1e-9, "optimization.final_lr": 1e-9},
     "no_learning-lr_small": {"optimization.lr": 1e-5, "optimization.start_lr": 1e-5, "optimization.final_lr": 1e-6},
-    "large_steps-lr100x": {"optimization.lr": 2e-1},
+    "collapse-lr100x": {"optimization.lr": 2e-1},
     "slow_teacher-momentum1": {"optimization.ema": [1.0, 1.0]},
-    "slow_teacher-dmt-momentum1": DMT | {"optimization.ema": [1.0, 1.0]},
     "fast_teacher-lr10x": {"optimization.ema": [0.0, 0.0], "optimization.lr": 2e-2},
     "fast_teacher-ema0": {"optimization.ema": [0.0, 0.0]},
-    "fast_teacher-dmt-ema0": DMT | {"optimization.ema": [0.0, 0.0]},
 }  # fmt: skip
 
 
