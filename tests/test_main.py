@@ -159,7 +159,7 @@ def test_no_cuda(run, tmp_path):
     code, error = run(devices=("cuda:0",))
     assert code == 1
     assert "cuda:0" in error
-    assert "no usable CUDA device; pass --devices cpu" in error
+    assert "no usable CUDA device; use cpu instead" in error
     assert not (tmp_path / "run").exists()
 
 
