@@ -32,5 +32,5 @@ def find_settings(name: str) -> Path:
     if name in names:
         return SHIPPED / f"{name}.yaml"
     similar = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {similar[0]}?" if similar else ""
-    raise ConfigError(f"no settings file {name}, and none of that name in the package{hint}; it has {', '.join(names)}")
+    hint = f"did you mean {similar[0]}? " if similar else ""
+    raise ConfigError(f"no settings file {name}, and none of that name in the package: {hint}It has {', '.join(names)}")
