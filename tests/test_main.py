@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -327,6 +328,8 @@ def test_a_compiler_cache_that_cannot_be_used_is_named(monkeypatch, tmp_path, ho
 
 
 def test_a_default_compiler_cache_that_cannot_be_used_is_named(monkeypatch, tmp_path):
+    # Its first import makes the cache. One that fails halfway, as it would below, cannot be repeated in a process.
+    importlib.import_module("torch._inductor.runtime.cache_dir_utils")
     (tmp_path / "file").touch()
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: "compiler")
