@@ -53,6 +53,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parse_with_overrides(parser, arguments, list_option="fname")
     if options.fname is None:
         parser.error("--fname names no settings file")
+    # SLURM may send its signal up to a minute early, and each start needs time to import, resume and train.
+    if options.time * 60 < options.signal_delay + 120:
+        parser.error(
+            f"--time {options.time} leaves no time to train: the job saves {options.signal_delay} s (--signal-delay) "
+            f"before its limit, or up to a minute earlier; allow at least {(options.signal_delay + 179) // 60} minutes"
+        )
     gpus = options.tasks_per_node if options.gpus_per_node is None else options.gpus_per_node
     options.gpus_per_node = gpus or None  # SLURM gets no number of GPUs rather than 0
     return options
@@ -125,12 +131,15 @@ def submit(options: argparse.Namespace, configs: Sequence[Config]) -> list[submi
     import submitit
 
     from dmtjepa.config import expand_path
-    from dmtjepa.training.slurm import Job, SubmissionError
+    from dmtjepa.training.slurm import Job, SubmissionError, task_python
 
     folder = Path(expand_path(options.folder, "--folder"))
     try:
         executor = submitit.AutoExecutor(
-            folder=folder / "job_%j", cluster="slurm", slurm_max_num_timeout=options.max_timeouts
+            folder=folder / "job_%j",
+            cluster="slurm",
+            slurm_max_num_timeout=options.max_timeouts,
+            slurm_python=task_python(),
         )
         executor.update_parameters(
             stderr_to_stdout=True,
