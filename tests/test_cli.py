@@ -64,7 +64,7 @@ def test_shipped_settings_are_found_by_name(tmp_path, monkeypatch):
 
 
 def test_unknown_settings_name_the_nearest():
-    with pytest.raises(ConfigError, match="did you mean quickstart[?] It has"):
+    with pytest.raises(ConfigError, match=r"did you mean quickstart[?] It has"):
         find_settings("quikstart")
     assert find_settings("nowhere/quickstart") == Path("nowhere/quickstart")
     assert find_settings("quickstart.yaml") == Path("quickstart.yaml")
