@@ -12,7 +12,7 @@
     rollbacks.json               how often a collapsed run went back to an earlier checkpoint (`runtime.on_collapse`)
     {tag}-best.pth.tar           the encoders of the best evaluation during training (evaluation.keep_best)
     not_finite/                  the state after a loss that was not finite: a checkpoint, and steps.json
-    report/                      what `python -m dmtjepa.evaluation` writes
+    report/                      what `dmtjepa evaluate` writes
     .lock                        held while a run writes into the folder
 
 `tag` is `logging.write_tag`.
@@ -185,7 +185,12 @@ class RunFolder:
                 f"{before[-1]} there, {global_batch} now"
             )
         if changes:
-            lines = "\n".join(changes)
+            longer = config.optimization.epochs > earlier.optimization.epochs and self.latest_export.exists()
+            remedy = (
+                f"To train longer than a schedule that has ended, start a new run from its weights: "
+                f"meta.load_checkpoint=true meta.read_checkpoint={self.latest_export} logging.folder=NEW"
+            )
+            lines = "\n".join([*changes, *([remedy] if longer else [])])
             raise RunFolderError(
                 f"{self.path} holds a run with other settings; choose another logging.folder, or restore:\n{lines}"
             )

@@ -1,0 +1,95 @@
+"""`dmtjepa evaluate RUN`: measure the teacher of a run, and write RUN/report/."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmtjepa.cli.exit_status import run_command
+from dmtjepa.errors import UserError
+
+if TYPE_CHECKING:
+    from dmtjepa.config import Config
+    from dmtjepa.run_folder import RunFolder
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m dmtjepa.evaluation") -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Measure the teacher of a run, and write tables and figures into RUN/report/."
+    )
+    parser.add_argument("run", type=Path, help="run folder, or weights: see --data")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="images: a folder, a list or tar shards (default: those of the run; weights alone have none)",
+    )
+    parser.add_argument("--train", type=Path, help="labelled images to compare with; needs --val")
+    parser.add_argument("--val", type=Path, help="labelled images to classify; needs --train")
+    parser.add_argument("--checkpoint", type=Path, help="file to measure (default: the run's latest)")
+    parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
+    parser.add_argument("--max-images", type=int, help="upper limit for the images of each split")
+    parser.add_argument("--quick", action="store_true", help="leave out what takes long: low-shot, attentive probes")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is a GPU)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    return run_command(lambda: measure(options), errors=(UserError, OSError))
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Do what the options ask for; returns the exit status."""
+    import torch
+
+    from dmtjepa.evaluation.formatting import format_table, format_verdict
+    from dmtjepa.evaluation.report import evaluate
+    from dmtjepa.evaluation.splits import find_splits
+    from dmtjepa.training.distributed import check_device
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    run, config, checkpoint, out = find_what_to_measure(options)
+    splits = find_splits(
+        config.data, data=options.data, train=options.train, validation=options.val, max_images=options.max_images
+    )
+    print(
+        f"measuring {checkpoint} on {device}: {len(splits.train)} training and "
+        f"{len(splits.validation)} validation images of {splits.description}",
+        flush=True,
+    )
+    report = evaluate(
+        run, config, checkpoint, splits, out, device=device, num_workers=options.num_workers, quick=options.quick
+    )
+    table = format_table(report)
+    print(f"\n{table}\n" if table else "")
+    print("\n".join(format_verdict(report)))
+    print(f"\nwritten: {out}/report.md, report.json, {', '.join(Path(f).name for f in report.files[2:])}")
+    print("next:")
+    print(f"  look at {out}/report.png")
+    print(f"  dmtjepa export {options.run} --format hf --out {out.parent}/hf   # or timm, official")
+    print(f"  dmtjepa evaluate {options.run} --data FOLDER   # measure on other labelled images")
+    return 0
+
+
+def find_what_to_measure(options: argparse.Namespace) -> tuple[RunFolder, Config, Path, Path]:
+    """The run and its settings, the file to measure, and the folder of the report.
+
+    Weights by themselves, a `.pth.tar` file or a folder of Hugging Face or timm, have settings made from their shapes.
+    """
+    from dmtjepa.evaluation.bare_weights import settings_of_weights
+    from dmtjepa.evaluation.errors import EvaluationError
+    from dmtjepa.interop.sources import find_source
+    from dmtjepa.run_folder import RunFolder, open_run
+
+    given: Path = options.run
+    if given.is_file() or (given / "model.safetensors").is_file():
+        if options.data is None and options.train is None:
+            raise EvaluationError(f"{given} has no run folder beside it, and so no images: give --data FOLDER")
+        path = find_source(given)
+        out = options.out or given.with_name(f"{given.name.removesuffix('.pth.tar')}-report")
+        return RunFolder(given.parent, given.name), settings_of_weights(path), options.checkpoint or path, out
+    run, config = open_run(given)
+    return run, config, options.checkpoint or run.latest_export, options.out or run.report
