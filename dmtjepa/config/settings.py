@@ -230,7 +230,10 @@ class RuntimeSettings(Section):
     """
 
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, sample order, crops and masks")
-    attention: Free[Literal["auto", "xformers", "sdpa"]] = Field("auto", description="attention backend on CUDA")
+    attention: Free[Literal["auto", "xformers", "sdpa"]] = Field(
+        "auto",
+        description="attention on CUDA: xFormers' flash kernels, or PyTorch's (sdpa); auto: xFormers where installed",
+    )
     kernels: Free[Literal["triton", "torch"]] = Field(
         "triton", description="operators on CUDA; a CPU always runs torch's"
     )

@@ -243,7 +243,7 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], recompute: str) -> None:
 def _keep_products():
     def choose(_context, operator, *_arguments, **_keywords) -> CheckpointPolicy:
         # xFormers' operators are registered only when a model uses them.
-        kept = operator in _PRODUCTS or operator.name() == "xformers_flash::flash_fwd"
+        kept = operator in _PRODUCTS or operator.name() in ("xformers_flash::flash_fwd", "torch_attn::_varlen_attn")
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(choose)
