@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import goals, gpu_check, machine
 from benchmarks.operators import speed as operators_speed
+from benchmarks.operators.cases import Case
 from benchmarks.step import host, memory, profile, runs, scaling
 from benchmarks.workloads import parse_workload
 
@@ -57,6 +60,50 @@ def test_peak_memory_counts_what_a_call_holds():
         return second, third
 
     assert machine.peak_memory(call, "cpu") == 3000
+
+
+def test_a_gpu_starts_a_timed_call_when_all_of_it_is_enqueued(monkeypatch):
+    """Otherwise gaps between the kernels of a call are counted."""
+    calls, zeros, clock = [], torch.zeros, itertools.count()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    monkeypatch.setattr(torch, "zeros", lambda count, dtype, device: zeros(64, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", calls.append)
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: 1e-3 * next(clock)))
+    assert machine._gpu_milliseconds(lambda: calls.append("call"), most=10) == 3.0
+    assert calls[:3] == ["call"] * 3  # a millisecond each for the host
+    assert calls[3:7] == [pytest.approx(2e-3 * machine.CLOCK_RATE), "event", "call", "event"]
+
+
+def test_what_differs_is_timed_on_request_alone_and_meets_no_goal(monkeypatch, tmp_path):
+    monkeypatch.setattr(operators_speed, "milliseconds", lambda function, device: 2.0)
+    monkeypatch.setattr(operators_speed, "copy_bandwidth", lambda device: 1.0)
+    x = torch.ones(2)
+    case = Case("gather_tokens", (x,), torch.neg, torch.neg, torch.neg, torch.clone, unique_bytes=8, limit=1e-5)
+    refused = operators_speed.measure(case, "triton", x, "cpu")
+    assert "ms" not in refused
+    assert "not timed" in refused["problem"]
+    timed = operators_speed.measure(case, "triton", x, "cpu", time_anyway=True)
+    assert (timed["ms"], timed["correct"]) == (2.0, False)
+    assert "timed anyway" in timed["problem"]
+    for correct in (False, True):
+        row = {**timed, "workload": "w", "speed_vs": {}, "correct": correct}
+        (tmp_path / "operators.json").write_text(json.dumps({"commit": "a", "rows": [row]}))
+        assert len(goals.goals(tmp_path, "a")) == correct
 
 
 @pytest.mark.slow
