@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -254,6 +255,32 @@ def test_gpu_check_goes_on_after_a_failure_and_says_what_it_had_no_time_for(gpu_
     code, summary, _ = gpu_check_on_a_cpu([step("slow", ""), step("good", "")], "--only", "slow")
     assert code == 0
     assert [(row["name"], row["return_code"]) for row in summary["steps"]] == [("bad", 3), ("good", 0), ("slow", 0)]
+
+
+def test_gpu_check_in_three_parts(tmp_path):
+    found = gpu_check.steps(tmp_path, None, None, time_anyway=True)
+    parts = [gpu_check.choose(found, None, part) for part in (1, 2, 3)]
+    assert [*parts[0], *parts[1], *parts[2]] == gpu_check.choose(found, None, None) == found
+    assert [step.name for step in parts[0]] == ["operator-tests", "attention", "profile", "step"]
+    assert [step.name for step in gpu_check.choose(found, ["host"], None)] == ["host"]
+    with pytest.raises(SystemExit, match=r"--only other: choose of operator-tests"):
+        gpu_check.choose(found, ["other"], None)
+    timed = {step.name for step in found if "--time-anyway" in step.command}
+    assert timed == {"step", "others", "small", "keep", "operators", "targets"}
+
+
+def test_archive_of_results_leaves_out_what_is_largest(tmp_path):
+    out, archive = tmp_path / "h100-2026-11-26", tmp_path / "part1.tar.gz"
+    (out / "others").mkdir(parents=True)
+    (out / "summary.json").write_text("{}")
+    (out / "others" / "step.json").write_text("[]")
+    (out / "trace.json.gz").write_bytes(os.urandom(20_000))
+    assert gpu_check.write_archive(out, archive, most=10_000) == ["trace.json.gz"]
+    assert archive.stat().st_size <= 10_000
+    with tarfile.open(archive) as file:
+        assert sorted(file.getnames()) == [f"{out.name}/others/step.json", f"{out.name}/summary.json"]
+    assert gpu_check.write_archive(out, archive) == []
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_gpu_check_runs_every_test_that_needs_a_gpu(tmp_path):
