@@ -245,6 +245,11 @@ class RuntimeSettings(Section):
         description="of the computation; weights, their gradients and their updates are always float32. auto: "
         "meta.use_bfloat16 on CUDA, float32 on a CPU (bfloat16 pays on CPUs with AVX512-BF16)",
     )
+    residual: Free[Literal["bfloat16", "float32"]] = Field(
+        "bfloat16",
+        description="dtype of the residual stream of encoder and predictor where they compute in bfloat16. float32: as "
+        "under the official autocast, closer to float32 and with more memory",
+    )
     teacher_precision: Literal["same", "fp8"] = Field(
         "same",
         description="of the matrix products in the teacher's blocks. fp8: float8_e4m3fn with a scale per row, on GPUs "

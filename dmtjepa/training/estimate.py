@@ -123,7 +123,10 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     device_type = "cuda" if on_cuda else "cpu"
     plan = ComputePlan.from_config(config, device_type)
     size = plan.dtype.itemsize
-    kept = {"none": 16, "pointwise": 10, "blocks": 1}[plan.recompute]
+    kept = {"none": 16.0, "pointwise": 10.0, "blocks": 1.0}[plan.recompute]
+    # Of the numbers that a block keeps, those of the residual stream: its inputs to both norms, or its input alone.
+    wider = 4 / size - 1 if runtime.residual == "float32" else 0.0
+    kept += wider * (1 if plan.recompute == "blocks" else 2)
     shards = min(runtime.shard_size or world_size, world_size)
     num_patches = config.grid_size[0] * config.grid_size[1]
     one_block = parameters["encoder"] / depth
@@ -142,7 +145,7 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
         "teacher": 4 * teacher / shards,
         "gathered weights": size * gathered,
         "saved activations": size * activations,
-        "teacher's forward pass": size * batch * num_patches * 12 * dim,
+        "teacher's forward pass": size * batch * num_patches * (12 + 2 * wider) * dim,
         "predictions and targets": 4
         * batch
         * (config.mask.num_pred_masks * shapes.target * 3 + shapes.unique * 8)

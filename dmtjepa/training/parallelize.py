@@ -130,7 +130,9 @@ def shard_units(
     model: DMTJEPA, teacher: list[FsdpUnits], student: list[FsdpUnits], mesh: DeviceMesh, plan: ComputePlan
 ) -> None:
     """Apply `fully_shard` to all units, then to the model."""
-    policy = MixedPrecisionPolicy(plan.dtype, torch.float32)
+    # FSDP2 would cast a wider residual stream to the dtype of the weights where a unit of blocks begins.
+    cast = model.encoder.residual_dtype is None
+    policy = MixedPrecisionPolicy(plan.dtype, torch.float32, cast_forward_inputs=cast)
     for units in teacher:
         units.shard(mesh, policy, reshard_after_forward=True)  # the teacher has no backward pass
     # Without units of blocks, a module is gathered as a whole and needed again soon. Resharding would save nothing.

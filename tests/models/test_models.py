@@ -250,3 +250,19 @@ def test_xformers_equals_sdpa(head_dim, length):
         torch.testing.assert_close(actual.float(), expected.float(), rtol=2e-2, atol=2e-2)
     compiled = torch.compile(xformers, fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), xformers(*inputs))
+
+
+def test_a_float32_residual_stream_is_closer_to_float32():
+    torch.manual_seed(0)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    encoder = VisionTransformer(64, 8, embed_dim=96, depth=12, num_heads=3, init_std=0.1)
+    expected = encoder(images)
+    error = {}
+    for dtype in (None, torch.float32):
+        other = VisionTransformer(64, 8, embed_dim=96, depth=12, num_heads=3, residual_dtype=dtype).bfloat16()
+        other.load_state_dict(encoder.state_dict())
+        found = other(images)
+        assert found.dtype == torch.bfloat16
+        error[dtype] = float((found.float() - expected).norm() / expected.norm())
+        assert other.double()(images).dtype == torch.float64
+    assert error[torch.float32] < 0.75 * error[None]

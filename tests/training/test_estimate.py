@@ -81,6 +81,18 @@ def test_memory_falls_with_the_number_of_devices():
     assert sixteen["saved activations"] == one["saved activations"]
 
 
+def test_a_float32_residual_stream_takes_memory():
+    """Two of the numbers that a block keeps per patch and channel have 4 bytes, not 2; one if blocks are recomputed."""
+    shapes = MaskShapes(context=60, target=40, unique=100, neighborhood=150)
+    for recompute, kept, wide in (("none", 16, 2), ("pointwise", 10, 2), ("blocks", 1, 1)):
+        saved = []
+        for residual in ("bfloat16", "float32"):
+            changes = [f"runtime.residual={residual}", f"runtime.activation_checkpointing={recompute}"]
+            config = load_config(CONFIGS / "in1k_vitb16_ep600.yaml", [*changes, "patch.local_agg_head=false"])
+            saved.append(memory_bytes(config, shapes, 1, on_cuda=True)["saved activations"])
+        assert saved[1] / saved[0] == pytest.approx((kept + wide) / kept)
+
+
 @pytest.mark.slow
 def test_dry_run_tells_batch_and_scaled_rate():
     config = load_config(CONFIGS / "in1k_vitb16_ep600.yaml", ["optimization.lr_batch_size=2048", "data.batch_size=128"])
