@@ -26,6 +26,10 @@ download)
     du -sh "$wheels"
     ;;
 run)
+    if ! compgen -G "$wheels/*.whl" >/dev/null; then
+        echo "no wheels in $wheels: call benchmarks/carry.sh download where there is a package registry" >&2
+        exit 1
+    fi
     rm -rf "$unpacked"
     mkdir -p "$unpacked"
     for wheel in "$wheels"/*.whl; do "$python" -m zipfile -e "$wheel" "$unpacked"; done # pip may not be there
