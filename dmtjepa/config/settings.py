@@ -261,7 +261,8 @@ class RuntimeSettings(Section):
     activation_checkpointing: Free[Literal["auto", "none", "pointwise", "blocks"]] = Field(
         "auto",
         description="what the backward pass computes again instead of keeping it: of the student's blocks, norms and "
-        "GELUs (pointwise) or all (blocks); auto: pointwise where blocks are compiled, where it costs little",
+        "GELUs (pointwise) or all (blocks); auto: pointwise where blocks are compiled, where it costs little, and none "
+        "on a GPU whose memory holds everything by estimate",
     )
     shard_size: Free[int | None] = Field(
         None, ge=1, description="devices that one copy of the model is sharded over (HSDP); null: all of them (FSDP)"
