@@ -17,7 +17,9 @@ setup(
     python_requires=">=3.10",
     # dmtjepa/kernels is a link to the folder kernels at the top: a PyPI package is already called `kernels`.
     packages=find_packages(include=["dmtjepa", "dmtjepa.*"]),
-    package_data={"dmtjepa": ["py.typed"]},
+    # Likewise, dmtjepa/configs is a link to the folder of settings files.
+    package_data={"dmtjepa": ["py.typed", "configs/*.yaml"]},
+    entry_points={"console_scripts": ["dmtjepa = dmtjepa.cli:main"]},
     install_requires=[
         "torch>=2.10",
         "torchvision>=0.25",

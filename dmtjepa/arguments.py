@@ -5,8 +5,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 USAGE = "any setting can follow as section.key=value, e.g. data.batch_size=64 logging.folder=runs/mine"
+
+
+def add_settings(parser: argparse.ArgumentParser, *, as_option: bool, several: str = "") -> None:
+    """Add the settings file to a command line, as `fname` of its result.
+
+    Args:
+        as_option: `--fname FILE` instead of `FILE`.
+        several: what several of them mean; without it, there is one.
+    """
+    text = "settings file (YAML), or the name of settings that are part of the package, e.g. quickstart"
+    values: dict[str, Any] = {"help": f"{text}; {several}" if several else text, "metavar": "SETTINGS"}
+    if several:
+        values["nargs"] = "+"
+    if as_option:
+        parser.add_argument("--fname", required=True, **values)
+    else:
+        parser.add_argument("fname", **values)
 
 
 def parse_with_overrides(

@@ -12,7 +12,7 @@
     rollbacks.json               how often a collapsed run went back to an earlier checkpoint (`runtime.on_collapse`)
     {tag}-best.pth.tar           the encoders of the best evaluation during training (evaluation.keep_best)
     not_finite/                  the state after a loss that was not finite: a checkpoint, and steps.json
-    report/                      what `python -m dmtjepa.evaluation` writes
+    report/                      what `dmtjepa evaluate` writes
     .lock                        held while a run writes into the folder
 
 `tag` is `logging.write_tag`.

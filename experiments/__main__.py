@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dmtjepa.errors import UserError
+from dmtjepa.cli.exit_status import run_command
 from experiments.runner import compute
 from experiments.summary import format_table, read_results, save_curves, save_plot
 from experiments.table import TableError, read_table
@@ -42,29 +42,27 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        if options.command == "run":
-            if not options.data.is_dir():
-                raise TableError(f"--data: {options.data} is no folder; nothing was started")
-            failed = compute(read_table(options.table), options.data, options.out, options.device)
-            if failed:
-                print(f"{len(failed)} runs failed and are tried again next time: {', '.join(failed)}", file=sys.stderr)
-            return int(bool(failed))
-        results = read_results(options.folder)
-        if options.command == "table":
-            print(format_table(results))
-        else:
-            plot, curves = options.folder / "results.png", options.folder / "curves.png"
-            save_plot(results, plot)
-            print(f"written: {plot}")
-            if save_curves(results, curves):
-                print(f"written: {curves}")
-    except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; give the same command again to continue", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return run_command(lambda: work(options), interrupted="stopped; give the same command again to continue")
+
+
+def work(options: argparse.Namespace) -> int:
+    """Do what the options ask for; returns the exit status."""
+    if options.command == "run":
+        if not options.data.is_dir():
+            raise TableError(f"--data: {options.data} is no folder; nothing was started")
+        failed = compute(read_table(options.table), options.data, options.out, options.device)
+        if failed:
+            print(f"{len(failed)} runs failed and are tried again next time: {', '.join(failed)}", file=sys.stderr)
+        return int(bool(failed))
+    results = read_results(options.folder)
+    if options.command == "table":
+        print(format_table(results))
+        return 0
+    plot, curves = options.folder / "results.png", options.folder / "curves.png"
+    save_plot(results, plot)
+    print(f"written: {plot}")
+    if save_curves(results, curves):
+        print(f"written: {curves}")
     return 0
 
 

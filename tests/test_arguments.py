@@ -4,9 +4,8 @@ import argparse
 
 import pytest
 
-import main
-import main_distributed
 from dmtjepa.arguments import parse_with_overrides
+from dmtjepa.cli import submit, train
 
 
 @pytest.mark.parametrize(
@@ -19,20 +18,20 @@ from dmtjepa.arguments import parse_with_overrides
     ],
 )
 def test_the_last_setting_wins_in_main(line, overrides):
-    options = main.parse_arguments(["--fname", "x.yaml", *line.split()])
+    options = train.parse_arguments(["--fname", "x.yaml", *line.split()])
     assert options.overrides == overrides
     assert "=" not in "".join(options.devices or [])
 
 
 def test_settings_can_follow_devices():
-    options = main.parse_arguments(["--fname", "x.yaml", "--devices", "cpu", "cpu", "data.batch_size=8"])
+    options = train.parse_arguments(["--fname", "x.yaml", "--devices", "cpu", "cpu", "data.batch_size=8"])
     assert options.devices == ["cpu", "cpu"]
     assert options.overrides == ["data.batch_size=8"]
 
 
 def test_the_last_setting_wins_in_main_distributed():
     line = "data.batch_size=8 --fname x.yaml y.yaml data.batch_size=4 --folder logs --constraint a=b data.batch_size=2"
-    options = main_distributed.parse_arguments(line.split())
+    options = submit.parse_arguments(line.split())
     assert options.overrides == ["data.batch_size=8", "data.batch_size=4", "data.batch_size=2"]
     assert options.fname == ["x.yaml", "y.yaml"]
     assert options.constraint == "a=b"
@@ -40,7 +39,7 @@ def test_the_last_setting_wins_in_main_distributed():
 
 def test_settings_files_must_be_named(capsys):
     with pytest.raises(SystemExit):
-        main_distributed.parse_arguments(["--fname", "data.batch_size=4", "--folder", "logs"])
+        submit.parse_arguments(["--fname", "data.batch_size=4", "--folder", "logs"])
     assert "names no settings file" in capsys.readouterr().err
 
 

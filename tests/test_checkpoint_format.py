@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from dmtjepa import checkpoint_format
 from dmtjepa.checkpoint_format import CheckpointError
-from dmtjepa.interop.__main__ import main
+from dmtjepa.cli.weights import main
 from dmtjepa.training.checkpoint_writer import CheckpointWriter
 
 ROOT = Path(__file__).parents[1]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +162,7 @@ def test_no_cuda(run, tmp_path):
     code, error = run(devices=("cuda:0",))
     assert code == 1
     assert "cuda:0" in error
-    assert "no usable CUDA device; pass --devices cpu" in error
+    assert "no usable CUDA device; use cpu instead" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -327,6 +330,8 @@ def test_a_compiler_cache_that_cannot_be_used_is_named(monkeypatch, tmp_path, ho
 
 
 def test_a_default_compiler_cache_that_cannot_be_used_is_named(monkeypatch, tmp_path):
+    # Its first import makes the cache. One that fails halfway, as it would below, cannot be repeated in a process.
+    importlib.import_module("torch._inductor.runtime.cache_dir_utils")
     (tmp_path / "file").touch()
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: "compiler")
@@ -340,6 +345,61 @@ def test_a_default_compiler_cache_that_cannot_be_used_is_named(monkeypatch, tmp_
     monkeypatch.setattr("getpass.getuser", unknown)
     with pytest.raises(ConfigError, match=r"there is no place for its cache: .*uid not found"):
         check_compiler(parse_config({"runtime": {"compile": "on"}}), "cpu")
+
+
+def test_compiled_headers_need_the_default_compiler_cache(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "which", lambda _: "compiler")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"file/torchinductor_\w+, cannot be used: .* variable TMPDIR name a folder"):
+        check_compiler(parse_config({"runtime": {"compile": "on"}}), "cpu")
+
+
+@pytest.fixture
+def folder_of_all():
+    """A folder that every user can write to. The folders above `tmp_path` are private."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def not_root():
+    """Run as another user than root: root can write everywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("part", ["ab/", "fxgraph/ab/", "locks/ab.lock", "ab/programs/ab.so"])
+def test_parts_of_a_compiler_cache_that_another_user_has_made_are_named(monkeypatch, folder_of_all, part):
+    config = parse_config({"runtime": {"compile": "on"}})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder_of_all))
+    monkeypatch.setattr(shutil, "which", lambda _: "compiler")
+    monkeypatch.setattr("tempfile.tempdir", str(folder_of_all / "default"))
+    check_compiler(config, "cpu")
+    path = folder_of_all / part
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in path.parents[: len(Path(part).parts) - 1]:
+        folder.chmod(0o777)
+    if part.endswith("/"):
+        path.mkdir()
+        path.chmod(0o555)
+    else:
+        path.touch()
+        path.chmod(0o444)
+    with not_root():
+        if part.endswith(("/", ".lock")):
+            named = rf"{path}, of the user \w+, cannot be written to.* variable TORCHINDUCTOR_CACHE_DIR"
+            with pytest.raises(ConfigError, match=named):
+                check_compiler(config, "cpu")
+        else:  # other files are only read, or replaced
+            check_compiler(config, "cpu")
 
 
 @pytest.mark.slow

@@ -1,11 +1,15 @@
 """`main_distributed.py`: what SLURM is asked for, and what is refused. No cluster is needed."""
 
 import os
+import shlex
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import main_distributed
+from dmtjepa.training.slurm import task_python
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,3 +83,34 @@ def test_machine_without_slurm(monkeypatch, capsys, tmp_path):
     config = str(ROOT / "configs/in1k_vitb16_ep600.yaml")
     assert main_distributed.main(["--fname", config, "--folder", str(tmp_path)]) == 1
     assert "srun" in capsys.readouterr().err
+
+
+def test_job_needs_more_time_than_its_signal_leaves(capsys, tmp_path):
+    config = str(ROOT / "configs/in1k_vitb16_ep600.yaml")
+    command = ["--fname", config, "--folder", str(tmp_path), "--signal-delay", "150", "--dry-run"]
+    with pytest.raises(SystemExit):
+        main_distributed.main([*command, "--time", "4"])
+    error = capsys.readouterr().err
+    assert "--time 4 leaves no time to train" in error
+    assert "at least 5 minutes" in error
+    assert main_distributed.main([*command, "--time", "5"]) == 0
+
+
+@pytest.mark.slow
+def test_signal_before_the_handlers_is_held_for_them():
+    program = "\n".join(
+        [
+            "import signal",
+            "print('importing', flush=True)",
+            "input()",
+            "from dmtjepa.training.slurm import receive_signals",
+            "signal.signal(signal.SIGUSR2, lambda *_: print('received', flush=True))",
+            "receive_signals()",
+        ]
+    )
+    command = [*shlex.split(task_python()), "-u", "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGUSR2)
+        output, _ = process.communicate("\n", timeout=600)
+    assert (process.returncode, output) == (0, "received\n")

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 import main_distributed
-from dmtjepa.data import make_shards
-from dmtjepa.evaluation import __main__ as evaluation
-from dmtjepa.interop import __main__ as interop
+from dmtjepa.cli import check, evaluate, settings, shards, weights
 from tests.helpers.streams import BrokenPipe
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -44,9 +42,11 @@ def test_output_that_fails_ends_nothing(tmp_path, how):
     [
         (main_distributed.main, ["--fname", str(QUICKSTART), "--folder", "logs", "--dry-run"], 0),
         (main_distributed.main, ["--fname", "nowhere.yaml", "--folder", "logs"], 1),
-        (evaluation.main, ["nowhere"], 1),
-        (interop.main, ["verify", "nowhere"], 1),
-        (make_shards.main, ["nowhere", "out"], 1),
+        (evaluate.main, ["nowhere"], 1),
+        (weights.main, ["verify", "nowhere"], 1),
+        (shards.main, ["nowhere", "out"], 1),
+        (check.main, ["nowhere"], 2),
+        (settings.main, [], 0),
     ],
 )
 def test_no_program_needs_its_output(monkeypatch, tmp_path, main, arguments, code):

@@ -15,6 +15,7 @@ from dmtjepa.config.settings import (
     PatchSettings,
     RuntimeSettings,
 )
+from dmtjepa.config.shipped import find_settings, list_shipped
 
 __all__ = [
     "Config",
@@ -32,6 +33,8 @@ __all__ = [
     "changed_settings",
     "different_settings",
     "expand_path",
+    "find_settings",
+    "list_shipped",
     "load_config",
     "parse_config",
     "read_yaml",

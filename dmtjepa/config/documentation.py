@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import textwrap
 from collections.abc import Iterable
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -19,7 +20,7 @@ HEAD = """# Settings
 
 This page is made from the schema in `dmtjepa/config/settings.py`. After a change of the schema, make it again:
 
-    python -m dmtjepa.config --markdown > docs/settings.md
+    dmtjepa settings --markdown > docs/settings.md
 
 A settings file is YAML with the sections below. Each setting has a default. Any setting can follow on the command line
 as `section.key=value`, with the value in YAML; the last one given wins. Unknown keys, keys that are given twice and
@@ -50,6 +51,21 @@ def make_markdown() -> str:
         lines += [_make_row(f"{name}.{key}", setting) for key, setting in section.model_fields.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def list_settings(prefix: str = "") -> list[str]:
+    """Every setting whose name begins with the prefix: its values, its default and what it does."""
+    lines = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        for key, setting in section.model_fields.items():
+            if f"{name}.{key}".startswith(prefix):
+                values = describe_values(setting.annotation, setting.metadata)
+                lines.append(f"{name}.{key} = {_to_text(setting.default)}   ({values})")
+                lines += textwrap.wrap(setting.description or "", 100, initial_indent="    ", subsequent_indent="    ")
+    return lines
 
 
 def _make_row(name: str, field: FieldInfo) -> str:

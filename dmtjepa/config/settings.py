@@ -176,7 +176,7 @@ class MetaSettings(Section):
         if value:
             raise ValueError(
                 "images are not copied to local disks; pack them into tar shards, which a network file system serves "
-                "well (python -m dmtjepa.data.make_shards), and leave this false"
+                "well (dmtjepa shards), and leave this false"
             )
         return value
 

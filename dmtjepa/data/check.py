@@ -1,15 +1,12 @@
-"""Checks a data set before a long run: `python -m dmtjepa.data.check SOURCE`.
+"""Checks a data set before a long run: `dmtjepa check SOURCE`.
 
 Reads and decodes every image in parallel, and reports counts, sizes, formats, corrupt files and duplicates.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
-import signal
-import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dmtjepa.data import DataError, ImageSource, open_images
+from dmtjepa.data import DataError, ImageSource
 from dmtjepa.data.decode import CorruptImage, decode_image, read_header, tell_reason
 from dmtjepa.processes import enter_worker
 
@@ -134,31 +131,3 @@ def check(source: ImageSource, num_workers: int) -> Report:
     report.sizes = np.array(sizes, np.int64).reshape(-1, 2)
     report.duplicates = [[source.name(image) for image in same] for same in digests.values() if len(same) > 1]
     return report
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m dmtjepa.data.check",
-        description="Read and decode every image, and report what is there. The exit code is 1 if some are corrupt.",
-    )
-    parser.add_argument("source", help="folder of images, file list (.txt, .tsv, .lst), or tar shards")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (%(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    if options.workers < 1:
-        parser.error("--workers must be at least 1")
-    try:
-        report = check(open_images(options.source), options.workers)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    print(str(report).encode(errors="backslashreplace").decode())  # file names can be any bytes
-    return 1 if report.corrupt else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

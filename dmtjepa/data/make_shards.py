@@ -1,4 +1,4 @@
-"""Writes images into tar shards: `python -m dmtjepa.data.make_shards SOURCE OUT --shard-size 5000`.
+"""Writes images into tar shards: `dmtjepa shards SOURCE OUT --shard-size 5000`.
 
 The shards have the layout of webdataset, and an index each. A shard is written to a temporary file that is renamed when
 it is complete, and existing shards are kept. So an interrupted call continues when it is started again. Images are
@@ -7,13 +7,11 @@ copied without decoding.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
 import os
 import re
-import sys
 import tarfile
 import threading
 from collections.abc import Callable
@@ -22,12 +20,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dmtjepa.data import DataError, ImageSource, open_images
+from dmtjepa.data import DataError, ImageSource
 from dmtjepa.data.decode import tell_reason
 from dmtjepa.data.sources.base import IMAGE_EXTENSIONS
 from dmtjepa.data.sources.tar_index import read_members, write_index
 from dmtjepa.files import WRITING, open_atomically, write_atomically, write_json
-from dmtjepa.output import protect_output
 
 
 def make_shards(source: ImageSource, out: Path, shard_size: int, num_threads: int = 8) -> list[tuple[str, str]]:
@@ -119,38 +116,3 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     archive.addfile(info, io.BytesIO(data))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    protect_output()
-    parser = argparse.ArgumentParser(
-        prog="python -m dmtjepa.data.make_shards", description="Pack images into tar shards."
-    )
-    parser.add_argument("source", help="folder of images, or a file list (.txt, .tsv, .lst)")
-    parser.add_argument("out", type=Path, help="folder of the shards")
-    parser.add_argument("--shard-size", type=int, default=5000, help="images per shard (%(default)s)")
-    parser.add_argument("--threads", type=int, default=8, help="shards written in parallel (%(default)s)")
-    options = parser.parse_args(arguments)
-    if options.shard_size < 1 or options.threads < 1:
-        parser.error("--shard-size and --threads must be at least 1")
-    if options.out.resolve() == Path(options.source).resolve():
-        parser.error("write to another folder: a folder with both images and shards cannot be read")
-    try:
-        source = open_images(options.source)
-        unreadable = make_shards(source, options.out, options.shard_size, options.threads)
-        num_packed = len(open_images(options.out))
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for name, reason in unreadable:
-        print(f"left out {name}: {reason}", file=sys.stderr)
-    num_shards = len(list(options.out.glob("shard-*.tar")))
-    num_missing = len(source) - num_packed  # including those that an earlier, interrupted call left out
-    missing = f" ({num_missing} could not be read and are left out)" if num_missing else ""
-    print(f"{num_packed} images in {num_shards} shards in {options.out}{missing}")
-    print(f"train on them with: data.root_path={options.out.absolute()}")
-    return 1 if num_missing else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,6 +121,12 @@ class Evaluator:
         self._config, self._splits, self._ranks = config, splits, ranks
         self._device, self._num_workers, self._on_progress = device, num_workers, on_progress
         self._masked = [find_masked(source) for source in (splits.train, splits.validation)]
+
+    def describe_images(self) -> list[tuple[str, int, str]]:
+        """What it measures on: for each part its name, its number of images, and a digest of their names and labels."""
+        sources = self._splits.train, self._splits.validation, *self._masked
+        names = "training images", "validation images", "training images with masks", "validation images with masks"
+        return [(name, len(source), _digest(source)) for name, source in zip(names, sources, strict=True)]
 
     def measure(self, encoders: Encoders) -> dict[str, float]:
         """Measure the last blocks of each encoder. All ranks call this alike and get the same results.
@@ -239,6 +247,14 @@ class Evaluator:
             logger.warning("segmentation is not measured: %s", error)
             return {}
         return {f"{key.prefix}miou": scores.mean_iou}
+
+
+def _digest(source: ImageSource) -> str:
+    """SHA-256 of the names and labels of the images, in their order."""
+    digest = hashlib.sha256(source.keys().digest().encode())
+    if source.labels is not None:
+        digest.update(np.ascontiguousarray(source.labels).tobytes())
+    return digest.hexdigest()
 
 
 def _keys(encoders: Encoders, kinds: tuple[str, ...]) -> list[FeatureKey]:

@@ -1,22 +1,26 @@
-"""All ranks train on the same images, in the same order, with the same settings, or the run says which one does not."""
+"""All ranks have the same images, settings and initial weights, or the run says which one differs."""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from dmtjepa.checkpoint_format import describe_file
 from dmtjepa.config import Config, Resume, different_settings, resume_rules
 from dmtjepa.data import ImageSource
 from dmtjepa.data.fingerprint import ImageList, describe_change
+from dmtjepa.evaluation.evaluator import Evaluator
 from dmtjepa.training.distributed import DistributedError, World
 
 T = TypeVar("T")
 
 MAX_LISTED = 8
 """Ranks in a message."""
+_WHEN_SHARED = "If files on shared storage were changed lately, start again when all nodes see the change"
 
 
 def check_ranks_agree(config: Config, source: ImageSource, loader: str, world: World) -> None:
@@ -41,19 +45,64 @@ def check_ranks_agree(config: Config, source: ImageSource, loader: str, world: W
     dist.broadcast_object_list(first, src=0, device=torch.device("cpu"))
     config_0, images_0, loader_0 = first[0]
     differences = _describe_difference(config_0, images_0, loader_0, *own)
+    _refuse(differences, "some ranks would not train on the same as rank 0", _WHEN_SHARED, world)
+
+
+def check_weights_agree(path: Path, world: World) -> None:
+    """Refuse ranks on which the file of the initial weights holds other bytes than on rank 0. All ranks call this.
+
+    FSDP2 would make one network of parts of several. The whole file is compared: each rank is about to read it anyway.
+
+    Args:
+        path: of the file on this rank.
+
+    Raises:
+        DistributedError: on all ranks, with the ranks that differ.
+    """
+    if world.world_size == 1:
+        return
+    own = describe_file(path)
+    first = _gather(own, world)[0]
+    differences = ""
+    if own["bytes"] != first["bytes"]:
+        differences = f"{path} has {own['bytes']} bytes and not {first['bytes']}"
+    elif own != first:
+        differences = f"{path} has other contents"
+    _refuse(
+        differences,
+        "some ranks would not start from the same weights as rank 0 (meta.read_checkpoint)",
+        f"Copy the file to all nodes again, or put it on shared storage. {_WHEN_SHARED}",
+        world,
+    )
+
+
+def check_evaluation_agrees(evaluator: Evaluator, world: World) -> None:
+    """Refuse ranks that would be measured on other images than rank 0: each rank reads a part. All ranks call this.
+
+    Raises:
+        DistributedError: on all ranks, with the ranks that differ.
+    """
+    own = evaluator.describe_images()
+    first = _gather(own, world)[0]
+    differences = [
+        f"{count} {name} and not {count_0}" if count != count_0 else f"other names or labels of {name}"
+        for (name, count, digest), (_, count_0, digest_0) in zip(own, first, strict=True)
+        if digest != digest_0
+    ]
+    _refuse(
+        ", ".join(differences),
+        "some ranks would not be measured on the same images as rank 0 (evaluation.data)",
+        _WHEN_SHARED,
+        world,
+    )
+
+
+def _refuse(differences: str, what: str, remedy: str, world: World) -> None:
+    """Raise DistributedError on all ranks if one differs from rank 0. `differences`: how this one does, or nothing."""
     lines = [line for line in _gather(f"  {world.name}: {differences}" if differences else "", world) if line]
     if lines:
         more = [f"  and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
-        raise DistributedError(
-            "\n".join(
-                [
-                    "some ranks would not train on the same as rank 0:",
-                    *lines[:MAX_LISTED],
-                    *more,
-                    "If files on shared storage were changed lately, start again when all nodes see the change",
-                ]
-            )
-        )
+        raise DistributedError("\n".join([f"{what}:", *lines[:MAX_LISTED], *more, remedy]))
 
 
 def _gather(value: T, world: World) -> list[T]:

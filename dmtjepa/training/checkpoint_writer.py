@@ -140,6 +140,7 @@ class CheckpointWriter:
 
         def complete() -> None:
             files = {name: row for part in described for name, row in part.items()}
+            _check_shared(writing, files)
             write_json(writing / META, meta)
             files |= {name: describe_file(writing / name) for name in (TENSORS, META)}
             write_json(writing / MANIFEST, {"format": FORMAT, "step": meta["step"], "files": files})
@@ -162,6 +163,19 @@ class CheckpointWriter:
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0] is not None:
             raise OSError(outcome[0])
+
+
+def _check_shared(writing: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a checkpoint whose parts are on several disks: it could not be read again. Raises OSError."""
+    missing = [name for name, row in files.items() if not _has_size(writing / name, row["bytes"])]
+    if missing:
+        raise OSError(
+            f"rank 0 does not see {missing[0]}, which another rank has written; all nodes must share {writing.parent}"
+        )
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _prepare(writing: Path) -> None:

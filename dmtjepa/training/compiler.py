@@ -36,6 +36,8 @@ def check_compiler(config: Config, device_type: str) -> None:
             )
     if compiled:
         _check_cache(_find_inductor_cache, "TORCHINDUCTOR_CACHE_DIR", "runtime.compile: off")
+        if device_type == "cpu":  # compiled headers of C++ are kept in the default cache, whatever the variable says
+            _check_cache(_find_default_cache, "TMPDIR", "runtime.compile: off")
     # The Triton kernels of torch.compile are kept in its own cache, unless the variable names another folder.
     if triton and (config.runtime.kernels == "triton" or "TRITON_CACHE_DIR" in os.environ):
         _check_cache(_find_triton_cache, "TRITON_CACHE_DIR", "runtime.kernels: torch and runtime.compile: off")
@@ -43,8 +45,10 @@ def check_compiler(config: Config, device_type: str) -> None:
 
 def _find_inductor_cache() -> str:
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if given is not None:
-        return given
+    return _find_default_cache() if given is None else given
+
+
+def _find_default_cache() -> str:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds to import
 
     return default_cache_dir()
@@ -74,9 +78,36 @@ def _check_cache(find: Callable[[], str], variable: str, setting: str) -> None:
         tempfile.TemporaryFile(dir=existing).close()  # permissions alone do not tell: root has all of them
         if os.statvfs(existing).f_flag & os.ST_NOEXEC:
             raise PermissionError(f"{existing} is mounted without permission to run programs (noexec)")
+        if existing == path:
+            _check_contents(path)
     except (OSError, KeyError) as error:  # KeyError: no HOME, and no entry in the passwd file
         place = f"the cache of compiled programs, {path}, cannot be used" if path else "there is no place for its cache"
         raise ConfigError(
             f"{setting.partition(':')[0]}: {place}: {error}. Let the environment variable {variable} name a folder "
             f"that can be written to, or set {setting}"
         ) from None
+
+
+def _check_contents(cache: Path) -> None:
+    """Check that this user can write to what a cache holds already: another user may have made it.
+
+    Folders of two levels and their lock files are looked at. The files further down are only read, or replaced.
+
+    Raises:
+        PermissionError: with the first folder or file that cannot be written to, and whose it is.
+    """
+    for folder, folders, files in os.walk(cache):
+        locks = [name for name in files if name.endswith(".lock")]
+        for path in (Path(folder, name) for name in (*folders, *locks)):
+            needed = os.R_OK | os.W_OK | (os.X_OK if path.is_dir() else 0)
+            if not os.access(path, needed, effective_ids=True) and path.exists():  # others may remove files meanwhile
+                raise PermissionError(f"{path}, of the user {_find_owner(path)}, cannot be written to")
+        if Path(folder) != cache:
+            folders.clear()
+
+
+def _find_owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except KeyError:  # no entry in the passwd file
+        return str(path.stat().st_uid)

@@ -74,7 +74,7 @@ def check_device(name: str, local_rank: int = 0) -> torch.device:
         return device
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
-        raise DeviceError(f"device {name!r}: this machine has no usable CUDA device; pass --devices cpu")
+        raise DeviceError(f"device {name!r}: this machine has no usable CUDA device; use cpu instead")
     index = device.index if device.index is not None else local_rank if count > 1 else 0
     if index >= count:
         raise DeviceError(f"device cuda:{index}: this machine has {count} CUDA devices, numbered from 0")

@@ -18,6 +18,7 @@ from dmtjepa.metrics_file import read_metrics
 from dmtjepa.objective import build_frozen_encoder
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.tensors import whole_tensors
+from dmtjepa.training.agreement import check_evaluation_agrees
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
 from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.phase import Phase
@@ -68,6 +69,7 @@ class PeriodicEvaluation:
                 num_workers=config.data.num_workers,
                 on_progress=lambda: watchdog.on_phase(Phase.EVALUATION),
             )
+            check_evaluation_agrees(self._evaluator, world)
 
     def is_due(self) -> bool:
         """Whether the settings ask for an evaluation after the current step."""

@@ -17,7 +17,7 @@ from dmtjepa.interop import load_model
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.run_folder import RunFolder, RunFolderError
-from dmtjepa.training.agreement import check_ranks_agree
+from dmtjepa.training.agreement import check_ranks_agree, check_weights_agree
 from dmtjepa.training.batches import BatchStream
 from dmtjepa.training.check import (
     build_model_for,
@@ -223,6 +223,7 @@ def load_initial_weights(model: DMTJEPA, config: Config, folder: RunFolder, worl
         if config.meta.load_checkpoint and world.rank == 0:
             logger.info("meta.load_checkpoint: %s holds no checkpoint yet; the run starts afresh", folder.path)
         return
+    check_weights_agree(path, world)
     absent = load_model(model, path)
     if world.rank == 0:
         kept = f"; it holds no {' and no '.join(absent)}: newly drawn" if absent else ""

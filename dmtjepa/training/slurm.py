@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
+import sys
 import time
 from dataclasses import dataclass
 
@@ -16,6 +18,14 @@ from dmtjepa.training.launch import run_process
 
 logger = logging.getLogger(__name__)
 
+# A task needs seconds to import what it runs. A signal that comes before submitit's handlers would end it by default,
+# and nobody would requeue the job. So tasks start with these signals blocked, which keeps them for `receive_signals`.
+HELD_SIGNALS = frozenset({signal.SIGUSR1, signal.SIGUSR2})
+_HOLD = (
+    "import os, signal, sys; "
+    f"signal.pthread_sigmask(signal.SIG_BLOCK, {sorted(map(int, HELD_SIGNALS))}); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
 # How long a process waits for SLURM to end it: after being told to stop, or after losing a node, which SLURM finds out
 # by itself (SlurmdTimeout, 300 s by default) and answers by requeueing the job. A job that ended before would be lost.
 PATIENCE_SECONDS = 600
@@ -23,6 +33,16 @@ PATIENCE_SECONDS = 600
 
 class SubmissionError(UserError, RuntimeError):
     """SLURM did not take a job."""
+
+
+def task_python() -> str:
+    """The command that runs Python in a task, for submitit: it holds user signals until `receive_signals`."""
+    return shlex.join([sys.executable, "-c", _HOLD])
+
+
+def receive_signals() -> None:
+    """Let the handlers of user signals have those that were held, and those to come."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
 
 
 @dataclass
@@ -33,6 +53,7 @@ class Job:
     device: str
 
     def __call__(self) -> None:
+        receive_signals()  # submitit's handlers are in place
         # A rank that died in a collective while the job was requeued has left its error as the job's result.
         submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
@@ -46,7 +67,7 @@ class Job:
             return
         # Saved. submitit's own handler of SIGUSR2 is in place again: on rank 0 it requeues the job and exits. After
         # SIGTERM alone, either the user cancelled the job or SLURM itself will requeue it.
-        if {signal.SIGUSR1, signal.SIGUSR2} & set(outcome.signals):
+        if HELD_SIGNALS & set(outcome.signals):
             signal.raise_signal(signal.SIGUSR2)
         time.sleep(PATIENCE_SECONDS)
         raise DistributedError("stopped by SIGTERM and saved; nobody requeued or ended the job since: submit it again")

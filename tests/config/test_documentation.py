@@ -12,7 +12,7 @@ from dmtjepa.config import Config, resume_rules
 from dmtjepa.config.documentation import describe_values, make_markdown
 
 ROOT = Path(__file__).parents[2]
-COMMAND = "python -m dmtjepa.config --markdown > docs/settings.md"
+COMMAND = "dmtjepa settings --markdown > docs/settings.md"
 
 
 def test_the_page_is_that_of_the_schema():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dmtjepa.cli import shards
 from dmtjepa.config import DataSettings
-from dmtjepa.data import make_shards
 from tests.helpers.images import image_folder
 
 
@@ -23,7 +23,7 @@ def settings(image_folder: Path) -> DataSettings:
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images of that folder in four shards."""
     out = tmp_path_factory.mktemp("shards")
-    assert make_shards.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
+    assert shards.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
     return out
 
 

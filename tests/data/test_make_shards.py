@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from dmtjepa.data import DataError, check, make_shards, open_images
+from dmtjepa.cli import check, shards
+from dmtjepa.data import DataError, make_shards, open_images
 from dmtjepa.data.sources.folder import FolderSource
 from tests.helpers.images import contents
 
@@ -50,10 +51,10 @@ def test_packing_leaves_out_and_names_what_it_cannot_read(image_folder: Path, tm
     shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images" / "ant" / "000.jpg").unlink()
     (tmp_path / "images" / "ant" / "000.jpg").symlink_to(tmp_path / "gone")
-    assert make_shards.main([str(tmp_path / "images"), str(tmp_path / "out"), "--shard-size", "100"]) == 1
+    assert shards.main([str(tmp_path / "images"), str(tmp_path / "out"), "--shard-size", "100"]) == 1
     assert "ant/000.jpg: No such file" in capsys.readouterr().err
     assert len(open_images(tmp_path / "out")) == 29
-    assert make_shards.main([str(tmp_path / "nowhere"), str(tmp_path / "out2")]) == 1
+    assert shards.main([str(tmp_path / "nowhere"), str(tmp_path / "out2")]) == 1
     assert "does not exist" in capsys.readouterr().err
 
 
@@ -81,7 +82,7 @@ def test_a_second_call_tells_again_of_what_was_left_out(image_folder: Path, tmp_
     (tmp_path / "images" / "ant" / "000.jpg").unlink()
     (tmp_path / "images" / "ant" / "000.jpg").symlink_to(tmp_path / "gone")
     for _ in range(2):
-        assert make_shards.main([str(tmp_path / "images"), str(tmp_path / "out")]) == 1
+        assert shards.main([str(tmp_path / "images"), str(tmp_path / "out")]) == 1
         assert "29 images in 1 shards" in (text := capsys.readouterr().out)
         assert "(1 could not be read and are left out)" in text
 
@@ -91,12 +92,13 @@ def test_packing_survives_a_kill_and_a_full_disk(image_folder: Path, tmp_path: P
     out = tmp_path / "out"
     killed = f"""if True:
         import os, signal
+        from dmtjepa.cli import shards
         from dmtjepa.data import FolderSource, make_shards
 
         read = FolderSource.read
         kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
         FolderSource.read = lambda self, image: kill() if image == 20 else read(self, image)
-        make_shards.main([{str(image_folder)!r}, {str(out)!r}, "--shard-size", "8", "--threads", "1"])
+        shards.main([{str(image_folder)!r}, {str(out)!r}, "--shard-size", "8", "--threads", "1"])
     """
     assert subprocess.run([sys.executable, "-c", killed], timeout=300).returncode == -signal.SIGKILL
     whole = [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
@@ -107,10 +109,10 @@ def test_packing_survives_a_kill_and_a_full_disk(image_folder: Path, tmp_path: P
 
     with monkeypatch.context() as patch:
         patch.setattr(make_shards, "_add", fill)
-        assert make_shards.main([str(image_folder), str(out), "--shard-size", "8"]) == 1
+        assert shards.main([str(image_folder), str(out), "--shard-size", "8"]) == 1
     assert re.search(r"cannot write .*-00000[23]\.tar: No space left on device.*start again", capsys.readouterr().err)
     assert not list(out.glob(".shard-*"))
-    assert make_shards.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
+    assert shards.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
     assert [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))][:2] == whole
     assert contents(open_images(out)) == contents(FolderSource(image_folder))
 
@@ -119,10 +121,10 @@ def test_packing_into_the_images_own_folder(image_folder: Path, tmp_path: Path, 
     images = tmp_path / "images"
     shutil.copytree(image_folder, images)
     with pytest.raises(SystemExit):
-        make_shards.main([str(images), f"{images}/ant/.."])
+        shards.main([str(images), f"{images}/ant/.."])
     assert "write to another folder" in capsys.readouterr().err
     for _ in range(2):  # below it is no harm: tar files are no images
-        assert make_shards.main([str(images), str(images / "packed")]) == 0
+        assert shards.main([str(images), str(images / "packed")]) == 0
     assert contents(open_images(images / "packed")) == contents(FolderSource(images))
 
 
@@ -132,7 +134,7 @@ def test_names_of_any_bytes_are_packed_and_checked(image_folder: Path, tmp_path:
         os.makedirs(images + b"/" + name)
         shutil.copy(image_folder / "ant" / "000.jpg", images + b"/" + name + b"/x\xfe.jpg")
     Path(os.fsdecode(images + b"/a \xff/y\xfd.jpg")).write_bytes(b"no image")
-    assert make_shards.main([os.fsdecode(images), str(tmp_path / "out")]) == 0
+    assert shards.main([os.fsdecode(images), str(tmp_path / "out")]) == 0
     source, packed = open_images(os.fsdecode(images)), open_images(tmp_path / "out")
     assert contents(packed) == contents(source)
     assert packed.labels.tolist() == source.labels.tolist() == [0, 0, 1, 2]

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import sys
 import threading
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dmtjepa.evaluation.__main__ import main
+from dmtjepa.cli.evaluate import main
 from dmtjepa.evaluation.context import load_teacher
 from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
 from dmtjepa.objective import build_model
@@ -171,7 +172,7 @@ def test_wrong_input_is_explained(run, capsys, spoil, arguments, message):
     spoil(run)
     assert main([str(run), "--device", "cpu", *arguments]) == 1
     printed = capsys.readouterr()
-    assert printed.err.startswith("error: ")
+    assert re.match(r"\w+: ", printed.err)
     assert message in printed.err
     assert not (run / "report").exists()
 
@@ -179,7 +180,7 @@ def test_wrong_input_is_explained(run, capsys, spoil, arguments, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_that_is_not_there_is_an_error(run, capsys):
     assert main([str(run), "--device", "cuda:0"]) == 1
-    assert "no CUDA device" in capsys.readouterr().err
+    assert "no usable CUDA device" in capsys.readouterr().err
 
 
 def make_report(**values):

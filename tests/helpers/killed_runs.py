@@ -15,11 +15,11 @@ import torch
 import yaml
 from PIL import Image
 
-import dmtjepa.evaluation.__main__ as evaluation
 import dmtjepa.training.launch  # noqa: F401
 import main as training
 import tests.helpers.tiny_architecture  # noqa: F401
 from dmtjepa import checkpoint_format
+from dmtjepa.cli import evaluate
 from dmtjepa.run_folder import RunFolder
 from tests.helpers.programs import Program
 
@@ -74,7 +74,7 @@ class Run:
 
     def evaluate(self) -> Program:
         arguments = ["evaluation", str(self.files.path), "--device", "cpu", "--num-workers", "2"]
-        return Program(evaluation.main, arguments, self.log)
+        return Program(evaluate.main, arguments, self.log)
 
     def losses(self, rank: int = 0) -> list[str]:
         """The losses in the CSV of a rank; a line that is not complete does not count."""

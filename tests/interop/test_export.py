@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dmtjepa.cli.weights import main
 from dmtjepa.config import parse_config
 from dmtjepa.data.crop import crop_center
 from dmtjepa.interop import build_encoder, export_official, read_checkpoint
-from dmtjepa.interop.__main__ import main
 from dmtjepa.objective import build_model
 
 

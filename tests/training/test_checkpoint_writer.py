@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dmtjepa import checkpoint_format
-from dmtjepa.interop.__main__ import main
+from dmtjepa.cli.weights import main
 from dmtjepa.training.launch import launch
 
 

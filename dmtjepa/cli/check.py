@@ -1,0 +1,40 @@
+"""`dmtjepa check SOURCE`: read and decode every image before a long run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from dmtjepa.cli.exit_status import run_command
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = "dmtjepa check") -> int:
+    """Run the command line; returns 1 if images are corrupt, 2 if there are none to check."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Read and decode every image, and report what is there. The exit code is 1 if some are corrupt.",
+    )
+    parser.add_argument("source", help="folder of images, file list (.txt, .tsv, .lst), or tar shards")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (%(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    if options.workers < 1:
+        parser.error("--workers must be at least 1")
+    return run_command(lambda: report(options))
+
+
+def report(options: argparse.Namespace) -> int:
+    """Do what the options ask for; returns the exit status."""
+    from dmtjepa.data import DataError, open_images
+    from dmtjepa.data.check import check
+
+    try:
+        found = check(open_images(options.source), options.workers)
+    except DataError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    print(str(found).encode(errors="backslashreplace").decode())  # file names can be any bytes
+    return 1 if found.corrupt else 0

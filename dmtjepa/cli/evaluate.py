@@ -1,0 +1,67 @@
+"""`dmtjepa evaluate RUN`: measure the teacher of a run, and write RUN/report/."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from dmtjepa.cli.exit_status import run_command
+from dmtjepa.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m dmtjepa.evaluation") -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Measure the teacher of a run, and write tables and figures into RUN/report/."
+    )
+    parser.add_argument("run", type=Path, help="run folder (logging.folder of its settings)")
+    parser.add_argument("--data", type=Path, help="images: a folder, a list or tar shards (default: those of the run)")
+    parser.add_argument("--train", type=Path, help="labelled images to compare with; needs --val")
+    parser.add_argument("--val", type=Path, help="labelled images to classify; needs --train")
+    parser.add_argument("--checkpoint", type=Path, help="file to measure (default: the run's latest)")
+    parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
+    parser.add_argument("--max-images", type=int, help="upper limit for the images of each split")
+    parser.add_argument("--quick", action="store_true", help="leave out what takes long: low-shot, attentive probes")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is a GPU)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    return run_command(lambda: measure(options), errors=(UserError, OSError))
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Do what the options ask for; returns the exit status."""
+    import torch
+
+    from dmtjepa.evaluation.formatting import format_table, format_verdict
+    from dmtjepa.evaluation.report import evaluate
+    from dmtjepa.evaluation.splits import find_splits
+    from dmtjepa.run_folder import open_run
+    from dmtjepa.training.distributed import check_device
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    run, config = open_run(options.run)
+    checkpoint, out = options.checkpoint or run.latest_export, options.out or run.report
+    splits = find_splits(
+        config.data, data=options.data, train=options.train, validation=options.val, max_images=options.max_images
+    )
+    print(
+        f"measuring {checkpoint} on {device}: {len(splits.train)} training and "
+        f"{len(splits.validation)} validation images of {splits.description}",
+        flush=True,
+    )
+    report = evaluate(
+        run, config, checkpoint, splits, out, device=device, num_workers=options.num_workers, quick=options.quick
+    )
+    table = format_table(report)
+    print(f"\n{table}\n" if table else "")
+    print("\n".join(format_verdict(report)))
+    print(f"\nwritten: {out}/report.md, report.json, {', '.join(Path(f).name for f in report.files[2:])}")
+    print("next:")
+    print(f"  look at {out}/report.png")
+    print(f"  dmtjepa export {options.run} --format hf --out {options.run}/hf   # or timm, official")
+    print(f"  dmtjepa evaluate {options.run} --data FOLDER   # measure on other labelled images")
+    return 0

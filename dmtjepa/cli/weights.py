@@ -1,0 +1,145 @@
+"""`dmtjepa show`, `export` and `verify`: what a checkpoint holds, and its weights for other programs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dmtjepa.cli.exit_status import run_command
+from dmtjepa.errors import UserError
+
+SOURCE = "a run folder (its latest export), a checkpoints/step-N folder, or a .pth.tar file"
+ALIASES = {"released": "official"}  # the name in earlier versions
+LOADING = {
+    "timm": 'timm.create_model("local-dir:{out}", pretrained=True)',
+    "hf": 'transformers.IJepaModel.from_pretrained("{out}")',
+    "official": 'torch.load("{out}", weights_only=True)["target_encoder"]',
+}
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m dmtjepa.interop") -> int:
+    """Run the command line; returns the exit status."""
+    options = _parse(arguments, prog)
+    work = {"show": _show, "export": _export, "verify": _verify}[options.command]
+    return run_command(lambda: work(options), errors=(UserError, OSError))
+
+
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description="Show, export or verify a checkpoint.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser(
+        "show", help="print what a checkpoint holds", description="Print what a checkpoint holds."
+    )
+    show.add_argument("source", type=Path, help=SOURCE)
+    text = "write weights for timm, Hugging Face, or the official code"
+    export = commands.add_parser("export", help=text, description=text.capitalize() + ".")
+    export.add_argument("source", type=Path, help=SOURCE)
+    export.add_argument("--format", choices=(*LOADING, *ALIASES), required=True)
+    export.add_argument("--out", type=Path, required=True, help="folder to write; for `official` the file to write")
+    export.add_argument(
+        "--part",
+        choices=("target_encoder", "encoder"),
+        default="target_encoder",
+        help="the teacher (default) or student",
+    )
+    verify = commands.add_parser(
+        "verify",
+        help="compare a checkpoint with its manifest",
+        description="Compare every file of a checkpoint with the sizes and digests in its manifest.",
+    )
+    verify.add_argument("source", type=Path, help="a run folder (its newest checkpoint) or a checkpoints/step-N folder")
+    options = parser.parse_args(arguments)
+    if options.command == "export":
+        options.format = ALIASES.get(options.format, options.format)
+    return options
+
+
+def _show(options: argparse.Namespace) -> int:
+    from dmtjepa.interop import read_checkpoint
+
+    path = _find_source(options.source)
+    print(f"{path}\n{summarize(read_checkpoint(path))}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from dmtjepa import interop
+
+    path, out = _find_source(options.source), options.out
+    if out.exists() and (options.format == "official" or any(out.iterdir())):
+        raise interop.WeightsError(f"{out} already exists; choose another --out")
+    if options.format == "official" and path.is_dir():
+        interop.export_checkpoint(path, out)
+    elif options.format == "official":
+        interop.export_official(interop.read_checkpoint(path), out)
+    else:
+        weights = interop.get_part(interop.read_checkpoint(path), options.part, path)
+        interop.check_finite(weights, f"{options.part} of {path}")
+        encoder = interop.build_encoder(weights, path, image_size=_find_image_size(options.source))
+        {"timm": interop.export_timm, "hf": interop.export_huggingface}[options.format](encoder, out)
+    print(f"wrote {out}\nload it with:\n  {LOADING[options.format].format(out=out)}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from dmtjepa.checkpoint_format import CheckpointError, find_checkpoint, find_fault, step_of
+    from dmtjepa.checkpoint_reader import TensorReader
+
+    if options.source.is_file():
+        raise CheckpointError(f"{options.source} has no manifest; give a run folder or a step-N folder")
+    checkpoint = find_checkpoint(options.source)
+    fault = find_fault(checkpoint)
+    if fault is not None:
+        raise CheckpointError(f"{checkpoint} is damaged: {fault}")
+    TensorReader(checkpoint).read_metadata()  # raises if the folder holds anything but tensors
+    print(f"{checkpoint} is whole: step {step_of(checkpoint)}")
+    return 0
+
+
+def _find_source(source: Path) -> Path:
+    """The file or checkpoint folder to read."""
+    from dmtjepa.checkpoint_format import CheckpointError, find_fault, is_checkpoint
+    from dmtjepa.run_folder import open_run
+
+    if not source.is_dir():
+        return source
+    if not is_checkpoint(source):
+        run, _ = open_run(source)
+        return run.latest_export
+    fault = find_fault(source)
+    if fault is not None:
+        raise CheckpointError(f"{source} is damaged: {fault}")
+    return source
+
+
+def _find_image_size(source: Path) -> tuple[int, int] | None:
+    """Height and width of the images that were trained on, if settings beside the weights tell them."""
+    from dmtjepa.checkpoint_format import is_checkpoint, read_meta
+    from dmtjepa.config import parse_config
+    from dmtjepa.run_folder import open_run
+
+    if not source.is_dir():
+        return None
+    if is_checkpoint(source):
+        return parse_config(read_meta(source).get("config", {}), source=str(source)).data.image_size
+    _, config = open_run(source)
+    return config.data.image_size
+
+
+def summarize(checkpoint: dict[str, Any]) -> str:
+    """Parts of a checkpoint with their parameter counts, and its numbers, one a line."""
+    from torch import Tensor
+
+    from dmtjepa.interop import describe_encoder
+
+    lines = []
+    for name, value in checkpoint.items():
+        if isinstance(value, dict) and value and all(isinstance(item, Tensor) for item in value.values()):
+            count = sum(item.numel() for item in value.values())
+            kind = f": {describe_encoder(value)}" if name in ("encoder", "target_encoder") else ""
+            lines.append(f"  {name}: {count / 1e6:.1f} M values in {len(value)} tensors{kind}")
+        elif isinstance(value, (int, float, str)):
+            lines.append(f"  {name}: {value}")
+    return "\n".join(lines)

@@ -1,0 +1,144 @@
+"""The command `dmtjepa`: its commands, what they import, settings by name, and what a wheel of it holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dmtjepa
+from dmtjepa.cli import COMMANDS, main, train
+from dmtjepa.config import ConfigError, find_settings, list_shipped, load_config
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "numpy", "pydantic", "PIL", "yaml", "tqdm")
+
+
+def test_help_imports_nothing_that_computes():
+    program = f"""if True:
+        import sys
+        from dmtjepa.cli import COMMANDS, main
+        for command in COMMANDS:
+            try:
+                main([command, "--help"])
+            except SystemExit as end:
+                assert end.code == 0
+        loaded = {{name.split(".")[0] for name in sys.modules}} & set({HEAVY})
+        assert not loaded, loaded
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert f"usage: dmtjepa {command} " in done.stdout
+
+
+def test_commands_are_listed(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in text
+        assert command.summary in text
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"dmtjepa {dmtjepa.__version__}\n"
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["trian"])
+    assert "'trian'" in capsys.readouterr().err
+
+
+def test_shipped_settings_are_found_by_name(tmp_path, monkeypatch):
+    assert set(list_shipped()) == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    monkeypatch.chdir(tmp_path)
+    assert load_config(find_settings("quickstart")) == load_config(ROOT / "configs" / "quickstart.yaml")
+    Path("quickstart").write_text("{data: {batch_size: 7}}")
+    assert load_config(find_settings("quickstart")).data.batch_size == 7  # the user's own comes first
+
+
+def test_unknown_settings_name_the_nearest():
+    with pytest.raises(ConfigError, match=r"did you mean quickstart[?] It has"):
+        find_settings("quikstart")
+    assert find_settings("nowhere/quickstart") == Path("nowhere/quickstart")
+    assert find_settings("quickstart.yaml") == Path("quickstart.yaml")
+
+
+def test_training_takes_settings_without_an_option(tmp_path, capsys):
+    command = ["quickstart", "--devices", "cpu", "--dry-run", f"logging.folder={tmp_path / 'run'}", "data.batch_size=0"]
+    assert train.main(command, prog="dmtjepa train") == 1
+    error = capsys.readouterr().err
+    assert "quickstart.yaml" in error
+    assert "data.batch_size" in error
+
+
+def test_settings_are_listed(capsys):
+    assert main(["settings", "mask.pack"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("mask.pack = false   (true or false)")
+    assert lines[1].startswith("    ")
+    assert main(["settings", "--shipped"]) == 0
+    assert capsys.readouterr().out.split() == list_shipped()
+    assert main(["settings", "--markdown"]) == 0
+    assert capsys.readouterr().out == (ROOT / "docs" / "settings.md").read_text()
+
+
+def test_schema_describes_every_setting(capsys):
+    assert main(["settings", "--json-schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    for section, reference in schema["properties"].items():
+        name = (reference.get("$ref") or reference["allOf"][0]["$ref"]).rpartition("/")[2]
+        for key, setting in schema["$defs"][name]["properties"].items():
+            assert setting["description"], f"{section}.{key}"
+
+
+def test_unknown_setting_names_the_nearest(capsys):
+    assert main(["settings", "data.batchsize"]) == 1
+    assert "did you mean data.batch_size?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_wheel_is_whole(tmp_path):
+    """Built from an sdist: what neither has is missing. The package works without a checkout beside it."""
+    build = [
+        sys.executable,
+        "-c",
+        "import setuptools.build_meta as b, sys; print(getattr(b, sys.argv[1])(sys.argv[2]))",
+    ]
+    environment = os.environ | {"PYTHONPATH": ""}
+    copy = tmp_path / "checkout"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True, timeout=600) if (
+        ROOT / ".git"
+    ).exists() else pytest.skip("not a checkout")
+    subprocess.run([*build, "build_sdist", str(tmp_path)], cwd=copy, check=True, timeout=600, stdout=subprocess.DEVNULL)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / sdist.name.removesuffix(".tar.gz")
+    subprocess.run(
+        [*build, "build_wheel", str(tmp_path)], cwd=source, check=True, timeout=600, stdout=subprocess.DEVNULL
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    code = {str(path.relative_to(ROOT)) for path in (ROOT / "dmtjepa").rglob("*.py")}
+    code |= {f"dmtjepa/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    code |= {f"dmtjepa/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} | {"dmtjepa/py.typed"}
+    assert code <= names
+    assert not {name for name in names if name.startswith(("tests/", "benchmarks/", "experiments/", "tools/"))}
+    metadata = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "dmtjepa = dmtjepa.cli:main" in (tmp_path / "site" / metadata).read_text()
+    program = "import dmtjepa.kernels; from dmtjepa.cli import main; main(['settings', '--shipped'])"
+    environment |= {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == list_shipped()
