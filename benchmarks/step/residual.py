@@ -20,18 +20,17 @@ from benchmarks.machine import GIB, default_device
 from benchmarks.operators.cases import relative_error
 from benchmarks.tables import number, save, text_table
 from benchmarks.workloads import OFFICIAL_WORKLOADS, Workload, add_workloads, chosen_workloads, parse_workload
-from dmtjepa.objective import build_model
+from dmtjepa.models import ARCHITECTURES, VisionTransformer
 from dmtjepa.training.estimate import measure_masks, memory_bytes
 
 SMALL_BATCHES = ("vit_base:2", "vit_large:2", "vit_huge:2")
-PREDICTOR = ("meta.pred_depth=1", "meta.pred_emb_dim=192")  # not used
 
 
 @torch.no_grad()
 def measure(workload: Workload, device: str) -> list[dict]:
     """One row per way of computing."""
     torch.manual_seed(0)
-    encoder = build_model(workload.config(*PREDICTOR)).encoder.to(device)
+    encoder = VisionTransformer(workload.image_size, workload.patch_size, **ARCHITECTURES[workload.model]).to(device)
     images = workload.images(device)
     expected = encoder(images)
 

@@ -252,6 +252,7 @@ def test_xformers_equals_sdpa(head_dim, length):
     torch.testing.assert_close(compiled(*inputs), xformers(*inputs))
 
 
+@torch.no_grad()
 def test_a_float32_residual_stream_is_closer_to_float32():
     torch.manual_seed(0)
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
