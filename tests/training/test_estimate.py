@@ -90,11 +90,12 @@ def test_a_float32_residual_stream_takes_memory():
         saved = []
         for residual in ("bfloat16", "float32"):
             changes = [f"runtime.residual={residual}", f"runtime.activation_checkpointing={recompute}"]
-            config = load_config(CONFIGS / "in1k_vitb16_ep600.yaml", [*changes, "patch.local_agg_head=false"])
+            config = load_config(CONFIGS / "quickstart.yaml", [*changes, "patch.local_agg_head=false"])
             saved.append(memory_bytes(config, shapes, 1, on_cuda=True)["saved activations"])
         assert saved[1] / saved[0] == pytest.approx((kept + wide) / kept)
 
 
+@pytest.mark.slow
 def test_auto_keeps_all_activations_where_they_fit_by_estimate(monkeypatch):
     def resolved(gib, device="cuda", **changes):
         monkeypatch.setattr(
