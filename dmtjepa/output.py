@@ -1,8 +1,9 @@
-"""Standard output and standard error, without which training can go on."""
+"""Standard output and standard error, without which training can go on, and the messages that go there."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from typing import Any, TextIO
@@ -44,3 +45,30 @@ def protect_output() -> None:
             stream = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
         if not isinstance(stream, SafeStream):
             setattr(sys, name, SafeStream(stream))
+
+
+class MessageHandler(logging.Handler):
+    """Writes messages to standard error, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # late: a command line that asks for help does not need it
+
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+def configure_logging(rank: int = 0) -> None:
+    """Let this process write its messages to standard error, unless logging is configured already.
+
+    Rank 0 writes messages of level INFO and above. The others write warnings, which begin with their rank.
+    """
+    if logging.getLogger().handlers:
+        return
+    handler = MessageHandler()
+    prefix = f"rank {rank}: " if rank else ""
+    handler.setFormatter(logging.Formatter(f"{prefix}%(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.WARNING if rank else logging.INFO)

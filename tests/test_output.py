@@ -55,3 +55,23 @@ def test_no_program_needs_its_output(monkeypatch, tmp_path, main, arguments, cod
     monkeypatch.setattr(sys, "stdout", BrokenPipe())
     monkeypatch.setattr(sys, "stderr", BrokenPipe())
     assert main(arguments) == code
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_messages_of_a_rank(rank):
+    """Above a progress bar, whose line is not continued by a message. Ranks other than 0 only warn, with their rank."""
+    program = f"""if True:
+        import logging, sys
+        from tqdm import tqdm
+        from dmtjepa.output import configure_logging
+        configure_logging({rank})
+        configure_logging({rank})  # a second call adds nothing
+        with tqdm(total=2, mininterval=0) as bar:
+            bar.update()
+            logging.getLogger("dmtjepa.part").info("told")
+            logging.getLogger("dmtjepa.part").warning("warned")
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
+    lines = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines()]
+    assert lines.count("INFO dmtjepa.part: told") == (rank == 0)
+    assert lines.count("WARNING dmtjepa.part: warned" if rank == 0 else "rank 3: WARNING dmtjepa.part: warned") == 1

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dmtjepa.arguments import USAGE, add_settings, parse_with_overrides
 from dmtjepa.cli.exit_status import run_command
+from dmtjepa.output import configure_logging
 
 if TYPE_CHECKING:
     from dmtjepa.config import Config
@@ -44,13 +44,13 @@ def dry_run(config: Config, world_size: int, device: str) -> None:
 
     check_settings(config, world_size)  # what they do not allow cannot be described
     print(describe(config, world_size, device), flush=True)
-    check_dry_run(config, world_size, device.partition(":")[0])
+    print(f"\n{check_dry_run(config, world_size, device.partition(':')[0])}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parse_arguments(arguments, prog=prog)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    configure_logging()
     return run_command(lambda: train(options), interrupted="interrupted while no step was trained; nothing was saved")
 
 

@@ -14,7 +14,7 @@ from dmtjepa.config import DataSettings, as_file_name
 from dmtjepa.data.loaders.base import Loader
 from dmtjepa.data.loaders.center_crop import EvaluationLoader
 from dmtjepa.data.loaders.torchvision import TorchvisionLoader
-from dmtjepa.data.sources.base import LIST_EXTENSIONS, DataError, ImageSource, StoredSource, make_printable
+from dmtjepa.data.sources.base import LIST_EXTENSIONS, DataError, ImageSource, StoredSource
 from dmtjepa.data.sources.file_list import ListSource
 from dmtjepa.data.sources.folder import FolderSource, find_images
 from dmtjepa.data.sources.shapes import find_shapes
@@ -103,8 +103,6 @@ def build_loader(
     """
     if source is None:
         source = open_source(settings)
-    if rank == 0:
-        logger.info("%s", make_printable(source.describe()))
     check_batch_fits(settings, len(source), world_size)
     device = torch.device(device)
     if settings.loader == "dali" or (settings.loader == "auto" and is_dali_installed()):

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import torch
 
-from dmtjepa.checkpoint_format import check_fits, list_checkpoints, newest_whole, read_meta
+from dmtjepa.checkpoint_format import check_fits, is_checkpoint, list_checkpoints, newest_whole, read_meta, step_of
 from dmtjepa.config import Config, ConfigError, expand_path
 from dmtjepa.data import StoredSource, build_loader, check_batch_fits, check_loader, open_source
 from dmtjepa.data.fingerprint import Fingerprint
 from dmtjepa.evaluation.evaluator import open_splits
 from dmtjepa.interop import load_model
+from dmtjepa.interop.encoder_file import find_encoder_file
 from dmtjepa.masks import check_masks
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.run_folder import RunFolder, RunFolderError
+from dmtjepa.training.banner import count_trained, describe_start
 from dmtjepa.training.compiler import check_compiler
 from dmtjepa.training.images import check_images, check_steps_per_epoch
 from dmtjepa.training.parallelize import check_shard_size
@@ -97,8 +99,11 @@ def check_checkpoint(
     return checkpoint, check_images(config, folder, source, loader, checkpoint)
 
 
-def check_dry_run(config: Config, world_size: int, device_type: str) -> None:
+def check_dry_run(config: Config, world_size: int, device_type: str) -> str:
     """All that a start checks before its first step, on this machine.
+
+    Returns:
+        What the start would say (`describe_start`).
 
     Raises:
         CheckpointError: see `check_checkpoint`; and what `check_start` raises.
@@ -109,7 +114,19 @@ def check_dry_run(config: Config, world_size: int, device_type: str) -> None:
     device = device_type if torch.cuda.is_available() else "cpu"  # a login node may have no GPU
     loader = build_loader(config.data, seed=config.runtime.seed, world_size=world_size, device=device, source=source)
     loader.close()
-    check_checkpoint(config, folder, source, loader.name, world_size)
+    checkpoint, _ = check_checkpoint(config, folder, source, loader.name, world_size)
+    with torch.device("meta"):
+        model = build_model_for(config, device)
+    return describe_start(
+        config,
+        source,
+        world_size=world_size,
+        device=torch.device(device),
+        loader=loader.name,
+        steps_per_epoch=count_steps_per_epoch(config, world_size, len(source)),
+        num_parameters=count_trained(model),
+        step=0 if checkpoint is None else step_of(checkpoint),
+    )
 
 
 def check_space(folder: RunFolder, model: DMTJEPA) -> None:
@@ -155,8 +172,13 @@ def build_model_for(config: Config, device_type: str) -> DMTJEPA:
 
 
 def find_initial_weights(config: Config, folder: RunFolder) -> Path | None:
-    """The file that a new run starts from: `meta.read_checkpoint` by itself or below the run folder."""
+    """The file that a new run starts from: `meta.read_checkpoint` by itself or below the run folder.
+
+    For a folder of Hugging Face or timm, the file of weights in it.
+    """
     if not config.meta.load_checkpoint or config.meta.read_checkpoint is None:
         return None
     path = Path(expand_path(config.meta.read_checkpoint, "meta.read_checkpoint"))
+    if path.is_dir() and not is_checkpoint(path):
+        return find_encoder_file(path) or path
     return path if path.exists() else folder.path / path

@@ -24,10 +24,10 @@ import torch.distributed as dist
 from dmtjepa.config import Config
 from dmtjepa.errors import UserError
 from dmtjepa.evaluation.verdict import describe
-from dmtjepa.output import protect_output
+from dmtjepa.output import configure_logging, protect_output
 from dmtjepa.processes import STOP_SIGNALS
 from dmtjepa.run_folder import RunFolder
-from dmtjepa.training.distributed import check_device, first_failure, process_group
+from dmtjepa.training.distributed import check_device, first_failure, process_group, read_rank
 from dmtjepa.training.estimate import OutOfMemory, explain_oom
 from dmtjepa.training.fork_server import enter_rank, start_fork_server
 from dmtjepa.training.loop import Outcome, train
@@ -49,6 +49,7 @@ def run_process(config: Config, device_name: str) -> Outcome:
     Raises the process's own failure, or DistributedError with the failure that another process met first.
     """
     protect_output()
+    configure_logging(read_rank()[0])
     device = check_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     runtime = config.runtime
     with process_group(device, start_timeout=runtime.start_timeout, hang_timeout=runtime.hang_timeout) as world:

@@ -18,6 +18,7 @@ from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.run_folder import RunFolder, RunFolderError
 from dmtjepa.training.agreement import check_ranks_agree, check_weights_agree
+from dmtjepa.training.banner import announce
 from dmtjepa.training.batches import BatchStream
 from dmtjepa.training.check import (
     build_model_for,
@@ -129,6 +130,7 @@ def build_run(
     if resume_from is not None:
         state.restore(resume_from)
         saver.export_missing()
+    announce(config, world, source, loader.name, model, schedules, state.step)
     metrics = _start_records(config, world, folder, source, images, schedules, state.step)
     stack.callback(metrics.close)
     batches = _build_batches(config, world, loader, schedules, metrics, stack)

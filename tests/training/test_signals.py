@@ -79,6 +79,7 @@ def test_signal_saves_and_ends(start_long, losses, number, processes, send):
     assert f"stopped by a signal and saved at step {step}" in output
     assert "start it again with the same settings to continue" in output
     assert "Traceback" not in output
+    assert output.count("\nlength  ") == 1  # what the start says, once for all processes
     assert len(losses(config)) == step
 
 

@@ -1,0 +1,84 @@
+"""What a start says before its first step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+import torch
+from torch import nn
+
+from dmtjepa.config import Config
+from dmtjepa.data import StoredSource
+from dmtjepa.data.sources.base import make_printable
+from dmtjepa.training.compute_plan import ComputePlan
+from dmtjepa.training.distributed import World
+from dmtjepa.training.schedules import Schedules
+
+
+def announce(
+    config: Config, world: World, source: StoredSource, loader: str, model: nn.Module, schedules: Schedules, step: int
+) -> None:
+    """Print the facts of a start on rank 0. See `describe_start`."""
+    if world.rank == 0:
+        text = describe_start(
+            config,
+            source,
+            world_size=world.world_size,
+            device=world.device,
+            loader=loader,
+            steps_per_epoch=schedules.steps_per_epoch,
+            num_parameters=count_trained(model),
+            step=step,
+        )
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(text, file=sys.stderr, flush=True)
+
+
+def count_trained(model: nn.Module) -> int:
+    """Number of parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def describe_start(
+    config: Config,
+    source: StoredSource,
+    *,
+    world_size: int,
+    device: torch.device,
+    loader: str,
+    steps_per_epoch: int,
+    num_parameters: int,
+    step: int = 0,
+) -> str:
+    """The facts of a start as lines of text: images, loader, model, device, batch, length, and where it writes.
+
+    Args:
+        source: of the images.
+        world_size: number of processes.
+        device: of this process; the others have the same kind.
+        loader: its name, after `auto` was resolved.
+        steps_per_epoch: optimizer steps.
+        num_parameters: that are trained.
+        step: that the run resumes from, 0 for a new one.
+    """
+    data, runtime, optimization = config.data, config.runtime, config.optimization
+    plan = ComputePlan.from_config(config, device.type)
+    method = "I-JEPA" if not config.patch.local_agg_head else f"DMT-JEPA, patch.query {config.patch.query}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    height, width = data.image_size
+    num_steps = optimization.epochs * steps_per_epoch
+    lines = {
+        "images": make_printable(source.describe()),
+        "loader": f"{loader}, {data.num_workers} workers for each process",
+        "model": f"{config.meta.model_name}, patches of {config.mask.patch_size} in {height}x{width} pixels, "
+        f"{num_parameters / 1e6:.1f} M trained parameters ({method})",
+        "device": f"{world_size} x {name}, {str(plan.dtype).removeprefix('torch.')}"
+        + (", compiled" if plan.compiled else ""),
+        "batch": f"{config.global_batch(world_size)} images = {data.batch_size} x {world_size} processes"
+        + (f" x {runtime.accumulation} accumulated" if runtime.accumulation > 1 else ""),
+        "length": f"{optimization.epochs} epochs of {steps_per_epoch} steps, {num_steps} in all",
+        "run": f"{os.path.abspath(config.logging.path)}, " + (f"resumes at step {step}" if step else "new"),
+    }
+    return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
