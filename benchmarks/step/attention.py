@@ -74,7 +74,7 @@ def measure(name: str, attend: Callable[..., Tensor], inputs: list[Tensor], time
             with torch.no_grad():
                 row["forward_ms"] = milliseconds(lambda: attend(*inputs), "cuda")
             row["ms"] = milliseconds(both, "cuda")
-    except RuntimeError as error:  # no kernel for this shape, or none that works
+    except Exception as error:  # no kernel for this shape, or none that works
         row |= {"correct": False, "problem": str(error).partition("\n")[0]}
     return row
 
@@ -85,7 +85,8 @@ def choices(rows: list[dict]) -> dict[int, str]:
     for head_size in dict.fromkeys(row["head_size"] for row in rows):
         total = {}
         for name in ("xformers", "sdpa"):
-            times = [row.get("ms") for row in rows if (row["head_size"], row["kernel"]) == (head_size, name)]
+            chosen = [row for row in rows if (row["head_size"], row["kernel"]) == (head_size, name)]
+            times = [row.get("ms") if row["correct"] else None for row in chosen]
             total[name] = None if None in times or not times else sum(times)
         if total["xformers"] and total["sdpa"] and total["sdpa"] < total["xformers"]:
             found[head_size] = "sdpa"
@@ -94,8 +95,8 @@ def choices(rows: list[dict]) -> dict[int, str]:
 
 COLUMNS = {
     "kernel": lambda row: row["kernel"],
-    "head size": number("head_size", "{:d}"),
-    "length": number("length", "{:d}"),
+    "head size": number("head_size", "{:.0f}"),
+    "length": number("length", "{:.0f}"),
     "forward ms": number("forward_ms", "{:.3f}"),
     "both ms": number("ms", "{:.3f}"),
     "first ms": number("first_ms"),
