@@ -12,6 +12,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,8 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing 
     """
     if packing is not None and query.dtype in HALF and query.shape[-1] % HEAD_SIZE_MULTIPLE == 0:
         longest = packing.padded.shape[1]
-        return varlen_attn(query[0], key[0], value[0], packing.start, packing.start, longest, longest)[None]
+        out = varlen_attn(query[0], key[0], value[0], packing.start, packing.start, longest, longest)
+        return cast(Tensor, out)[None]  # not the tuple of other options
     with sdpa_kernel(SDPA_KERNELS):
         return sdpa_attention(query, key, value, packing)
 

@@ -85,7 +85,7 @@ class LayerNorm(nn.LayerNorm):
         if torch.promote_types(x.dtype, self.weight.dtype) == self.weight.dtype:
             return super().forward(x)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps).to(self.weight.dtype)
 
 
 class Linear(nn.Linear):
