@@ -22,8 +22,7 @@ def test_memory_lies_a_little_below_its_estimate(found):
 
 
 def test_masks_of_other_shapes_compile_nothing_again(found):
-    assert len(set(found["contexts"])) >= 5
-    assert found["contexts"][-2:] == [11, 169]  # the smallest and the largest that can be drawn
+    assert found["context_sizes"] >= 5
     # Blocks of the teacher, the encoder, the predictor and its last one; both halves of the head.
     assert found["graphs"] == 6
 
