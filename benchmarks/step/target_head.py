@@ -70,8 +70,7 @@ def measure(
     found, expected = (targets.flatten(0, 2).double() for targets in (fast()[masks.target_slot], slow()))
     errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
     error, outliers = errors.median().item(), 1 - (errors <= 0.1).double().mean().item()  # a NaN is an outlier
-    correct = error <= LIMITS[dtype][0] and outliers <= LIMITS[dtype][1]
-    if not correct:
+    if not (correct := error <= LIMITS[dtype][0] and outliers <= LIMITS[dtype][1]):
         wrong = f"{workload.name}: the targets are wrong (median error {error:.1e}, {outliers:.1%} of them above 0.1)"
         if not time_anyway:
             raise SystemExit(f"{wrong}; nothing was timed")
