@@ -376,8 +376,11 @@ def not_root():
         os.seteuid(user)
 
 
-@pytest.mark.parametrize("part", ["ab/", "fxgraph/ab/", "locks/ab.lock", "ab/programs/ab.so"])
-def test_parts_of_a_compiler_cache_that_another_user_has_made_are_named(monkeypatch, folder_of_all, part):
+@pytest.mark.parametrize(
+    ("part", "written"),
+    [("ab/", True), ("fxgraph/ab/", True), ("locks/ab.lock", True), ("fxgraph/ab/key/", False), ("ab/ab.so", False)],
+)
+def test_parts_of_a_compiler_cache_that_another_user_has_made_are_named(monkeypatch, folder_of_all, part, written):
     config = parse_config({"runtime": {"compile": "on"}})
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder_of_all))
     monkeypatch.setattr(shutil, "which", lambda _: "compiler")
@@ -394,7 +397,7 @@ def test_parts_of_a_compiler_cache_that_another_user_has_made_are_named(monkeypa
         path.touch()
         path.chmod(0o444)
     with not_root():
-        if part.endswith(("/", ".lock")):
+        if written:
             named = rf"{path}, of the user \w+, cannot be written to.* variable TORCHINDUCTOR_CACHE_DIR"
             with pytest.raises(ConfigError, match=named):
                 check_compiler(config, "cpu")
