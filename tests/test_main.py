@@ -23,7 +23,7 @@ from dmtjepa.data.loaders.torchvision import TorchvisionLoader
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.run_folder import RunFolder, RunFolderError
 from dmtjepa.training.check import build_model_for, check_space
-from dmtjepa.training.compiler import check_compiler
+from dmtjepa.training.compiler import _find_default_cache, check_compiler
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -348,6 +348,10 @@ def test_a_default_compiler_cache_that_cannot_be_used_is_named(monkeypatch, tmp_
 
 
 def test_compiled_headers_need_the_default_compiler_cache(monkeypatch, tmp_path):
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds to import
+
+    monkeypatch.setattr("getpass.getuser", lambda: "a/user:name")
+    assert _find_default_cache() == default_cache_dir()
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(shutil, "which", lambda _: "compiler")
