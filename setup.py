@@ -24,7 +24,8 @@ setup(
         "torch>=2.10",
         "torchvision>=0.25",
         "triton>=3.6; platform_system == 'Linux'",
-        "xformers>=0.0.35; platform_system == 'Linux'",
+        # 0.0.36 replaces the operators that dmtjepa/models/attention.py calls.
+        "xformers>=0.0.35,<0.0.36; platform_system == 'Linux'",
         "numpy",
         "pillow",
         "pydantic>=2.7",

@@ -1,7 +1,10 @@
-"""CUDA tests and every benchmark in under 10 minutes, the most telling first.
+"""CUDA tests and every benchmark, the most telling first, in calls of under 10 minutes.
 
     python -m benchmarks.gpu_check --out benchmarks/results [--official CHECKOUT] [--images FOLDER]
     python -m benchmarks.gpu_check --out benchmarks/results --only memory others   # the rest, or some again
+    python -m benchmarks.gpu_check --out results --part 1 --archive part1.tar.gz   # then parts 2 and 3
+
+On a machine that has torch and Triton but no package registry: benchmarks/carry.sh.
 
 The program writes a folder named after the GPU and the day: the JSON file of each benchmark, the output of each step,
 and `summary.json` with hardware, versions, commit, the steps that passed, and the goals of docs/performance.md that are
@@ -19,6 +22,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass
 from datetime import date
@@ -29,9 +33,12 @@ import torch
 from benchmarks.goals import goals
 from benchmarks.machine import environment
 from benchmarks.official import add_official
+from benchmarks.tables import add_time_anyway
 
 ROOT = Path(__file__).parents[1]
-TIME_LIMIT = 9 * 60  # a minute is left for starting Python, and for the tables
+TIME_LIMIT = 10 * 60
+MARGIN = 60  # seconds before the time limit at which steps end: for starting Python, tables and the archive
+ARCHIVE_BYTES = 16 * 10**6  # at most
 OTHER_WORKLOADS = ("vit_base:256", "vit_large:256")
 OTHER_TESTS = (
     "tests/models", "tests/test_packing.py", "tests/masks",
@@ -43,37 +50,47 @@ STATES = {0: "passed", 5: "no tests", None: "stopped: out of time"}  # by return
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and for how many seconds it may run."""
+    """A command, for how many seconds it may run, and in which part of a check in three calls."""
 
     name: str
     command: tuple[str, ...]
     seconds: float
+    part: int = 3
 
 
-def benchmark(name: str, module: str, out: Path, seconds: float, *options: str) -> Step:
+def benchmark(part: int, name: str, module: str, out: Path, seconds: float, *options: str) -> Step:
     command = (sys.executable, "-m", f"benchmarks.{module}", "--out", str(out), *options)
-    return Step(name, command, seconds)
+    return Step(name, command, seconds, part)
 
 
-def steps(out: Path, images: Path | None, official: Path | None) -> list[Step]:
+def steps(out: Path, images: Path | None, official: Path | None, time_anyway: bool = False) -> list[Step]:
     """The steps, the most telling first."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
     compare = ("--official", str(official)) if official else ()
     theirs = ("official",) if official else ()
+    anyway = ("--time-anyway",) if time_anyway else ()
+    huge, small = ("--workloads", "vit_huge:128"), ("--workloads", "vit_small:64", "vit_small:256")
     found = [
-        Step("operator-tests", (*pytest, "tests/kernels"), 200),
+        Step("operator-tests", (*pytest, "tests/kernels"), 200, 1),
+        benchmark(1, "attention", "step.attention", out, 60),
+        benchmark(1, "profile", "step.profile", out, 100),
+        benchmark(1, "step", "step.speed", out, 220, *huge, *compare, *anyway),
+        benchmark(2, "others", "step.speed", out / "others", 200, "--workloads", *OTHER_WORKLOADS, *compare, *anyway),
+        benchmark(2, "profile-base", "step.profile", out / "base", 80, "--workload", OTHER_WORKLOADS[0]),
+        benchmark(2, "small", "step.speed", out / "small", 80, *small, "--providers", "project", *anyway),
+        benchmark(2, "keep", "step.speed", out / "keep", 80, *huge, "--providers", "project:keep", *anyway),
+        benchmark(2, "host", "step.host", out, 100),
+        benchmark(3, "operators", "operators.speed", out, 150, *huge, *anyway),
+        benchmark(3, "targets", "step.target_head", out, 60, *huge, *compare, *anyway),
+        benchmark(3, "memory", "step.memory", out, 130, "--providers", "project", *theirs, *compare),
         Step("training-tests", (*pytest, "tests/training"), 120),
-        benchmark("targets", "step.target_head", out, 60, "--workloads", "vit_huge:128", *compare),
-        benchmark("step", "step.speed", out, 220, "--workloads", "vit_huge:128", *compare),
-        benchmark("operators", "operators.speed", out, 150, "--workloads", "vit_huge:128"),
-        benchmark("profile", "step.profile", out, 100),
-        benchmark("memory", "step.memory", out, 130, "--providers", "project", *theirs, *compare),
-        benchmark("others", "step.speed", out / "others", 200, "--workloads", *OTHER_WORKLOADS, *compare),
     ]
     if images is not None:
         command = (sys.executable, "-m", "benchmarks.data.loader", str(images), "--device", "cuda")
         found.append(Step("loader", (*command, "--json", str(out / "loader.json")), 120))
-        found.append(benchmark("data_wait", "data.data_wait", out, 150, str(images), "--workload", OTHER_WORKLOADS[1]))
+        found.append(
+            benchmark(3, "data_wait", "data.data_wait", out, 150, str(images), "--workload", OTHER_WORKLOADS[1])
+        )
     found.append(Step("other-tests", (*pytest, *OTHER_TESTS), 150))
     if sanitizer := shutil.which("compute-sanitizer"):
         command = (sanitizer, "--error-exitcode", "1", "--report-api-errors", "no", *pytest, "tests/kernels")
@@ -118,35 +135,37 @@ def summarize(out: Path, rows: list[dict]) -> dict:
     return summary
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for a folder of results")
-    add_official(parser)
-    parser.add_argument("--images", type=Path, help="a folder of photographs, to measure the loaders too")
-    parser.add_argument("--seconds", type=float, default=TIME_LIMIT, help="time limit of all steps")
-    parser.add_argument("--only", nargs="+", help="names of steps")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu_check needs a CUDA device, and torch sees none (torch.cuda.is_available() is False)")
+def write_archive(out: Path, archive: Path, most: int = ARCHIVE_BYTES) -> list[str]:
+    """Write the files of the folder `out` into a .tar.gz file of at most `most` bytes.
 
-    start = time.perf_counter()
-    name = torch.cuda.get_device_name().replace(" ", "-").lower()
-    out = (options.out / f"{name}-{date.today()}").resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    images, official = (path and path.resolve() for path in (options.images, options.official))
-    wanted = steps(out, images, official)
-    if options.only:
-        names = [step.name for step in wanted]
-        if unknown := set(options.only) - set(names):
-            raise SystemExit(f"--only {' '.join(sorted(unknown))}: choose of {', '.join(names)}")
-        wanted = [step for step in wanted if step.name in options.only]
-    rows = []
-    for step in wanted:
-        row = run(step, out, options.seconds - (time.perf_counter() - start))
-        rows.append(row)
-        state = STATES.get(row["return_code"], "FAILED")
-        print(f"{step.name:<28}{state:<24}{row['seconds']:>7.1f} s   {out / row['log']}", flush=True)
-        summary = summarize(out, rows)
+    Returns:
+        The files that had no room: the largest ones, which are traces.
+    """
+    paths = sorted((path for path in out.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    left_out: list[str] = []
+    unfinished = archive.with_name(f".{archive.name}.unfinished")
+    while True:
+        with tarfile.open(unfinished, "w:gz") as file:
+            for path in paths:
+                file.add(path, f"{out.name}/{path.relative_to(out)}")
+        if unfinished.stat().st_size <= most or not paths:
+            unfinished.replace(archive)
+            return left_out
+        left_out.append(str(paths.pop().relative_to(out)))
+
+
+def choose(found: list[Step], names: list[str] | None, part: int | None) -> list[Step]:
+    """The steps of these names, or of a part, or all."""
+    if names is None:
+        return [step for step in found if part in (None, step.part)]
+    known = [step.name for step in found]
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"--only {' '.join(sorted(unknown))}: choose of {', '.join(known)}")
+    return [step for step in found if step.name in names]
+
+
+def report(out: Path, rows: list[dict], summary: dict) -> None:
+    """Print the end of each step's output, the goals, and the command for what there was no time for."""
     for row in rows:
         log = out / row["log"]
         if row["seconds"]:
@@ -157,6 +176,46 @@ def main() -> None:
     print(f"results: {out}")
     if left := [row["name"] for row in rows if row["return_code"] is None]:
         print(f"out of time; for the rest, the same command with: --only {' '.join(left)}")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for a folder of results")
+    add_official(parser)
+    parser.add_argument("--images", type=Path, help="a folder of photographs, to measure the loaders too")
+    limit_help = f"time limit of this command, {TIME_LIMIT}; steps end {MARGIN} seconds before it"
+    parser.add_argument("--seconds", type=float, default=TIME_LIMIT, help=limit_help)
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--only", nargs="+", metavar="STEP", help="names of steps")
+    chosen.add_argument("--part", type=int, choices=(1, 2, 3), help="a third of the steps; each fits into one call")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="all results as one .tar.gz of at most 16 MB")
+    add_time_anyway(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu_check needs a CUDA device, and torch sees none (torch.cuda.is_available() is False)")
+
+    start = time.perf_counter()
+    name = torch.cuda.get_device_name().replace(" ", "-").lower()
+    out = (options.out / f"{name}-{date.today()}").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    images, official = (path and path.resolve() for path in (options.images, options.official))
+    wanted = choose(steps(out, images, official, options.time_anyway), options.only, options.part)
+    rows = []
+    for step in wanted:
+        row = run(step, out, options.seconds - MARGIN - (time.perf_counter() - start))
+        rows.append(row)
+        state = STATES.get(row["return_code"], "FAILED")
+        print(f"{step.name:<28}{state:<24}{row['seconds']:>7.1f} s   {out / row['log']}", flush=True)
+        summary = summarize(out, rows)
+        if options.archive is not None:  # after each step, in case this process is stopped
+            left_out = write_archive(out, options.archive)
+    report(out, rows, summary)
+    if options.archive is not None:
+        print(f"archive: {options.archive}", *(f"without {name}" for name in left_out), sep=", ")
     raise SystemExit(any(row["return_code"] not in STATES for row in rows))
 
 

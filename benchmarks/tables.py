@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import traceback
 from collections.abc import Callable, Sequence
@@ -54,3 +55,12 @@ def save(out: Path | None, name: str, device: str, rows: list[dict], *, plot: Ca
         figure.savefig(path.with_suffix(".png"), dpi=120)
     except Exception:  # the results are written: a benchmark must not fail because of its plot
         traceback.print_exc()
+
+
+def add_time_anyway(parser: argparse.ArgumentParser) -> None:
+    """Add `--time-anyway`."""
+    help_text = (
+        "time what differs from the reference, too. Its rows say `correct: false` and meet no goal, and the program "
+        "still exits with 1. For a GPU that is borrowed for minutes"
+    )
+    parser.add_argument("--time-anyway", action="store_true", help=help_text)

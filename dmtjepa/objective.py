@@ -135,12 +135,18 @@ def _check_predictor_width(config: Config, num_heads: int) -> None:
         )
 
 
+def _residual_dtype(config: Config) -> torch.dtype | None:
+    """The dtype of the residual stream where it is wider than that of the computation; None elsewhere."""
+    return torch.float32 if config.runtime.residual == "float32" else None
+
+
 def _draw_encoder(config: Config, device_type: str) -> VisionTransformer:
     return VisionTransformer(
         config.data.image_size,
         config.mask.patch_size,
         **ARCHITECTURES[config.meta.model_name],
         init_std=config.meta.init_std,
+        residual_dtype=_residual_dtype(config),
         attention=config.runtime.attention,
         kernels=config.runtime.kernels,
         device_type=device_type,
@@ -187,6 +193,7 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
         depth=config.meta.pred_depth,
         num_heads=encoder.num_heads,
         init_std=init_std,
+        residual_dtype=_residual_dtype(config),
         attention=attention,
         device_type=device_type,
     )

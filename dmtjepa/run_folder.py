@@ -185,7 +185,12 @@ class RunFolder:
                 f"{before[-1]} there, {global_batch} now"
             )
         if changes:
-            lines = "\n".join(changes)
+            longer = config.optimization.epochs > earlier.optimization.epochs and self.latest_export.exists()
+            remedy = (
+                f"To train longer than a schedule that has ended, start a new run from its weights: "
+                f"meta.load_checkpoint=true meta.read_checkpoint={self.latest_export} logging.folder=NEW"
+            )
+            lines = "\n".join([*changes, *([remedy] if longer else [])])
             raise RunFolderError(
                 f"{self.path} holds a run with other settings; choose another logging.folder, or restore:\n{lines}"
             )

@@ -48,6 +48,7 @@ ALLOWED = {
     "masks": {"config", "errors", "packing"},
     "data": {"config", "errors", "files", "output", "processes"},
     "models": {"kernels", "packing"},
+    "pretrained": {"config", "data", "interop", "models"},
     "objective": {"kernels", "config", "masks", "models", "tensors"},
     "reference": {"config", "masks", "objective"},
     "interop": RUNS | {"models", "objective"},

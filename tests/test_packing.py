@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dmtjepa.config import MaskSettings, parse_config
 from dmtjepa.masks import MaskBatch, MaskSampler
-from dmtjepa.models.attention import choose_attention, cpu_attention, sdpa_attention
+from dmtjepa.models.attention import choose_attention, cpu_attention, flash_attention, sdpa_attention
 from dmtjepa.packing import Packing, pack, pack_predictions
 from dmtjepa.reference import step as reference
 from dmtjepa.training.compute_plan import ComputePlan
@@ -202,11 +202,13 @@ def test_masks_move_with_their_packing():
     assert moved.prediction_packing.token_index.device.type == "meta"
 
 
-def test_flops_of_xformers():
-    pytest.importorskip("xformers")
+@pytest.mark.parametrize("backend", ["xformers", "sdpa"])
+def test_flops_of_packed_attention(backend):
+    if backend == "xformers":
+        pytest.importorskip("xformers")
     packing = Packing(*(x.to("meta") for x in pack(torch.tensor([3, 7, 1]).numpy())))
     inputs = [torch.empty(1, 11, 2, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3)]
-    attention = choose_attention("xformers", "cuda", 8)  # registers the formulas, which a counter reads when it is made
+    attention = choose_attention(backend, "cuda", 8)  # registers the formulas, which a counter reads when it is made
     with FlopCounterMode(display=False) as counter:
         attention(*inputs, packing).sum().backward()
     assert counter.get_total_flops() == (4 + 10) * 2 * 8 * 11 * 7
@@ -220,7 +222,7 @@ def test_xformers_equals_sdpa(head_dim):
     packing = Packing(*(x.cuda() for x in pack(torch.tensor([68, 1, 140, 97]).numpy())))
     inputs = [torch.randn(1, 306, 16, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     results = []
-    for attend in (xformers, sdpa_attention, torch.compile(xformers, fullgraph=True)):
+    for attend in (xformers, sdpa_attention, flash_attention, torch.compile(xformers, fullgraph=True)):
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = attend(*leaves, packing)
         out.float().square().sum().backward()

@@ -47,6 +47,18 @@ def test_another_folder_is_no_run(tmp_path):
         open_run(tmp_path)
 
 
+def test_more_epochs_are_a_new_run_that_starts_from_the_old_one(run):
+    longer = make_config(run.path, optimization={"epochs": 400})
+    with pytest.raises(RunFolderError) as error:
+        run.check(longer, global_batch=512)
+    assert "To train longer" not in str(error.value)  # there is nothing to start from yet
+    run.latest_export.touch()
+    with pytest.raises(RunFolderError, match=r"optimization\.epochs: 300 there, 400 now") as error:
+        run.check(longer, global_batch=512)
+    assert "To train longer than a schedule that has ended, start a new run" in str(error.value)
+    assert f"meta.read_checkpoint={run.latest_export}" in str(error.value)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -25,7 +25,7 @@ from benchmarks.step.runs import Run, failed, failures_noted, problems, ratios, 
 from benchmarks.tables import number, save, text_table
 from benchmarks.workloads import Workload, add_workloads, chosen_workloads
 from dmtjepa.training.distributed import World, check_device, process_group
-from dmtjepa.training.estimate import memory_bytes
+from dmtjepa.training.estimate import memory_bytes, resolve_checkpointing
 
 MASKS = 32
 DEFAULT_WORKLOADS = {"cpu": ["vit_small:4", "vit_small:8", "vit_small:16"], "cuda": ["vit_huge:64", "vit_huge:128"]}
@@ -40,6 +40,7 @@ def measure(workload: Workload, provider: Provider, world: World) -> dict:
     on_cuda = world.device.type == "cuda"
     if provider.code == "project":
         config, shapes = workload.config(*provider.settings), workload.mask_shapes(steps[-1])
+        config = resolve_checkpointing(config, world.world_size, world.device)
         row["estimate_bytes"] = sum(memory_bytes(config, shapes, world.world_size, on_cuda).values())
     with failures_noted(row):
         run = Run(workload, provider, world)

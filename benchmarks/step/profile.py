@@ -61,7 +61,7 @@ ATTENTIONS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": (1, 2, 2, 10),
 }
 # They call one of the above; and to a formula that is given shapes without their places, they mean something else.
-WRAPPERS = ("xformers_flash::", "aten::_scaled_dot_product", "dmtjepa::onednn_linear")
+WRAPPERS = ("xformers_flash::", "torch_attn::", "aten::_scaled_dot_product", "dmtjepa::onednn_linear")
 
 
 def product_shape(name: str, shapes: Shapes) -> list[int]:

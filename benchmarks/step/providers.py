@@ -32,6 +32,7 @@ from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.reference import step as reference
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World
+from dmtjepa.training.estimate import resolve_checkpointing
 from dmtjepa.training.parallelize import build_mesh, parallelize
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.step import TrainStep
@@ -109,7 +110,7 @@ class ProjectStep:
     def __init__(self, workload: Workload, provider: Provider, world: World, on_phase: Callable[[str], None]) -> None:
         config = workload.config(*provider.settings)
         mesh = build_mesh(world.device.type, world.world_size)
-        plan = ComputePlan.from_config(config, world.device.type)
+        plan = ComputePlan.from_config(resolve_checkpointing(config, world.world_size, world.device), world.device.type)
         model = parallelize(draw_model(config, world.device), mesh, plan)
         self.step = TrainStep(model, config.optimization, SCHEDULES, mesh, world.device, on_phase)
         aggregate = model.teacher_head.aggregate_neighbors

@@ -9,8 +9,8 @@ prints the median and the 95th percentile of the steps, images/s and MFU at the 
 median of each phase.
 
 - Loss and gradient norm of the first steps are compared with those of the reference in float32. A provider that differs
-  is not timed, and the program exits with 1. (The official code is checked at B = 1 and by its loss alone: for B > 1
-  its queries come from other images.)
+  is not timed (but see --time-anyway), and the program exits with 1. (The official code is checked at B = 1 and by its
+  loss alone: for B > 1 its queries come from other images.)
 - MFU counts the FLOPs of the lean step (`dmtjepa.training.estimate.step_flops`) at the shapes of the masks of each
   step, for every provider alike. The peak is that of the data sheet on A100, H100 and H200 in bfloat16, and otherwise
   that of a measured product of square matrices.
@@ -33,7 +33,7 @@ from benchmarks.machine import GIB, default_device
 from benchmarks.official import add_official
 from benchmarks.step.providers import PHASES, open_official, parse_provider
 from benchmarks.step.runs import failed, measure_steps, problems, ratios
-from benchmarks.tables import number, save, text_table
+from benchmarks.tables import add_time_anyway, number, save, text_table
 from benchmarks.workloads import add_workloads, chosen_workloads
 from dmtjepa.training.distributed import check_device, process_group
 
@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600 if on_cpu else 15, help="after which a timing ends")
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
     parser.add_argument("--out", type=Path, help="folder for a JSON file of the results and a plot")
+    add_time_anyway(parser)
     options = parser.parse_args()
     if on_cpu:
         torch.set_num_threads(options.threads)
@@ -112,8 +113,9 @@ def main() -> None:
             # On CUDA each provider has the memory for itself.
             for group in [providers] if on_cpu else [[provider] for provider in providers]:
                 rows += measure_steps(
-                    workload, group, world, warmup=options.warmup, steps=options.steps, seconds=options.seconds
-                )
+                    workload, group, world, warmup=options.warmup, steps=options.steps, seconds=options.seconds,
+                    time_anyway=options.time_anyway,
+                )  # fmt: skip
                 rows = [row | ratios(row, rows) for row in rows]
                 save(options.out, "step", device, rows, plot=plot)
             done = rows[-len(providers) :]

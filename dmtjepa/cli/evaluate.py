@@ -6,9 +6,14 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmtjepa.cli.exit_status import run_command
 from dmtjepa.errors import UserError
+
+if TYPE_CHECKING:
+    from dmtjepa.config import Config
+    from dmtjepa.run_folder import RunFolder
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m dmtjepa.evaluation") -> int:
@@ -16,8 +21,12 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m dmtje
     parser = argparse.ArgumentParser(
         prog=prog, description="Measure the teacher of a run, and write tables and figures into RUN/report/."
     )
-    parser.add_argument("run", type=Path, help="run folder (logging.folder of its settings)")
-    parser.add_argument("--data", type=Path, help="images: a folder, a list or tar shards (default: those of the run)")
+    parser.add_argument("run", type=Path, help="run folder, or weights: see --data")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="images: a folder, a list or tar shards (default: those of the run; weights alone have none)",
+    )
     parser.add_argument("--train", type=Path, help="labelled images to compare with; needs --val")
     parser.add_argument("--val", type=Path, help="labelled images to classify; needs --train")
     parser.add_argument("--checkpoint", type=Path, help="file to measure (default: the run's latest)")
@@ -38,13 +47,11 @@ def measure(options: argparse.Namespace) -> int:
     from dmtjepa.evaluation.formatting import format_table, format_verdict
     from dmtjepa.evaluation.report import evaluate
     from dmtjepa.evaluation.splits import find_splits
-    from dmtjepa.run_folder import open_run
     from dmtjepa.training.distributed import check_device
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    run, config = open_run(options.run)
-    checkpoint, out = options.checkpoint or run.latest_export, options.out or run.report
+    run, config, checkpoint, out = find_what_to_measure(options)
     splits = find_splits(
         config.data, data=options.data, train=options.train, validation=options.val, max_images=options.max_images
     )
@@ -62,6 +69,27 @@ def measure(options: argparse.Namespace) -> int:
     print(f"\nwritten: {out}/report.md, report.json, {', '.join(Path(f).name for f in report.files[2:])}")
     print("next:")
     print(f"  look at {out}/report.png")
-    print(f"  dmtjepa export {options.run} --format hf --out {options.run}/hf   # or timm, official")
+    print(f"  dmtjepa export {options.run} --format hf --out {out.parent}/hf   # or timm, official")
     print(f"  dmtjepa evaluate {options.run} --data FOLDER   # measure on other labelled images")
     return 0
+
+
+def find_what_to_measure(options: argparse.Namespace) -> tuple[RunFolder, Config, Path, Path]:
+    """The run and its settings, the file to measure, and the folder of the report.
+
+    Weights by themselves, a `.pth.tar` file or a folder of Hugging Face or timm, have settings made from their shapes.
+    """
+    from dmtjepa.evaluation.bare_weights import settings_of_weights
+    from dmtjepa.evaluation.errors import EvaluationError
+    from dmtjepa.interop.sources import find_source
+    from dmtjepa.run_folder import RunFolder, open_run
+
+    given: Path = options.run
+    if given.is_file() or (given / "model.safetensors").is_file():
+        if options.data is None and options.train is None:
+            raise EvaluationError(f"{given} has no run folder beside it, and so no images: give --data FOLDER")
+        path = find_source(given)
+        out = options.out or given.with_name(f"{given.name.removesuffix('.pth.tar')}-report")
+        return RunFolder(given.parent, given.name), settings_of_weights(path), options.checkpoint or path, out
+    run, config = open_run(given)
+    return run, config, options.checkpoint or run.latest_export, options.out or run.report

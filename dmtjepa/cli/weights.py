@@ -10,7 +10,7 @@ from typing import Any
 from dmtjepa.cli.exit_status import run_command
 from dmtjepa.errors import UserError
 
-SOURCE = "a run folder (its latest export), a checkpoints/step-N folder, or a .pth.tar file"
+SOURCE = "a run folder (its latest export), a checkpoints/step-N folder, a .pth.tar file, or a folder of timm or HF"
 ALIASES = {"released": "official"}  # the name in earlier versions
 LOADING = {
     "timm": 'timm.create_model("local-dir:{out}", pretrained=True)',
@@ -58,16 +58,18 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 def _show(options: argparse.Namespace) -> int:
     from dmtjepa.interop import read_checkpoint
+    from dmtjepa.interop.sources import find_source
 
-    path = _find_source(options.source)
+    path = find_source(options.source)
     print(f"{path}\n{summarize(read_checkpoint(path))}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from dmtjepa import interop
+    from dmtjepa.interop.sources import find_image_size, find_source
 
-    path, out = _find_source(options.source), options.out
+    path, out = find_source(options.source), options.out
     if out.exists() and (options.format == "official" or any(out.iterdir())):
         raise interop.WeightsError(f"{out} already exists; choose another --out")
     if options.format == "official" and path.is_dir():
@@ -77,7 +79,7 @@ def _export(options: argparse.Namespace) -> int:
     else:
         weights = interop.get_part(interop.read_checkpoint(path), options.part, path)
         interop.check_finite(weights, f"{options.part} of {path}")
-        encoder = interop.build_encoder(weights, path, image_size=_find_image_size(options.source))
+        encoder = interop.build_encoder(weights, path, image_size=find_image_size(options.source))
         {"timm": interop.export_timm, "hf": interop.export_huggingface}[options.format](encoder, out)
     print(f"wrote {out}\nload it with:\n  {LOADING[options.format].format(out=out)}")
     return 0
@@ -96,36 +98,6 @@ def _verify(options: argparse.Namespace) -> int:
     TensorReader(checkpoint).read_metadata()  # raises if the folder holds anything but tensors
     print(f"{checkpoint} is whole: step {step_of(checkpoint)}")
     return 0
-
-
-def _find_source(source: Path) -> Path:
-    """The file or checkpoint folder to read."""
-    from dmtjepa.checkpoint_format import CheckpointError, find_fault, is_checkpoint
-    from dmtjepa.run_folder import open_run
-
-    if not source.is_dir():
-        return source
-    if not is_checkpoint(source):
-        run, _ = open_run(source)
-        return run.latest_export
-    fault = find_fault(source)
-    if fault is not None:
-        raise CheckpointError(f"{source} is damaged: {fault}")
-    return source
-
-
-def _find_image_size(source: Path) -> tuple[int, int] | None:
-    """Height and width of the images that were trained on, if settings beside the weights tell them."""
-    from dmtjepa.checkpoint_format import is_checkpoint, read_meta
-    from dmtjepa.config import parse_config
-    from dmtjepa.run_folder import open_run
-
-    if not source.is_dir():
-        return None
-    if is_checkpoint(source):
-        return parse_config(read_meta(source).get("config", {}), source=str(source)).data.image_size
-    _, config = open_run(source)
-    return config.data.image_size
 
 
 def summarize(checkpoint: dict[str, Any]) -> str:

@@ -58,7 +58,8 @@ def parse_config(values: dict[str, Any], source: str = "settings") -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        faults = "\n".join(f"  {explain_fault(fault)}" for fault in error.errors())
+        # A value of the wrong shape is one fault for each type that it could have.
+        faults = "\n".join(dict.fromkeys(f"  {explain_fault(fault)}" for fault in error.errors()))
         raise ConfigError(f"{source}:\n{faults}") from None
 
 

@@ -166,7 +166,9 @@ class MetaSettings(Section):
     model_name: ModelName = Field("vit_base", description="encoder")
     pred_depth: int = Field(6, ge=1, le=64, description="blocks of the predictor")
     pred_emb_dim: int = Field(384, ge=8, description="width of the predictor")
-    read_checkpoint: Free[str | None] = Field(None, description="a .pth.tar file, by itself or below logging.folder")
+    read_checkpoint: Free[str | None] = Field(
+        None, description="a .pth.tar file, by itself or below logging.folder, or a folder of Hugging Face or timm"
+    )
     use_bfloat16: bool = Field(True, description="compute in bfloat16 on CUDA; see runtime.precision")
     init_std: float = Field(0.02, gt=0, le=1, description="standard deviation of the initial weights (official: 0.02)")
 
@@ -230,7 +232,10 @@ class RuntimeSettings(Section):
     """
 
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, sample order, crops and masks")
-    attention: Free[Literal["auto", "xformers", "sdpa"]] = Field("auto", description="attention backend on CUDA")
+    attention: Free[Literal["auto", "xformers", "sdpa"]] = Field(
+        "auto",
+        description="attention on CUDA: xFormers' flash kernels, or PyTorch's (sdpa); auto: xFormers where installed",
+    )
     kernels: Free[Literal["triton", "torch"]] = Field(
         "triton", description="operators on CUDA; a CPU always runs torch's"
     )
@@ -241,6 +246,11 @@ class RuntimeSettings(Section):
         "auto",
         description="of the computation; weights, their gradients and their updates are always float32. auto: "
         "meta.use_bfloat16 on CUDA, float32 on a CPU (bfloat16 pays on CPUs with AVX512-BF16)",
+    )
+    residual: Free[Literal["bfloat16", "float32"]] = Field(
+        "bfloat16",
+        description="dtype of the residual stream of encoder and predictor where they compute in bfloat16. float32: as "
+        "under the official autocast, closer to float32 and with more memory",
     )
     teacher_precision: Literal["same", "fp8"] = Field(
         "same",
@@ -253,7 +263,8 @@ class RuntimeSettings(Section):
     activation_checkpointing: Free[Literal["auto", "none", "pointwise", "blocks"]] = Field(
         "auto",
         description="what the backward pass computes again instead of keeping it: of the student's blocks, norms and "
-        "GELUs (pointwise) or all (blocks); auto: pointwise where blocks are compiled, where it costs little",
+        "GELUs (pointwise) or all (blocks); auto: pointwise where blocks are compiled, where it costs little, and none "
+        "on a GPU whose memory holds everything by estimate",
     )
     shard_size: Free[int | None] = Field(
         None, ge=1, description="devices that one copy of the model is sharded over (HSDP); null: all of them (FSDP)"

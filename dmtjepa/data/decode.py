@@ -60,16 +60,21 @@ def decode_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.I
                 if not data.startswith(_PNG_SIGNATURE):
                     raise
                 image = _load(_remove_png_metadata(data), max_megapixels)
-            image = _turn_upright(image)
-            if image.mode.startswith("I") or image.mode == "F":
-                image = _to_eight_bits(image)
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return to_rgb(image)
     except CorruptImage:
         raise
     except Exception as error:  # the plugins of PIL raise nearly every type on damaged input
         check_resources(error)
         reason = re.sub(r"<_io\.BytesIO[^>]*>", "", str(error))  # PIL names the object that it reads
         raise CorruptImage(f"{type(error).__name__}: {reason}"[:200].strip()) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image as `decode_image` returns it. Raises CorruptImage for values that are out of range."""
+    image = _turn_upright(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_eight_bits(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _load(data: bytes, max_megapixels: float) -> Image.Image:

@@ -50,7 +50,8 @@ def load_encoders(
     """
     trained, untrained = load_teacher(config, checkpoint_path, device)
     checkpoint = read_checkpoint(checkpoint_path)
-    if "encoder" not in checkpoint:
+    # A file of one encoder gives it as both.
+    if "encoder" not in checkpoint or checkpoint["encoder"] is checkpoint["target_encoder"]:
         return {"trained": trained, "untrained": untrained}
     student = copy.deepcopy(untrained)
     load_weights(student, get_part(checkpoint, "encoder", checkpoint_path), checkpoint_path)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
+from dmtjepa.interop.huggingface_names import to_huggingface
 from dmtjepa.interop.model_folder import hidden_dim, image_size, resized_side, write_model_folder
 from dmtjepa.models import VisionTransformer
 from dmtjepa.models.layers import LAYER_NORM_EPS
@@ -56,38 +54,4 @@ def export_huggingface(encoder: VisionTransformer, folder: Path) -> None:
         "image_std": list(IMAGENET_STD),
     }
     descriptions = {"preprocessor_config.json": preprocessor, "config.json": config}
-    write_model_folder(folder, huggingface_weights(encoder.state_dict()), descriptions)
-
-
-def huggingface_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An encoder's state dictionary under the names of the `facebook/ijepa_*` files; qkv split in three."""
-    renamed: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        parts = name.split(".")
-        if parts[0] != "blocks":
-            renamed[HUGGINGFACE_NAMES[name]] = value
-            continue
-        layer, kind = f"encoder.layer.{parts[1]}", parts[-1]
-        inner = ".".join(parts[2:-1])
-        if inner == "attn.qkv":
-            for target, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                renamed[f"{layer}.attention.attention.{target}.{kind}"] = third
-        else:
-            renamed[f"{layer}.{HUGGINGFACE_LAYER_NAMES[inner]}.{kind}"] = value
-    return renamed
-
-
-HUGGINGFACE_NAMES = {
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "layernorm.weight",
-    "norm.bias": "layernorm.bias",
-}
-HUGGINGFACE_LAYER_NAMES = {
-    "norm1": "layernorm_before",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
+    write_model_folder(folder, to_huggingface(encoder.state_dict()), descriptions)

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmtjepa.checkpoint_format import is_checkpoint, load_full, read_meta
-from dmtjepa.errors import UserError
+from dmtjepa.interop.encoder_file import is_encoder_file, read_encoder_file
+from dmtjepa.interop.errors import WeightsError
 from dmtjepa.models import ARCHITECTURES, VisionTransformer
 from dmtjepa.models.layers import resample_position_embedding
 from dmtjepa.objective import DMTJEPA
@@ -33,10 +34,6 @@ MODULES = {
     "target_head": "teacher_head",
 }
 """Official name of each part of a checkpoint -> attribute of `DMTJEPA`."""
-
-
-class WeightsError(UserError, ValueError):
-    """Weights that cannot be read, or do not fit the model; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +57,12 @@ class EncoderShape:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a `.pth.tar` file or a checkpoint folder `step-{n}` on the CPU.
+    """Read a `.pth.tar` file, a checkpoint folder `step-{n}`, or a `model.safetensors` file on the CPU.
 
     Returns:
         State dictionaries by official name (see `MODULES`), without the prefix `module.`, and what else the file holds.
-        Tensors of a file stay on disk until they are used.
+        Tensors of a `.pth.tar` file stay on disk until they are used. A `model.safetensors` file of Hugging Face or
+        timm holds one encoder, which is both `encoder` and `target_encoder`.
 
     Raises:
         WeightsError: there is no such file, or it cannot be read as tensors alone. No code in a file is run.
@@ -81,6 +79,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         others = sorted(other.name for other in path.parent.glob("*.pth.tar"))
         hint = f"its folder holds {', '.join(others[-MAX_LISTED:])}" if others else "its folder holds no .pth.tar file"
         raise WeightsError(f"there is no checkpoint {path}; {hint}. A run writes its first one after its first epoch")
+    if is_encoder_file(path):
+        encoder = read_encoder_file(path)
+        return {"encoder": encoder, "target_encoder": encoder}
     try:
         # Files of PyTorch before 1.6 are not zip archives; they are read at once.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -198,8 +199,8 @@ def load_model(model: DMTJEPA, path: str | os.PathLike[str]) -> list[str]:
 
     Position embeddings of another grid are resampled, see `load_weights`.
 
-    Official files hold no aggregation heads. Where the model has heads and the file has none, they keep the weights
-    they were drawn with.
+    Official files hold no aggregation heads, and files of Hugging Face and timm no predictor either. What a file does
+    not hold keeps the weights it was drawn with.
 
     Returns:
         The parts that the file does not hold; tell the user.
@@ -211,6 +212,8 @@ def load_model(model: DMTJEPA, path: str | os.PathLike[str]) -> list[str]:
     checkpoint = read_checkpoint(path)
     heads = [] if model.head is None else ["head", "target_head"]
     absent = [] if any(part in checkpoint for part in heads) else heads
+    if is_encoder_file(Path(path)):
+        absent = ["predictor", *heads]
     parts = [part for part in ("encoder", "predictor", "target_encoder", *heads) if part not in absent]
     modules: dict[str, nn.Module] = {part: getattr(model, MODULES[part]) for part in parts}
     weights = {

@@ -12,10 +12,13 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import register_flop_formula
 
 from dmtjepa.packing import Packing
@@ -27,16 +30,21 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Packing | None], Tensor]
 MEASURED_CHOICES: dict[tuple[tuple[int, int], int], str] = {}
 
 
-# xFormers' flash kernels need head sizes that are multiples of this.
+# Flash kernels for sequences of different lengths, and all of xFormers', need head sizes that are multiples of this.
 HEAD_SIZE_MULTIPLE = 8
+HALF = (torch.bfloat16, torch.float16)
+
+# All kernels of SDPA but cuDNN's, which PyTorch prefers on Hopper. cuDNN builds a plan for each new shape, and the
+# number of patches of a context differs from step to step.
+SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def choose_attention(backend: str, device_type: str, head_dim: int) -> AttentionFunction:
     """Return the attention function for a model.
 
     Args:
-        backend: `xformers`, `sdpa` (PyTorch's scaled_dot_product_attention), or `auto`. On CUDA, `auto` chooses
-            xFormers if it has a kernel for the head size and no entry of `MEASURED_CHOICES` says otherwise.
+        backend: `xformers`, `sdpa` (PyTorch's own flash kernels), or `auto`. On CUDA, `auto` chooses xFormers if it is
+            installed, has a kernel for the head size, and no entry of `MEASURED_CHOICES` says otherwise.
         device_type: type of the device on which the model will run. On a CPU, all backends are `cpu_attention`, since
             xFormers has no CPU operators.
         head_dim: head size E.
@@ -49,21 +57,22 @@ def choose_attention(backend: str, device_type: str, head_dim: int) -> Attention
         raise ValueError(f"attention backend {backend!r}: choose auto, xformers or sdpa")
     if device_type != "cuda":
         return cpu_attention
+    _count_varlen_flops()
     fits = head_dim % HEAD_SIZE_MULTIPLE == 0
     if backend == "sdpa" or (backend == "auto" and not fits):
-        return sdpa_attention
+        return flash_attention
     if not fits:
         raise ValueError(
             f"attention backend xformers has no kernel for heads of {head_dim} channels, only for multiples of "
             f"{HEAD_SIZE_MULTIPLE}; choose runtime.attention: sdpa or auto"
         )
-    if backend == "auto" and MEASURED_CHOICES.get((torch.cuda.get_device_capability(), head_dim)) == "sdpa":
-        return sdpa_attention
     if importlib.util.find_spec("xformers") is None:
         if backend == "xformers":
             raise ModuleNotFoundError("attention backend xformers: not installed; pip install xformers, or choose sdpa")
-        warnings.warn("xFormers is not installed: attention runs on PyTorch's SDPA", stacklevel=2)
-        return sdpa_attention
+        warnings.warn("xFormers is not installed: attention runs on PyTorch's own flash kernels", stacklevel=2)
+        return flash_attention
+    if backend == "auto" and MEASURED_CHOICES.get((torch.cuda.get_device_capability(), head_dim)) == "sdpa":
+        return flash_attention
     load_xformers()
     return xformers_attention
 
@@ -79,12 +88,28 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing |
     return out if packing is None else packing.unpad(out)
 
 
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None = None) -> Tensor:
+    """Compute attention by PyTorch's own flash kernels on CUDA, never by cuDNN.
+
+    float32 has no flash kernel and uses the memory-efficient one. A packing needs no padding in bfloat16 and float16 if
+    the head size is a multiple of 8.
+    """
+    if packing is not None and query.dtype in HALF and query.shape[-1] % HEAD_SIZE_MULTIPLE == 0:
+        longest = packing.padded.shape[1]
+        out = varlen_attn(query[0], key[0], value[0], packing.start, packing.start, longest, longest)
+        return cast(Tensor, out)[None]  # not the tuple of other options
+    with sdpa_kernel(SDPA_KERNELS):
+        return sdpa_attention(query, key, value, packing)
+
+
 def cpu_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None = None) -> Tensor:
     """Compute attention on a CPU: by SDPA, or by two batched products in bfloat16.
 
     In bfloat16, the backward pass of SDPA is 3 to 6 times slower on a CPU than that of the products. A model that was
-    built for a CPU and then moved to a GPU uses SDPA.
+    built for a CPU and then moved to a GPU uses PyTorch's flash kernels.
     """
+    if query.device.type == "cuda":
+        return flash_attention(query, key, value, packing)
     if query.dtype != torch.bfloat16 or query.device.type != "cpu":
         return sdpa_attention(query, key, value, packing)
     if packing is not None:
@@ -98,16 +123,37 @@ def cpu_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | 
 
 
 def xformers_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None = None) -> Tensor:
-    """Compute attention by xFormers' flash kernels, for bfloat16 and float16 on CUDA. Other dtypes use SDPA.
+    """Compute attention by xFormers' flash kernels, for bfloat16 and float16 on CUDA.
 
-    Head sizes must be multiples of 8. The kernels take concatenated sequences, so that a packing needs no padding.
+    Other dtypes use `flash_attention`. Head sizes must be multiples of 8. The kernels take concatenated sequences, so
+    that a packing needs no padding.
     """
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        return sdpa_attention(query, key, value, packing)
+    if query.dtype not in HALF:
+        return flash_attention(query, key, value, packing)
     if packing is None:
         return _FlashAttention.apply(query, key, value, None, query.shape[1], key.shape[1])
     longest = packing.padded.shape[1]
     return _FlashAttention.apply(query[0], key[0], value[0], packing.start, longest, longest)[None]
+
+
+# FLOPs of attention. Forward: two products of the queries with all keys of a sequence; for a packing, with those of the
+# longest one. Backward: five products, for the scores again and the gradients of scores, queries, keys and values.
+
+
+@functools.cache
+def _count_varlen_flops() -> None:
+    """Register the FLOPs of `varlen_attn` with PyTorch's counter."""
+    operators = torch.ops.torch_attn
+    register_flop_formula(operators._varlen_attn)(
+        lambda query, key, value, starts, key_starts, most_queries, most_keys, *_, **__: (
+            4 * math.prod(query) * most_keys
+        )
+    )
+    register_flop_formula(operators._varlen_attn_backward)(
+        lambda grad, query, key, value, out, lse, starts, key_starts, most_queries, most_keys, *_, **__: (
+            10 * math.prod(query) * most_keys
+        )
+    )
 
 
 @functools.cache
@@ -121,8 +167,6 @@ def load_xformers() -> None:
     finally:
         logger.setLevel(level)
     operators = torch.ops.xformers_flash
-    # Forward: two products of the queries with all keys of a sequence; for a packing, with those of the longest one.
-    # Backward: five products, for the scores again and the gradients of scores, queries, keys and values.
     register_flop_formula(operators.flash_fwd)(
         lambda query, key, value, starts, key_starts, used, most_queries, most_keys, *_, **__: (
             4 * math.prod(query) * most_keys

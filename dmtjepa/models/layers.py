@@ -52,6 +52,11 @@ def resample_position_embedding(position: Tensor, from_grid: tuple[int, int], to
     return image.permute(0, 2, 3, 1).reshape(to_grid[0] * to_grid[1], -1).to(position.dtype)
 
 
+def wider_dtype(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
+    """Return the dtype that holds all values of both; `dtype` if there is no other."""
+    return dtype if other is None else torch.promote_types(dtype, other)
+
+
 def initialize_weights(model: nn.Module, std: float) -> None:
     """Draw weights from a truncated normal; biases are 0, LayerNorms 1 and 0.
 
@@ -68,6 +73,19 @@ def initialize_weights(model: nn.Module, std: float) -> None:
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of x [..., D]; the result has the dtype of the weights.
+
+    Unlike PyTorch's, it takes a float32 x with weights of bfloat16, and then computes in float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.promote_types(x.dtype, self.weight.dtype) == self.weight.dtype:
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps).to(self.weight.dtype)
 
 
 class Linear(nn.Linear):
@@ -124,21 +142,21 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attend: AttentionFunction) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads, attend)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, packing: Packing | None = None, queries: Tensor | None = None) -> Tensor:
         """Compute the block.
 
         Args:
-            x: [B, L, D], or [1, L, D] with a packing.
+            x: [B, L, D], or [1, L, D] with a packing. It may be float32 with weights of bfloat16.
             packing: sequences of different lengths in x, see `Attention`.
             queries: [B, Q, D], those tokens of x whose outputs are needed; None for all. Not supported with a packing.
 
         Returns:
-            [B, L, D], or [B, Q, D] with `queries`.
+            [B, L, D], or [B, Q, D] with `queries`, in the dtype of x.
         """
         if queries is None:
             x = x + self.attn(self.norm1(x), packing)

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmtjepa.models.attention import choose_attention
-from dmtjepa.models.layers import LAYER_NORM_EPS, Block, Linear, initialize_weights, sincos_position_embedding
+from dmtjepa.models.layers import (
+    LAYER_NORM_EPS,
+    Block,
+    LayerNorm,
+    Linear,
+    initialize_weights,
+    sincos_position_embedding,
+    wider_dtype,
+)
 from dmtjepa.packing import PackedSequences
 
 
@@ -21,6 +29,7 @@ class Predictor(nn.Module):
         depth: number of transformer blocks.
         num_heads: number of attention heads. The official predictors have as many as their encoders.
         init_std: standard deviation of the initial weights.
+        residual_dtype: dtype of the residual stream where it is wider than that of the weights; None: the same.
         attention, device_type: see `choose_attention`.
 
     Raises:
@@ -38,18 +47,20 @@ class Predictor(nn.Module):
         num_heads: int = 12,
         *,
         init_std: float = 0.02,
+        residual_dtype: torch.dtype | None = None,
         attention: str = "auto",
         device_type: str = "cpu",
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.residual_dtype = residual_dtype
         self.grid_size = grid_size
         self.predictor_embed = Linear(embed_dim, predictor_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, predictor_dim))
         self.register_buffer("predictor_pos_embed", sincos_position_embedding(grid_size, predictor_dim)[None])
         attend = choose_attention(attention, device_type, predictor_dim // num_heads)
         self.predictor_blocks = nn.ModuleList(Block(predictor_dim, num_heads, 4.0, attend) for _ in range(depth))
-        self.predictor_norm = nn.LayerNorm(predictor_dim, eps=LAYER_NORM_EPS)
+        self.predictor_norm = LayerNorm(predictor_dim, eps=LAYER_NORM_EPS)
         self.predictor_proj = Linear(predictor_dim, embed_dim)
         initialize_weights(self, init_std)
         nn.init.trunc_normal_(self.mask_token, std=init_std)
@@ -70,7 +81,7 @@ class Predictor(nn.Module):
         """
         batch, num_blocks, num_targets = target_index.shape
         context = self.predictor_embed(context)
-        position = self.predictor_pos_embed[0].to(context.dtype)
+        position = self.predictor_pos_embed[0].to(wider_dtype(context.dtype, self.residual_dtype))
         context = context + F.embedding(context_index if packed is None else context_index % len(position), position)
         queries = self.mask_token.to(context.dtype) + F.embedding(target_index, position)
         if packed is None:

@@ -13,9 +13,11 @@ from dmtjepa.models.attention import choose_attention
 from dmtjepa.models.layers import (
     LAYER_NORM_EPS,
     Block,
+    LayerNorm,
     initialize_weights,
     resample_position_embedding,
     sincos_position_embedding,
+    wider_dtype,
 )
 from dmtjepa.packing import Packing
 
@@ -69,6 +71,7 @@ class VisionTransformer(nn.Module):
         num_heads: number of attention heads.
         mlp_ratio: hidden width of the MLPs divided by D.
         init_std: standard deviation of the initial weights.
+        residual_dtype: dtype of the residual stream where it is wider than that of the weights; None: the same.
         attention, device_type: see `choose_attention`.
         kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
 
@@ -90,6 +93,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         *,
         init_std: float = 0.02,
+        residual_dtype: torch.dtype | None = None,
         attention: str = "auto",
         kernels: str = "triton",
         device_type: str = "cpu",
@@ -105,12 +109,13 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.num_heads = num_heads
+        self.residual_dtype = residual_dtype
         self.grid_size = (height // patch_size, width // patch_size)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.register_buffer("pos_embed", sincos_position_embedding(self.grid_size, embed_dim)[None])
         attend = choose_attention(attention, device_type, embed_dim // num_heads)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, attend) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.norm = LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         initialize_weights(self, init_std)
 
     def forward(self, images: Tensor, index: Tensor | None = None, packing: Packing | None = None) -> Tensor:
@@ -140,7 +145,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"images of {height}x{width} pixels are no multiple of the patch size {self.patch_size}")
         grid_size = (height // self.patch_size, width // self.patch_size)
         dtype = self.patch_embed.proj.weight.dtype
-        position = resample_position_embedding(self.pos_embed[0], self.grid_size, grid_size).to(dtype)
+        position = resample_position_embedding(self.pos_embed[0], self.grid_size, grid_size)
+        position = position.to(wider_dtype(dtype, self.residual_dtype))
         if packing is not None:
             # Stack the images to one tall image, in which patch n of image b has the number b*N + n.
             images = images.transpose(0, 1).flatten(1, 2)[None]

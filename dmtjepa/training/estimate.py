@@ -18,11 +18,13 @@ from dmtjepa.masks import MaskSampler
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
 from dmtjepa.training.compute_plan import ComputePlan
+from dmtjepa.training.optimizer import UPDATED_BYTES
 from dmtjepa.training.parallelize import UNIT_PARAMETERS
 from dmtjepa.training.schedules import build_schedules
 
 GIB = 2**30
 USABLE = 0.95  # fraction of a GPU's memory; CUDA, NCCL and gaps of the allocator take the rest
+ROOMY = 0.8  # fraction that a run may take by estimate to keep all activations; larger masks than the first may come
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,10 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     device_type = "cuda" if on_cuda else "cpu"
     plan = ComputePlan.from_config(config, device_type)
     size = plan.dtype.itemsize
-    kept = {"none": 16, "pointwise": 10, "blocks": 1}[plan.recompute]
+    kept = {"none": 16.0, "pointwise": 10.0, "blocks": 1.0}[plan.recompute]
+    # Of the numbers that a block keeps, those of the residual stream: its inputs to both norms, or its input alone.
+    wider = 4 / size - 1 if runtime.residual == "float32" else 0.0
+    kept += wider * (1 if plan.recompute == "blocks" else 2)
     shards = min(runtime.shard_size or world_size, world_size)
     num_patches = config.grid_size[0] * config.grid_size[1]
     one_block = parameters["encoder"] / depth
@@ -140,9 +145,10 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     return {
         "student, gradients, AdamW": 16 * student / shards,
         "teacher": 4 * teacher / shards,
+        "copies for update norms": min(4 * student / shards, UPDATED_BYTES),
         "gathered weights": size * gathered,
         "saved activations": size * activations,
-        "teacher's forward pass": size * batch * num_patches * 12 * dim,
+        "teacher's forward pass": size * batch * num_patches * (12 + 2 * wider) * dim,
         "predictions and targets": 4
         * batch
         * (config.mask.num_pred_masks * shapes.target * 3 + shapes.unique * 8)
@@ -158,6 +164,20 @@ def _changed(config: Config, section: str, **values: object) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
+def resolve_checkpointing(config: Config, world_size: int, device: torch.device) -> Config:
+    """Replace `activation_checkpointing: auto` by `none` where, by estimate, everything fits into the memory of a GPU.
+
+    Returns:
+        The changed settings, or `config` itself: on a CPU, for other settings, and where not everything fits.
+    """
+    if device.type != "cuda" or config.runtime.activation_checkpointing != "auto":
+        return config
+    kept = _changed(config, "runtime", activation_checkpointing="none")
+    _, largest = measure_masks(config)
+    needed = sum(memory_bytes(kept, largest, world_size, on_cuda=True).values())
+    return kept if needed <= ROOMY * torch.cuda.get_device_properties(device).total_memory else config
+
+
 def largest_batch(config: Config, shapes: MaskShapes, world_size: int, capacity: float) -> int:
     """Estimate how many images per device fit into `capacity` bytes of a GPU; 0 if not even one does."""
     one, two = (
@@ -169,6 +189,7 @@ def largest_batch(config: Config, shapes: MaskShapes, world_size: int, capacity:
 
 def explain_oom(config: Config, world_size: int, device: torch.device, error: torch.OutOfMemoryError) -> str:
     """Describe an out-of-memory error and suggest settings that should fit."""
+    config = resolve_checkpointing(config, world_size, device)
     total = torch.cuda.get_device_properties(device).total_memory
     _, largest = measure_masks(config)
     needed = sum(memory_bytes(config, largest, world_size, on_cuda=True).values())
@@ -194,7 +215,11 @@ def describe(config: Config, world_size: int, device: str) -> str:
     on_cuda = device.startswith("cuda")
     mean, largest = measure_masks(config)
     flops, parameters = step_flops(config, mean), count_parameters(config)
-    memory = memory_bytes(config, largest, world_size, on_cuda)
+    resolved = config
+    if on_cuda and torch.cuda.is_available():  # a login node may have no GPU
+        resolved = resolve_checkpointing(config, world_size, torch.device(device))
+    memory = memory_bytes(resolved, largest, world_size, on_cuda)
+    recompute = ComputePlan.from_config(resolved, "cuda" if on_cuda else "cpu").recompute
     global_batch = config.global_batch(world_size)
     schedules = build_schedules(config.optimization, 1, global_batch)
     width = max(map(len, [*flops, *parameters, *memory]))
@@ -219,7 +244,7 @@ def describe(config: Config, world_size: int, device: str) -> str:
         *table(parameters, "M", 1e6),
         "FLOPs per image (predicted, at the mean mask shapes)",
         *table(flops, "GFLOP", 1e9),
-        "memory of a device (estimate, at the largest mask shapes)",
+        f"memory of a device (estimate, at the largest mask shapes, with activation_checkpointing {recompute})",
         *table(memory, "GiB", GIB),
     ]
     return "\n".join(lines)

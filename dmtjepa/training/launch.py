@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -64,10 +63,9 @@ def run_process(config: Config, device_name: str) -> Outcome:
             how = "finished" if outcome.complete else "stopped by a signal and saved"
             place = f"step {outcome.step} of {outcome.num_steps}"
             remedy = "" if outcome.complete else "; start it again with the same settings to continue"
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                print(f"{how} at {place}; the run is in {config.logging.path}{remedy}", file=sys.stderr, flush=True)
-                for sentence in describe(RunFolder.from_config(config).read_metrics()) if outcome.complete else ():
-                    print(sentence, file=sys.stderr, flush=True)
+            print(f"{how} at {place}; the run is in {config.logging.path}{remedy}", file=sys.stderr, flush=True)
+            for sentence in describe(RunFolder.from_config(config).read_metrics()) if outcome.complete else ():
+                print(sentence, file=sys.stderr, flush=True)
         return outcome
 
 

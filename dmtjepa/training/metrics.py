@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
@@ -132,8 +131,7 @@ class Metrics:
             )
         )
         if self._bar is not None:
-            with contextlib.suppress(OSError):
-                self._bar.update()
+            self._bar.update()
 
     def restart_clock(self) -> None:
         """Do not count the time until now (saving, starting) as part of a step."""
@@ -189,8 +187,7 @@ class Metrics:
         if self._board is not None:
             self._board.close()
         if self._bar is not None:
-            with contextlib.suppress(OSError):
-                self._bar.close()
+            self._bar.close()
 
     def _write(self, steps: Sequence[StepValues]) -> None:
         for value in steps:
@@ -225,15 +222,13 @@ class Metrics:
             text["rank"] = f"{self._shown['features/effective_rank']:.1f}"
         if self._bar is not None:
             self._bar.set_description(f"epoch {last.epoch + 1}", refresh=False)
-            with contextlib.suppress(OSError):
-                self._bar.set_postfix(text)
+            self._bar.set_postfix(text)
             return
         num_steps = self._schedules.num_steps
         remaining = (num_steps - last.step - 1) * self._global_batch
         text["ETA"] = tqdm.format_interval(remaining / self._rate) if self._rate else "-"
         line = "  ".join(f"{key} {value}" for key, value in text.items())
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"epoch {last.epoch + 1}  step {last.step + 1}/{num_steps}  {line}", file=sys.stderr, flush=True)
+        print(f"epoch {last.epoch + 1}  step {last.step + 1}/{num_steps}  {line}", file=sys.stderr, flush=True)
 
     def _warn_of_waiting(self, steps: Sequence[StepValues]) -> None:
         """Warn once, on each rank that waits for data. The first steps fill the queues of the loader and do not count.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +25,8 @@ from dmtjepa.config import ConfigError
 from dmtjepa.models.replace_method import replace_method
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.compute_plan import ComputePlan
+
+logger = logging.getLogger(__name__)
 
 # A unit of blocks on several GPUs has at least this many parameters: their 64 MB in bfloat16 keep a link between nodes
 # busy for 1 to 2 ms.
@@ -94,6 +97,7 @@ def parallelize(model: DMTJEPA, mesh: DeviceMesh, plan: ComputePlan) -> DMTJEPA:
         checkpoint_blocks(student_blocks(model), plan.recompute)
     set_memory_budget(plan.recompute)
     if plan.compiled:
+        fuse_reductions_of_any_size()
         compile_blocks(model)
     teacher, student = teacher_units(model, mesh), student_units(model, mesh)
     shard_units(model, teacher, student, mesh, plan)
@@ -126,7 +130,9 @@ def shard_units(
     model: DMTJEPA, teacher: list[FsdpUnits], student: list[FsdpUnits], mesh: DeviceMesh, plan: ComputePlan
 ) -> None:
     """Apply `fully_shard` to all units, then to the model."""
-    policy = MixedPrecisionPolicy(plan.dtype, torch.float32)
+    # FSDP2 would cast a wider residual stream to the dtype of the weights where a unit of blocks begins.
+    cast = model.encoder.residual_dtype is None
+    policy = MixedPrecisionPolicy(plan.dtype, torch.float32, cast_forward_inputs=cast)
     for units in teacher:
         units.shard(mesh, policy, reshard_after_forward=True)  # the teacher has no backward pass
     # Without units of blocks, a module is gathered as a whole and needed again soon. Resharding would save nothing.
@@ -243,7 +249,7 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], recompute: str) -> None:
 def _keep_products():
     def choose(_context, operator, *_arguments, **_keywords) -> CheckpointPolicy:
         # xFormers' operators are registered only when a model uses them.
-        kept = operator in _PRODUCTS or operator.name() == "xformers_flash::flash_fwd"
+        kept = operator in _PRODUCTS or operator.name() in ("xformers_flash::flash_fwd", "torch_attn::_varlen_attn")
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(choose)
@@ -256,6 +262,25 @@ def set_memory_budget(recompute: str) -> None:
     the outputs of pointwise operators first. They suffice for a budget of 0.9.
     """
     torch._functorch.config.activation_memory_budget = 0.9 if recompute == "pointwise" else 1.0
+
+
+def fuse_reductions_of_any_size() -> None:
+    """Let Inductor fuse two reductions over the same gradient whatever the number of patches.
+
+    Otherwise it fuses them only above certain sizes, and compares the number of patches with these limits before each
+    call. A step on the other side of a limit then compiles its blocks again in the middle of a run: for ViT-B/16 with
+    256 images, at a context of 26 patches or fewer.
+    """
+    from torch._inductor import config as inductor  # takes a second to import
+
+    if not hasattr(inductor.triton, "mix_order_reduction_non_strict_mode"):
+        logger.info(
+            "torch %s has no option mix_order_reduction_non_strict_mode: a step with unusually few or many patches may "
+            "compile its blocks again",
+            torch.__version__,
+        )
+        return
+    inductor.triton.mix_order_reduction_non_strict_mode = True
 
 
 def compile_blocks(model: DMTJEPA, compiler: Callable[..., Callable] = torch.compile) -> None:

@@ -28,6 +28,7 @@ from dmtjepa.training.check import (
 )
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
+from dmtjepa.training.estimate import resolve_checkpointing
 from dmtjepa.training.evaluation import PeriodicEvaluation
 from dmtjepa.training.finite import FiniteCheck
 from dmtjepa.training.images import record_images
@@ -118,7 +119,8 @@ def build_run(
     resume_from, images = find_checkpoint(config, folder, source, loader.name, world)
     if resume_from is None:
         load_initial_weights(model, config, folder, world)
-    model = parallelize(model, mesh, ComputePlan.from_config(config, world.device.type))
+    resolved = resolve_checkpointing(config, world.world_size, world.device)
+    model = parallelize(model, mesh, ComputePlan.from_config(resolved, world.device.type))
     instruments = Instruments(model, config, schedules.num_steps)
     train_step = TrainStep(model, config.optimization, schedules, mesh, world.device, watchdog.on_phase, instruments)
     state = TrainingState(config, world, model, train_step.optimizer, schedules, images)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import goals, gpu_check, machine
 from benchmarks.operators import speed as operators_speed
+from benchmarks.operators.cases import Case
 from benchmarks.step import host, memory, profile, runs, scaling
 from benchmarks.workloads import parse_workload
 
@@ -57,6 +61,50 @@ def test_peak_memory_counts_what_a_call_holds():
         return second, third
 
     assert machine.peak_memory(call, "cpu") == 3000
+
+
+def test_a_gpu_starts_a_timed_call_when_all_of_it_is_enqueued(monkeypatch):
+    """Otherwise gaps between the kernels of a call are counted."""
+    calls, zeros, clock = [], torch.zeros, itertools.count()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    monkeypatch.setattr(torch, "zeros", lambda count, dtype, device: zeros(64, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", calls.append)
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: 1e-3 * next(clock)))
+    assert machine._gpu_milliseconds(lambda: calls.append("call"), most=10) == 3.0
+    assert calls[:3] == ["call"] * 3  # a millisecond each for the host
+    assert calls[3:7] == [pytest.approx(2e-3 * machine.CLOCK_RATE), "event", "call", "event"]
+
+
+def test_what_differs_is_timed_on_request_alone_and_meets_no_goal(monkeypatch, tmp_path):
+    monkeypatch.setattr(operators_speed, "milliseconds", lambda function, device: 2.0)
+    monkeypatch.setattr(operators_speed, "copy_bandwidth", lambda device: 1.0)
+    x = torch.ones(2)
+    case = Case("gather_tokens", (x,), torch.neg, torch.neg, torch.neg, torch.clone, unique_bytes=8, limit=1e-5)
+    refused = operators_speed.measure(case, "triton", x, "cpu")
+    assert "ms" not in refused
+    assert "not timed" in refused["problem"]
+    timed = operators_speed.measure(case, "triton", x, "cpu", time_anyway=True)
+    assert (timed["ms"], timed["correct"]) == (2.0, False)
+    assert "timed anyway" in timed["problem"]
+    for correct in (False, True):
+        row = {**timed, "workload": "w", "speed_vs": {}, "correct": correct}
+        (tmp_path / "operators.json").write_text(json.dumps({"commit": "a", "rows": [row]}))
+        assert len(goals.goals(tmp_path, "a")) == correct
 
 
 @pytest.mark.slow
@@ -207,6 +255,32 @@ def test_gpu_check_goes_on_after_a_failure_and_says_what_it_had_no_time_for(gpu_
     code, summary, _ = gpu_check_on_a_cpu([step("slow", ""), step("good", "")], "--only", "slow")
     assert code == 0
     assert [(row["name"], row["return_code"]) for row in summary["steps"]] == [("bad", 3), ("good", 0), ("slow", 0)]
+
+
+def test_gpu_check_in_three_parts(tmp_path):
+    found = gpu_check.steps(tmp_path, None, None, time_anyway=True)
+    parts = [gpu_check.choose(found, None, part) for part in (1, 2, 3)]
+    assert [*parts[0], *parts[1], *parts[2]] == gpu_check.choose(found, None, None) == found
+    assert [step.name for step in parts[0]] == ["operator-tests", "attention", "profile", "step"]
+    assert [step.name for step in gpu_check.choose(found, ["host"], None)] == ["host"]
+    with pytest.raises(SystemExit, match=r"--only other: choose of operator-tests"):
+        gpu_check.choose(found, ["other"], None)
+    timed = {step.name for step in found if "--time-anyway" in step.command}
+    assert timed == {"step", "others", "small", "keep", "operators", "targets"}
+
+
+def test_archive_of_results_leaves_out_what_is_largest(tmp_path):
+    out, archive = tmp_path / "h100-2026-11-26", tmp_path / "part1.tar.gz"
+    (out / "others").mkdir(parents=True)
+    (out / "summary.json").write_text("{}")
+    (out / "others" / "step.json").write_text("[]")
+    (out / "trace.json.gz").write_bytes(os.urandom(20_000))
+    assert gpu_check.write_archive(out, archive, most=10_000) == ["trace.json.gz"]
+    assert archive.stat().st_size <= 10_000
+    with tarfile.open(archive) as file:
+        assert sorted(file.getnames()) == [f"{out.name}/others/step.json", f"{out.name}/summary.json"]
+    assert gpu_check.write_archive(out, archive) == []
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_gpu_check_runs_every_test_that_needs_a_gpu(tmp_path):

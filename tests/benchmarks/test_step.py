@@ -17,9 +17,9 @@ from dmtjepa.training.estimate import measure_masks, step_flops
 from dmtjepa.training.optimizer import ShardedAdamW
 
 
-def measured(workload: Workload, world, *providers: str) -> list[dict]:
+def measured(workload: Workload, world, *providers: str, time_anyway: bool = False) -> list[dict]:
     parsed = [parse_provider(provider, "cpu") for provider in providers]
-    return runs.measure_steps(workload, parsed, world, warmup=0, steps=3, seconds=60)
+    return runs.measure_steps(workload, parsed, world, warmup=0, steps=3, seconds=60, time_anyway=time_anyway)
 
 
 @pytest.mark.slow
@@ -59,6 +59,16 @@ def _with_features_of_another_image(patch):
 def _with_a_scaled_gradient(patch):
     right = DMTJEPA.loss
     patch.setattr(DMTJEPA, "loss", lambda *arguments: (loss := right(*arguments)) + 0.01 * (loss - loss.detach()))
+
+
+@pytest.mark.slow
+def test_wrong_provider_is_timed_anyway_on_request(workload, world, monkeypatch):
+    monkeypatch.setattr(runs, "LIMITS", dict.fromkeys(runs.LIMITS, (0.0, 0.0)))
+    (row,) = measured(workload, world, "project", time_anyway=True)
+    assert row["correct"] is False
+    assert row["ms"] > 0
+    assert runs.failed([row])
+    assert "WRONG, timed anyway" in runs.problems([row])[0]
 
 
 @pytest.mark.slow

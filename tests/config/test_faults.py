@@ -17,6 +17,10 @@ from dmtjepa.config import ConfigError, load_config
         ("data.crop_scale=[0.9, 0.5]", ["data.crop_scale", "0.9", "0.5"]),
         ("data.crop_size=10", ["data.crop_size", "smaller than a patch", "14"]),
         ("data.crop_size=225", ["data.crop_size", "not a multiple", "224 and 238"]),
+        ("data.crop_size=[48]", ["data.crop_size: must be integer or [first, second], each an integer (it is [48])"]),
+        ("data.crop_size=[8, a]", ["data.crop_size: must be integer or [first, second], each an integer"]),
+        ("optimization.ema=0.99", ["optimization.ema: must be [first, second], each a number", "(it is 0.99)"]),
+        ("mask.pred_mask_scale=[0.1, 0.2, 0.3]", ["mask.pred_mask_scale: must be [first, second]", "0.3]"]),
         ("mask.aspect_ratio=[2, 1]", ["mask.aspect_ratio", "larger than the second"]),
         ("mask.num_enc_masks=2", ["mask.num_enc_masks", "must be 1"]),
         ("patch.patch_k_size=4", ["patch.patch_k_size", "3, 5 or 7"]),
@@ -37,6 +41,12 @@ def test_faults_are_named_with_their_remedy(official, override, words):
         load_config(official, [override])
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_value_of_another_shape_is_one_fault(official):
+    with pytest.raises(ConfigError) as error:
+        load_config(official, ["data.crop_size=[48]"])
+    assert str(error.value).count("data.crop_size") == 1
 
 
 def test_all_faults_are_listed_at_once(official):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from dmtjepa.cli.evaluate import main
+from dmtjepa.cli.weights import main as export
 from dmtjepa.evaluation.context import load_teacher
 from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
 from dmtjepa.objective import build_model
@@ -317,3 +318,26 @@ def test_segmentation_needs_no_classes(run, tmp_path, without_figures):
     report = json.loads((run / "report" / "report.json").read_text())
     assert report["segmentation"]["trained"]["object_iou"] > 0.5
     assert report["knn"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["pth.tar", "hf"])
+def test_weights_alone_are_measured_as_in_their_run(run, data, tmp_path, capsys, without_figures, form):
+    options = ["--device", "cpu", "--quick", "--data", str(data)]
+    assert main([str(run), *options]) == 0
+    expected = json.loads((run / "report" / "report.json").read_text())
+    weights = tmp_path / "alone" / LATEST
+    weights.parent.mkdir()
+    if form == "hf":
+        weights = weights.with_name("hf")
+        assert export(["export", str(run), "--format", "hf", "--out", str(weights)]) == 0
+    else:
+        shutil.copy(run / LATEST, weights)
+    assert main([str(weights), "--device", "cpu"]) == 1
+    assert "has no run folder beside it, and so no images: give --data FOLDER" in capsys.readouterr().err
+    assert main([str(weights), *options]) == 0
+    found = json.loads((weights.parent / f"{weights.name.removesuffix('.pth.tar')}-report/report.json").read_text())
+    assert found["knn"]["trained"] == expected["knn"]["trained"]
+    assert found["linear"]["trained"] == expected["linear"]["trained"]
+    assert ("student" in found["knn"]) == (form != "hf")
+    assert any("loss curve" in reason for reason in found["skipped"])

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 TINY = ("--set", "data.crop_size=96", "mask.min_keep=2", "meta.pred_depth=1", "meta.pred_emb_dim=16")
 PROGRAMS = {
     "step.host": ("--workloads", "vit_nano:2", *TINY, "--providers", "project:eager", "--warmup", "2", "--steps", "3"),
+    "step.attention": ("--lengths", "48", "--head-sizes", "24", "--batch", "2"),
     "step.target_head": ("--workloads", "vit_base:2", "--repeats", "3"),
     "step.speed": ("--workloads", "vit_nano:2", *TINY, "--providers", "reference", "project:eager", "--steps", "3"),
     "operators.speed": ("--workloads", "vit_base:2"),

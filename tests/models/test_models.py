@@ -10,6 +10,7 @@ from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictor, VisionTran
 from dmtjepa.models.attention import (
     choose_attention,
     cpu_attention,
+    flash_attention,
     load_xformers,
     sdpa_attention,
     xformers_attention,
@@ -156,7 +157,15 @@ def test_attention_of_a_cpu_equals_the_definition(dtype, tolerance):
 
 
 def test_heads_that_xformers_does_not_take_go_to_sdpa():
-    assert choose_attention("auto", "cuda", 12) is sdpa_attention
+    assert choose_attention("auto", "cuda", 12) is flash_attention
+
+
+def test_without_xformers_attention_runs_on_the_flash_kernels_of_pytorch(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=r"xFormers is not installed.*PyTorch's own flash kernels"):
+        assert choose_attention("auto", "cuda", 64) is flash_attention
+    with pytest.raises(ModuleNotFoundError, match="pip install xformers"):
+        choose_attention("xformers", "cuda", 64)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +241,7 @@ def test_xformers_equals_sdpa(head_dim, length):
     xformers = choose_attention("xformers", "cuda", head_dim)
     inputs = [torch.randn(4, length, 16, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     results = []
-    for attend in (xformers, sdpa_attention):
+    for attend in (xformers, flash_attention):
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = attend(*leaves)
         out.float().square().sum().backward()
@@ -241,3 +250,20 @@ def test_xformers_equals_sdpa(head_dim, length):
         torch.testing.assert_close(actual.float(), expected.float(), rtol=2e-2, atol=2e-2)
     compiled = torch.compile(xformers, fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), xformers(*inputs))
+
+
+@torch.no_grad()
+def test_a_float32_residual_stream_is_closer_to_float32():
+    torch.manual_seed(0)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    encoder = VisionTransformer(64, 8, embed_dim=96, depth=12, num_heads=3, init_std=0.1)
+    expected = encoder(images)
+    error = {}
+    for dtype in (None, torch.float32):
+        other = VisionTransformer(64, 8, embed_dim=96, depth=12, num_heads=3, residual_dtype=dtype).bfloat16()
+        other.load_state_dict(encoder.state_dict())
+        found = other(images)
+        assert found.dtype == torch.bfloat16
+        error[dtype] = float((found.float() - expected).norm() / expected.norm())
+        assert other.double()(images).dtype == torch.float64
+    assert error[torch.float32] < 0.75 * error[None]

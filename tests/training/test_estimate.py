@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmtjepa.config import load_config
 from dmtjepa.masks import MaskSampler
 from dmtjepa.objective import build_model
+from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.estimate import (
     MaskShapes,
     count_parameters,
@@ -19,8 +20,10 @@ from dmtjepa.training.estimate import (
     explain_oom,
     measure_masks,
     memory_bytes,
+    resolve_checkpointing,
     step_flops,
 )
+from dmtjepa.training.optimizer import UPDATED_BYTES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 AT_14 = MaskShapes(context=48.5, target=33.2, unique=87, neighborhood=133)
@@ -79,6 +82,40 @@ def test_memory_falls_with_the_number_of_devices():
     one, sixteen = (memory_bytes(config, largest, world_size, on_cuda=True) for world_size in (1, 16))
     assert sixteen["student, gradients, AdamW"] == one["student, gradients, AdamW"] / 16
     assert sixteen["saved activations"] == one["saved activations"]
+    student = sum(n for name, n in count_parameters(config).items() if not name.startswith("teacher"))
+    assert one["copies for update norms"] == UPDATED_BYTES
+    assert sixteen["copies for update norms"] == min(4 * student / 16, UPDATED_BYTES) > 0
+
+
+def test_a_float32_residual_stream_takes_memory():
+    """Two of the numbers that a block keeps per patch and channel have 4 bytes, not 2; one if blocks are recomputed."""
+    shapes = MaskShapes(context=60, target=40, unique=100, neighborhood=150)
+    for recompute, kept, wide in (("none", 16, 2), ("pointwise", 10, 2), ("blocks", 1, 1)):
+        saved = []
+        for residual in ("bfloat16", "float32"):
+            changes = [f"runtime.residual={residual}", f"runtime.activation_checkpointing={recompute}"]
+            config = load_config(CONFIGS / "quickstart.yaml", [*changes, "patch.local_agg_head=false"])
+            saved.append(memory_bytes(config, shapes, 1, on_cuda=True)["saved activations"])
+        assert saved[1] / saved[0] == pytest.approx((kept + wide) / kept)
+
+
+@pytest.mark.slow
+def test_auto_keeps_all_activations_where_they_fit_by_estimate(monkeypatch):
+    def resolved(gib, device="cuda", **changes):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib * 2**30)
+        )
+        config = load_config(
+            CONFIGS / "in1k_vith14_ep300.yaml", [f"runtime.{key}={value}" for key, value in changes.items()]
+        )
+        changed = resolve_checkpointing(config, 1, torch.device(device))
+        return ComputePlan.from_config(changed, device).recompute
+
+    assert resolved(80) == "none"  # H/14 with 128 images on an H100
+    assert resolved(40) == "pointwise"
+    assert resolved(80, activation_checkpointing="blocks") == "blocks"
+    assert resolved(80, activation_checkpointing="pointwise") == "pointwise"
+    assert resolved(80, "cpu", compile="on") == "pointwise"
 
 
 @pytest.mark.slow

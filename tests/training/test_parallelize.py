@@ -3,6 +3,7 @@
 import functools
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from dmtjepa.training.parallelize import (
     build_mesh,
     checkpoint_blocks,
     compile_blocks,
+    fuse_reductions_of_any_size,
     group_fsdp_units,
     parallelize,
     set_memory_budget,
@@ -207,6 +209,23 @@ def test_shards_must_divide_the_processes():
         build_mesh("cpu", 6, 4)
 
 
+@pytest.mark.parametrize("residual", ["bfloat16", "float32"])
+def test_dtype_of_the_residual_stream(settings, residual):
+    """Of student and teacher, also where FSDP2 casts the inputs of the modules that it shards."""
+    config = settings(**{"runtime.precision": "bfloat16", "runtime.residual": residual})
+    seen = set()
+    with process_group(torch.device("cpu"), start_timeout=600, hang_timeout=3600) as world:
+        model = build_model(config)
+        parallelize(model, build_mesh("cpu", world.world_size), ComputePlan.from_config(config, "cpu"))
+        for block in (*model.encoder.blocks, *model.teacher_encoder.blocks, *model.predictor.predictor_blocks):
+            block.norm2.register_forward_pre_hook(lambda _, inputs: seen.add(("residual", inputs[0].dtype)))
+            block.mlp.register_forward_pre_hook(lambda _, inputs: seen.add(("mlp", inputs[0].dtype)))
+        masks = MaskSampler.from_config(config, batch_size=2).sample(0)
+        images = torch.zeros(2, 3, *config.data.image_size, dtype=torch.uint8)
+        model.loss(model.predict_targets(images, masks), model.compute_targets(images, masks), masks).backward()
+    assert seen == {("mlp", torch.bfloat16), ("residual", getattr(torch, residual))}
+
+
 class _Created(TorchDispatchMode):
     """Remembers, without keeping them alive, all memory that operators allocate."""
 
@@ -247,6 +266,17 @@ def test_what_is_kept_for_the_backward_pass_of_a_block(recompute, least, most, o
     assert least <= kept <= most
     y.sum().backward()
     torch.testing.assert_close(x.grad, expected)
+
+
+def test_limits_of_fused_reductions_are_removed_where_inductor_has_the_option(monkeypatch, caplog):
+    triton = SimpleNamespace(mix_order_reduction_non_strict_mode=False)
+    monkeypatch.setattr("torch._inductor.config", SimpleNamespace(triton=triton))
+    fuse_reductions_of_any_size()
+    assert triton.mix_order_reduction_non_strict_mode is True
+    monkeypatch.setattr("torch._inductor.config", SimpleNamespace(triton=SimpleNamespace()))
+    with caplog.at_level("INFO"):
+        fuse_reductions_of_any_size()
+    assert "has no option mix_order_reduction_non_strict_mode" in caplog.text
 
 
 @pytest.fixture

@@ -148,6 +148,9 @@ cudaError_t cudaDriverGetVersion(int *version) {
     return cudaSuccess;
 }
 
+/* 9.19.0, which torch 2.11 brings. With a recent version, PyTorch prefers cuDNN's attention on Hopper. */
+size_t cudnnGetVersion(void) { return 91900; }
+
 cudaError_t cudaRuntimeGetVersion(int *version) {
     *version = CUDART_VERSION;
     return cudaSuccess;

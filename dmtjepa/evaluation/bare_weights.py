@@ -1,0 +1,40 @@
+"""Settings for weights without a run folder: what their shapes tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dmtjepa.config import Config, parse_config
+from dmtjepa.evaluation.errors import EvaluationError
+from dmtjepa.interop import describe_encoder, get_part, read_checkpoint
+from dmtjepa.masks import MaskError, check_masks
+
+
+def settings_of_weights(path: Path) -> Config:
+    """Settings with which the encoder at `path` can be measured: architecture, patch size and image size.
+
+    Everything else has its default, and there is no aggregation head: neighbours are not drawn.
+
+    Raises:
+        WeightsError: the file cannot be read, or holds no teacher.
+        EvaluationError: its encoder is of no architecture known here, its images are not square, or its grid is too
+            small for masks.
+    """
+    shape = describe_encoder(get_part(read_checkpoint(path), "target_encoder", path))
+    side = round(shape.num_patches**0.5)
+    if shape.model_name is None or side**2 != shape.num_patches:
+        raise EvaluationError(f"{path} holds {shape}: give the run folder, whose settings describe it")
+    config = parse_config(
+        {
+            "data": {"crop_size": side * shape.patch_size},
+            "mask": {"patch_size": shape.patch_size, "min_keep": 1},
+            "meta": {"model_name": shape.model_name},
+            "patch": {"local_agg_head": False},
+        },
+        source=str(path),
+    )
+    try:
+        check_masks(config.mask, config.grid_size)
+    except MaskError as error:
+        raise EvaluationError(f"{path} holds {shape}, a grid too small for masks: {error}") from error
+    return config

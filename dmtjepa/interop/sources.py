@@ -1,0 +1,46 @@
+"""Where weights are: what may be named in their place, and the file or folder that is meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dmtjepa.checkpoint_format import CheckpointError, find_fault, is_checkpoint, read_meta
+from dmtjepa.config import parse_config
+from dmtjepa.interop.encoder_file import find_encoder_file
+from dmtjepa.run_folder import open_run
+
+
+def find_source(source: Path) -> Path:
+    """What to read: a `.pth.tar` or `model.safetensors` file, or a checkpoint folder.
+
+    Args:
+        source: one of these, a run folder (its latest export), or a folder of Hugging Face or timm.
+
+    Raises:
+        CheckpointError: the checkpoint folder is damaged.
+        RunFolderError: the folder is none of these.
+    """
+    if not source.is_dir():
+        return source
+    if not is_checkpoint(source):
+        encoder_file = find_encoder_file(source)
+        if encoder_file is not None:
+            return encoder_file
+        run, _ = open_run(source)
+        return run.latest_export
+    fault = find_fault(source)
+    if fault is not None:
+        raise CheckpointError(f"{source} is damaged: {fault}")
+    return source
+
+
+def find_image_size(source: Path) -> tuple[int, int] | None:
+    """Height and width of the images that were trained on, if settings beside the weights tell them."""
+    if not source.is_dir():
+        return None
+    if is_checkpoint(source):
+        return parse_config(read_meta(source).get("config", {}), source=str(source)).data.image_size
+    if find_encoder_file(source) is not None:
+        return None
+    _, config = open_run(source)
+    return config.data.image_size
