@@ -13,6 +13,8 @@ from dmtjepa.evaluation.errors import EvaluationError
 
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Strengths of the L2 penalty that are tried, strongest first. Each starts from the solution of the previous one."""
+MAX_ROTATED = 1280
+"""Features of more dimensions are not rotated to their principal components, which would take longer than it saves."""
 MIN_ROWS = 10
 """Rows that a probe needs: one of ten is held out to choose the penalty."""
 
@@ -50,6 +52,9 @@ def fit_linear(
 ) -> LinearProbe:
     """Fit logistic regression by full-batch L-BFGS. The penalty is chosen on a tenth of the training rows.
 
+    Up to `MAX_ROTATED` dimensions, the weights of principal components are fitted, each in the unit in which the loss
+    is about equally curved in all of them. The solution is the same, and is found in a fraction of the iterations.
+
     The loss is mean cross entropy + decay / 2 * |weight|^2 over standardised features; the bias has no penalty. Every
     tenth row, in an order shuffled with a fixed seed, is held out to choose the penalty. Then all rows are fitted.
 
@@ -69,6 +74,9 @@ def fit_linear(
     scale = features.std(0).clamp_min(1e-4 * features.std().clamp_min(1e-12))
     features = (features - mean) / scale
     num_classes = int(labels.max()) + 1
+    variances, rotation = _principal_components(features)
+    if rotation is not None:
+        features = features @ rotation
     shuffled = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).to(device)
     held_out, kept = shuffled[::10], shuffled[torch.arange(len(shuffled), device=device) % 10 != 0]
 
@@ -76,28 +84,49 @@ def fit_linear(
     bias = features.new_zeros(num_classes)
     best = (-1.0, decays[0], weight, bias)
     for decay in sorted(decays, reverse=True):
-        weight, bias = _minimise(features[kept], labels[kept], weight, bias, decay, max_iterations)
+        units = (variances * (num_classes - 1) / num_classes**2 + decay).rsqrt()
+        weight, bias = _minimise(features[kept], labels[kept], weight, bias, decay, units, max_iterations)
         accuracy = ((features[held_out] @ weight + bias).argmax(1) == labels[held_out]).float().mean().item()
         if accuracy > best[0]:
             best = (accuracy, decay, weight, bias)
     _, decay, weight, bias = best
-    weight, bias = _minimise(features, labels, weight, bias, decay, max_iterations)
+    units = (variances * (num_classes - 1) / num_classes**2 + decay).rsqrt()
+    weight, bias = _minimise(features, labels, weight, bias, decay, units, max_iterations)
+    if rotation is not None:
+        weight = rotation @ weight
     return LinearProbe(weight, bias, mean, scale, decay)
+
+
+def _principal_components(features: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The variances [D] of the principal components of centred features [n,D], and the rotation [D,D] to them.
+
+    Without a rotation, all variances are 1: those of standardised features.
+    """
+    if features.shape[1] > MAX_ROTATED:
+        return features.new_ones(features.shape[1]), None
+    covariance = features.T.double() @ features.double() / len(features)
+    variances, rotation = torch.linalg.eigh(covariance)
+    return variances.clamp_min(0).float(), rotation.float()
 
 
 @torch.enable_grad()
 def _minimise(
-    features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, decay: float, max_iterations: int
+    features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, decay: float, units: Tensor, max_iterations: int
 ) -> tuple[Tensor, Tensor]:
-    weight = weight.clone().requires_grad_()
+    """Go from `weight` [D,L] and `bias` [L] to the minimum of the loss; a row of weights is counted in its unit [D]."""
+    features = features * units
+    scaled = (weight / units[:, None]).requires_grad_()
     bias = bias.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
+    penalty = decay / 2 * units.square()[:, None]
+    optimizer = torch.optim.LBFGS(
+        [scaled, bias], max_iter=max_iterations, tolerance_change=1e-7, history_size=20, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(features @ weight + bias, labels) + decay / 2 * weight.square().sum()
+        loss = F.cross_entropy(features @ scaled + bias, labels) + (penalty * scaled.square()).sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return weight.detach(), bias.detach()
+    return scaled.detach() * units[:, None], bias.detach()

@@ -28,12 +28,18 @@ MIN_ROWS = 12
 MIN_EXPLAINED = 0.05
 MIN_UPDATE = 1e-6
 """Relative norm of an update below which the student does not move."""
+MAX_UPDATE = 0.02
+"""Relative norm of an update above which a run that fails makes too large steps. Healthy ones were below 0.012."""
+MAX_DECAY = 0.01
+"""Share of the weights that weight decay takes in a step, above which a run that fails has too much of it."""
 MIN_MOMENTUM = 0.9
 MIN_CHANGED = 0.002
 """Share of neighbors that change from look to look, below which the teacher does not move."""
 SCORES = ("eval/linear", "eval/miou", "eval/knn_20")
 """The evaluations during training that tell of over-training."""
 MIN_EVALUATIONS = 4
+COLLAPSES = ("collapse", "position")
+"""Names of the findings that say that a run has collapsed."""
 
 Row = Mapping[str, Any]
 
@@ -43,7 +49,8 @@ class Finding:
     """Something that a run shows.
 
     Args:
-        name: `collapse`, `position`, `image_constant`, `no_learning`, `slow_teacher`, `fast_teacher`, `over_training`.
+        name: `collapse`, `position`, `image_constant`, `small_steps`, `large_steps`, `no_learning`, `slow_teacher`,
+            `fast_teacher`, `over_training`.
         text: what is seen, with figures.
         remedy: what to change.
     """
@@ -61,10 +68,13 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
 
     A collapse comes alone: it explains the rest.
     """
-    collapse = find_collapse(select_looks(rows))
+    collapse = find_collapse(select_looks(rows), rows)
     if collapse is not None:
         return [collapse]
-    findings = (find_image_constant(rows), find_no_learning(rows), find_teacher(rows), find_over_training(rows))
+    learning, teacher = find_no_learning(rows), find_teacher(rows)
+    if learning is not None and learning.name == "no_learning" and teacher is not None:
+        learning = None  # the teacher explains it
+    findings = (find_image_constant(rows), learning, teacher, find_over_training(rows))
     return [finding for finding in findings if finding is not None]
 
 
@@ -74,20 +84,23 @@ def select_looks(rows: Sequence[Row]) -> list[Row]:
 
 
 def describe(rows: Sequence[Row]) -> list[str]:
-    """The findings of a run as sentences, or one that says what it does well. Empty if nothing was measured."""
+    """How much was learnt and what is wrong, as sentences. Empty if nothing was measured."""
     findings = judge(rows)
+    sentences = [str(finding) for finding in findings]
     explained = _values(rows, "targets/explained_variance")
-    if findings or not explained:
-        return [str(finding) for finding in findings]
+    # Constant targets are easy to predict, so the share says nothing of a run that has collapsed.
+    if not explained or any(finding.name in COLLAPSES for finding in findings):
+        return sentences
     ranks = _values(rows, "features/effective_rank")
     rank = f"; effective rank of the features {ranks[0]:.1f} at first, {ranks[-1]:.1f} at last" if ranks else ""
-    return [f"No sign of a fault: the predictions explain {explained[-1]:.0%} of the targets' variance{rank}"]
+    start = "The" if findings else "No sign of a fault: the"
+    return [f"{start} predictions explain {explained[-1]:.0%} of the targets' variance{rank}", *sentences]
 
 
 # ---- Collapse
 
 
-def find_collapse(looks: Sequence[Row]) -> Finding | None:
+def find_collapse(looks: Sequence[Row], rows: Sequence[Row] = ()) -> Finding | None:
     """Collapse, if each of the last `NUM_LOOKS` looks shows it: of the features, of the targets, or to position.
 
     The features of a network that was not trained are similar for all images, and depend on position more than on the
@@ -95,6 +108,7 @@ def find_collapse(looks: Sequence[Row]) -> Finding | None:
 
     Args:
         looks: all rows of a run that hold figures of features.
+        rows: others that can tell of steps that were too large.
     """
     recent = looks[-NUM_LOOKS:]
     if len(recent) < NUM_LOOKS or not all(map(shows_collapse, recent)):
@@ -102,13 +116,14 @@ def find_collapse(looks: Sequence[Row]) -> Finding | None:
     alike, was_healthy = all(map(_is_alike, recent)), not all(map(shows_collapse, looks))
     if not was_healthy and len(looks) < (GRACE_LOOKS if alike else POSITION_GRACE_LOOKS):
         return None
-    last = looks[-1]
+    last, (cause, remedy) = looks[-1], _find_large_steps([*looks, *rows]) or ("", "")
     if all(map(_is_positional, recent)):
         return Finding(
             "position",
             f"COLLAPSED to position at step {last['step'] + 1}: {last['targets/variance_of_position']:.0%} of the "
-            "targets' variance depend on the place in the image alone, whatever is in it",
-            "Look at the images that are trained on (are they all alike?), widen data.crop_scale, lower "
+            f"targets' variance depend on the place in the image alone, whatever is in it{cause}",
+            remedy
+            or "Look at the images that are trained on (are they all alike?), widen data.crop_scale, lower "
             "optimization.lr, or raise the first value of optimization.ema",
         )
     return Finding(
@@ -116,9 +131,10 @@ def find_collapse(looks: Sequence[Row]) -> Finding | None:
         f"COLLAPSED at step {last['step'] + 1}: nearly the same for every image (features: mean cosine "
         f"{_show(last, 'features/mean_cosine', 3)}, centred effective rank "
         f"{_show(last, 'features/effective_rank_centered', 1)}; variance of the targets "
-        f"{_show(last, 'targets/variance', 4)})",
-        "Lower optimization.lr, raise the first value of optimization.ema, lengthen optimization.warmup, or clip "
-        "the gradient (optimization.clip_grad)",
+        f"{_show(last, 'targets/variance', 4)}){cause}",
+        remedy
+        or "Lower optimization.lr, raise the first value of optimization.ema, lengthen optimization.warmup, or clip "
+        "the gradient (optimization.clip_grad). If that does not help, look at the images: noise ends like this, too",
     )
 
 
@@ -160,24 +176,30 @@ def find_image_constant(rows: Sequence[Row]) -> Finding | None:
 
 
 def find_no_learning(rows: Sequence[Row]) -> Finding | None:
-    """Weights that do not move, or an explained variance of at most `MIN_EXPLAINED` in the last third of the rows."""
+    """Weights that do not move, or an explained variance of at most `MIN_EXPLAINED` in the last third of the rows.
+
+    Steps that were too large, at any time, are a cause of their own: a larger learning rate would make it worse.
+    """
     explained = _values(rows, "targets/explained_variance")
     if len(explained) < MIN_ROWS:
         return None
     updates = _values(rows, "train/update_norm")
     if updates and np.median(updates) < MIN_UPDATE:
         return Finding(
-            "no_learning",
+            "small_steps",
             f"Nothing is learnt: a step changes the weights by {np.median(updates):.1g} of their norm",
             "Raise optimization.lr",
         )
     recent = np.median(explained[-(len(explained) // 3) :])
     if recent > MIN_EXPLAINED:
         return None
+    text = f"Nothing is learnt: the predictions explain {recent:.0%} of the targets' variance (a constant explains 0%)"
+    if steps := _find_large_steps(rows):
+        cause, remedy = steps
+        return Finding("large_steps", text + cause, remedy)
     return Finding(
         "no_learning",
-        f"Nothing is learnt: the predictions explain {recent:.0%} of the targets' variance, hardly more than a "
-        "constant",
+        text,
         "Raise optimization.lr or train longer. If that does not help, the hidden patches cannot be told from the "
         "visible ones: hide smaller blocks (mask.pred_mask_scale), or look at the images",
     )
@@ -241,6 +263,23 @@ def _loss_before(rows: Sequence[Row], step: int) -> float | None:
     """Mean of the losses that were logged last until a step."""
     losses = _values([row for row in rows if row["step"] <= step], "train/loss")[-5:]
     return float(np.mean(losses)) if losses else None
+
+
+def _find_large_steps(rows: Sequence[Row]) -> tuple[str, str] | None:
+    """Half a sentence on steps that were too large, if there was one, and the remedy."""
+    decay = max(((row.get("train/lr") or 0) * (row.get("train/weight_decay") or 0) for row in rows), default=0)
+    update = max(_values(rows, "train/update_norm"), default=0)
+    if decay > MAX_DECAY:
+        return (
+            f"; weight decay took up to {decay:.0%} of the weights in a step",
+            "Lower optimization.weight_decay and optimization.final_weight_decay",
+        )
+    if update > MAX_UPDATE:
+        return (
+            f"; a step changed the weights by up to {update:.0%} of their norm",
+            "Lower optimization.lr, lengthen optimization.warmup, or clip the gradient (optimization.clip_grad)",
+        )
+    return None
 
 
 def _values(rows: Sequence[Row], name: str) -> list[float]:

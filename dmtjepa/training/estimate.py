@@ -18,6 +18,7 @@ from dmtjepa.masks import MaskSampler
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
 from dmtjepa.training.compute_plan import ComputePlan
+from dmtjepa.training.optimizer import UPDATED_BYTES
 from dmtjepa.training.parallelize import UNIT_PARAMETERS
 from dmtjepa.training.schedules import build_schedules
 
@@ -144,6 +145,7 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     return {
         "student, gradients, AdamW": 16 * student / shards,
         "teacher": 4 * teacher / shards,
+        "copies for update norms": min(4 * student / shards, UPDATED_BYTES),
         "gathered weights": size * gathered,
         "saved activations": size * activations,
         "teacher's forward pass": size * batch * num_patches * (12 + 2 * wider) * dim,

@@ -13,6 +13,7 @@ from dmtjepa.config import Config
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.evaluator import Evaluator, open_splits
 from dmtjepa.evaluation.ranks import Ranks
+from dmtjepa.evaluation.verdict import find_over_training
 from dmtjepa.interop import write_official
 from dmtjepa.metrics_file import read_metrics
 from dmtjepa.objective import build_frozen_encoder
@@ -113,6 +114,9 @@ class PeriodicEvaluation:
             values["eval/seconds"] = time.perf_counter() - start
             self._metrics.write_values(self._state.step - 1, values)
             logger.info("%s", self._describe(values))
+            over_training = find_over_training(self._folder.read_metrics())
+            if over_training is not None:
+                logger.warning("%s", over_training)
 
     def _keep_if_best(self, values: Mapping[str, float], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write `{tag}-best.pth.tar`, before the row of metrics: if a kill comes between, both are made again."""

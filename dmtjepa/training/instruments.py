@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,6 @@ from dmtjepa.evaluation.instruments import (
 from dmtjepa.kernels import backend
 from dmtjepa.masks import MaskBatch
 from dmtjepa.objective import DMTJEPA
-from dmtjepa.tensors import local_tensors
 from dmtjepa.training.batches import MicroBatch
 
 LOOK_EVERY = 50
@@ -50,11 +50,9 @@ class Observer:
     def see_batch(self, predictions: Tensor, targets: Tensor, masks: MaskBatch) -> None:
         """After the loss of a micro-batch: predictions [B, M, T, D], targets [U, D]."""
 
-    def before_update(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Before the student is updated."""
-
-    def after_update(self, parameters: Sequence[nn.Parameter]) -> None:
-        """After the student was updated."""
+    def see_update(self, weights: list[Tensor]) -> AbstractContextManager[None]:
+        """Encloses the update of some weights of the student, those of this rank. Called until all are updated."""
+        return nullcontext()
 
 
 class Instruments(Observer):
@@ -79,8 +77,7 @@ class Instruments(Observer):
         self._sums: list[Tensor] = []
         self._pooled: list[Tensor] = []
         self._targets: Tensor | None = None
-        self._weights: list[Tensor] = []
-        self._update: Tensor | None = None
+        self._updates: list[Tensor] = []
         self._probe: Tensor | None = None
         self._neighbors: Tensor | None = None
         self._changed: Tensor | None = None
@@ -92,7 +89,7 @@ class Instruments(Observer):
         before_look = -done % self._look_every
         self._looking = before_look == 0
         self._pooling = before_look * self._images_per_step < NUM_SAMPLES
-        self._sums, self._targets, self._changed = [], None, None
+        self._sums, self._updates, self._targets, self._changed = [], [], None, None
         if self._probe is None:
             # The teacher cannot be called by itself before the first step, in which FSDP2 finds its root.
             self._probe = micro_batches[0][0].clone()
@@ -128,27 +125,23 @@ class Instruments(Observer):
         if self._looking:
             self._targets = targets[:: -(-len(targets) // NUM_SAMPLES)].float()
 
-    @torch.no_grad()
-    def before_update(self, parameters: Sequence[nn.Parameter]) -> None:
-        if self._measured:
-            self._weights = [weight.clone() for weight in local_tensors(parameters)]
-
-    @torch.no_grad()
-    def after_update(self, parameters: Sequence[nn.Parameter]) -> None:
+    @contextmanager
+    def see_update(self, weights: list[Tensor]) -> Iterator[None]:
         if not self._measured:
+            yield
             return
-        weights = local_tensors(parameters)
-        square = _sum_squares(weights)
-        torch._foreach_sub_(self._weights, weights)
-        self._update, self._weights = torch.stack([_sum_squares(self._weights), square]), []
+        before = [weight.clone() for weight in weights]
+        yield
+        torch._foreach_sub_(before, weights)
+        self._updates.append(torch.stack([_sum_squares(before), _sum_squares(weights)]))
 
     def take(self) -> Reading | None:
         """What was measured in the step that was just made, or None if it is not a logged one."""
         if not self._measured:
             return None
-        assert self._update is not None
-        changed = self._changed if self._changed is not None else self._update.new_zeros(2)
-        sums = torch.cat([self._update, changed, torch.stack(self._sums).sum(0)])
+        update = torch.stack(self._updates).sum(0)
+        changed = self._changed if self._changed is not None else update.new_zeros(2)
+        sums = torch.cat([update, changed, torch.stack(self._sums).sum(0)])
         if not self._looking:
             return Reading(sums)
         assert self._targets is not None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from dmtjepa.tensors import local_tensors
+
+UPDATED_BYTES = 2**28
+"""At most so many bytes of weights are updated at once, unless a single one is larger. Who compares weights before and
+after an update copies no more than these."""
 
 
 def parameter_groups(modules: Iterable[nn.Module]) -> list[dict]:
@@ -49,17 +54,39 @@ class ShardedAdamW(torch.optim.AdamW):
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # takes no closure
+    def step(  # type: ignore[override]  # takes no closure
+        self, watch: Callable[[list[Tensor]], AbstractContextManager[None]] = lambda weights: nullcontext()
+    ) -> None:
+        """Update all weights.
+
+        Args:
+            watch: called with the weights of each of several updates, float32 and of this rank. Its context encloses
+                the update.
+        """
         for group in self.param_groups:
             state: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *state)
             beta1, beta2 = group["betas"]
             params, grads, averages, square_averages, maxima, steps = map(local_tensors, state)
-            adamw(
-                params, grads, averages, square_averages, maxima, steps, fused=True, found_inf=self.found_inf,
-                amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-                eps=group["eps"], maximize=False,
-            )  # fmt: skip
+            for part in _split(params, UPDATED_BYTES):
+                with watch(params[part]):
+                    adamw(
+                        params[part], grads[part], averages[part], square_averages[part], maxima[part], steps[part],
+                        fused=True, found_inf=self.found_inf, amsgrad=False, beta1=beta1, beta2=beta2,
+                        lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                    )  # fmt: skip
+
+
+def _split(tensors: Sequence[Tensor], num_bytes: int) -> Iterator[slice]:
+    """Split a list of tensors into parts of at most `num_bytes`, or of one tensor."""
+    start = size = 0
+    for index, tensor in enumerate(tensors):
+        size += tensor.nbytes
+        if size > num_bytes and index > start:
+            yield slice(start, index)
+            start, size = index, tensor.nbytes
+    if tensors:
+        yield slice(start, len(tensors))
 
 
 def build_optimizer(modules: Iterable[nn.Module]) -> ShardedAdamW:

@@ -82,9 +82,7 @@ class TrainStep:
             clip_gradients(self.parameters, norm, self.settings.clip_grad)
         set_schedules(self.optimizer, self.schedules.learning_rate(step), self.schedules.decay(step))
         self.optimizer.found_inf = (~norm.isfinite()).float()  # AdamW's kernel skips on the device
-        self.observer.before_update(self.parameters)
-        self.optimizer.step()
-        self.observer.after_update(self.parameters)
+        self.optimizer.step(self.observer.see_update)
         self.optimizer.zero_grad()
         self.on_phase(Phase.TEACHER)
         self.model.update_teacher(self.schedules.momentum(step))

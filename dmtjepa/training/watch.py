@@ -8,7 +8,7 @@ import logging
 from dmtjepa.checkpoint_format import discard, list_checkpoints, step_of
 from dmtjepa.config import Config
 from dmtjepa.errors import UserError
-from dmtjepa.evaluation.verdict import Finding, find_collapse, select_looks, shows_collapse
+from dmtjepa.evaluation.verdict import Finding, Row, find_collapse, select_looks, shows_collapse
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.distributed import World, run_on_rank_0
 from dmtjepa.training.metrics import StepValues
@@ -39,7 +39,9 @@ class CollapseWatch:
 
     def __init__(self, config: Config, world: World, folder: RunFolder, saver: Saver, *, first_step: int) -> None:
         self._action, self._world, self._folder, self._saver = config.runtime.on_collapse, world, folder, saver
-        self._looks = select_looks(folder.read_metrics()) if world.rank == 0 else []
+        rows = folder.read_metrics() if world.rank == 0 else []
+        self._looks = select_looks(rows)
+        self._largest_step: Row = max(rows, key=_update_norm, default={})
         self._finding: Finding | None = None
         self._stopping = False
         self._last_good = first_step  # number of steps
@@ -47,10 +49,14 @@ class CollapseWatch:
     def look(self, steps: list[StepValues]) -> None:
         """Judge what `Metrics.flush` has returned. Only rank 0 has the figures of a look."""
         for value in steps:
+            record = value.record
+            schedules = {"train/lr": record.learning_rate, "train/weight_decay": record.weight_decay}
+            row = {"step": record.step} | schedules | value.figures
+            self._largest_step = max(self._largest_step, row, key=_update_norm)
             if "features/mean_cosine" not in value.figures or self._finding is not None:
                 continue
-            self._looks.append({"step": value.record.step, **value.figures})
-            found = find_collapse(self._looks)
+            self._looks.append(row)
+            found = find_collapse(self._looks, [self._largest_step])
             if found is not None:
                 self._finding = found
                 logger.warning("%s. %s", found.text, found.remedy)
@@ -120,6 +126,10 @@ class CollapseWatch:
             f"{self._finding.text}. {self._finding.remedy}. The run was saved and stopped (runtime.on_collapse: "
             f"{self._action}).{reason} To train on from its state, start it again with runtime.on_collapse: warn"
         )
+
+
+def _update_norm(row: Row) -> float:
+    return row.get("train/update_norm") or 0.0
 
 
 def slow_down(schedules: Schedules, num_rollbacks: int) -> Schedules:

@@ -28,4 +28,5 @@ def test_there_is_a_config_for_every_official_run():
         "cifar10_vits4",
         "cifar10_cpu",
         "quickstart",
+        "small_images",
     }

@@ -3,6 +3,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from dmtjepa.evaluation import linear
 from dmtjepa.evaluation.linear import fit_linear
 
 
@@ -26,6 +27,27 @@ def test_equals_scikit_learn():
     assert probe.accuracy(test_features, test_labels) == pytest.approx(
         theirs.score(standard_test, test_labels.numpy()), abs=0.006
     )
+
+
+def test_principal_components_give_the_accuracy_of_scikit_learn_in_fewer_iterations(monkeypatch):
+    """Pooled features are strongly correlated, which makes the loss long valleys."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.logspace(0, -2, 12)[:, None] * torch.randn(12, 40, generator=generator)
+    (features, labels), (test_features, test_labels) = (make_blobs(n, seed=n) for n in (400, 2000))
+    features, test_features = features @ mixing, test_features @ mixing
+    losses, cross_entropy = [], linear.F.cross_entropy
+    monkeypatch.setattr(linear.F, "cross_entropy", lambda *pair: losses.append(cross_entropy(*pair)) or losses[-1])
+    probe = fit_linear(features, labels, decays=(1e-3,))
+    num_rotated = len(losses)
+    monkeypatch.setattr(linear, "MAX_ROTATED", 0)
+    fit_linear(features, labels, decays=(1e-3,))
+    assert num_rotated < 0.6 * (len(losses) - num_rotated)
+
+    mean, scale = features.mean(0), features.std(0)
+    theirs = LogisticRegression(C=1 / (400 * probe.decay), tol=1e-6, max_iter=5000)
+    theirs.fit(((features - mean) / scale).double().numpy(), labels.numpy())
+    accuracy = theirs.score(((test_features - mean) / scale).double().numpy(), test_labels.numpy())
+    assert probe.accuracy(test_features, test_labels) == pytest.approx(accuracy, abs=0.001)
 
 
 def test_separable_classes_are_separated_whatever_the_scale_of_features():

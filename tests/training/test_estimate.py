@@ -23,6 +23,7 @@ from dmtjepa.training.estimate import (
     resolve_checkpointing,
     step_flops,
 )
+from dmtjepa.training.optimizer import UPDATED_BYTES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 AT_14 = MaskShapes(context=48.5, target=33.2, unique=87, neighborhood=133)
@@ -81,6 +82,9 @@ def test_memory_falls_with_the_number_of_devices():
     one, sixteen = (memory_bytes(config, largest, world_size, on_cuda=True) for world_size in (1, 16))
     assert sixteen["student, gradients, AdamW"] == one["student, gradients, AdamW"] / 16
     assert sixteen["saved activations"] == one["saved activations"]
+    student = sum(n for name, n in count_parameters(config).items() if not name.startswith("teacher"))
+    assert one["copies for update norms"] == UPDATED_BYTES
+    assert sixteen["copies for update norms"] == min(4 * student / 16, UPDATED_BYTES) > 0
 
 
 def test_a_float32_residual_stream_takes_memory():

@@ -144,3 +144,21 @@ def test_images_without_labels_and_masks_are_refused_before_the_start(settings, 
         check_start(settings(**every_epoch("/missing/images")), 1, "cpu")
     with pytest.raises(ConfigError, match="SURELY_UNSET is not set"):
         check_start(settings(**every_epoch("$SURELY_UNSET/images")), 1, "cpu")
+
+
+@pytest.mark.slow
+def test_over_training_is_said_while_the_run_goes_on_and_at_its_end(settings, labelled, monkeypatch, caplog, capfd):
+    scores = iter((0.4, 0.6, 0.5, 0.45))
+    monkeypatch.setattr(
+        "dmtjepa.training.evaluation.Evaluator.measure",
+        lambda evaluator, encoders: {"linear": next(scores), "student/linear": 0.4, "images": 1000},
+    )
+    config = settings(**every_epoch(labelled) | {"optimization.epochs": 4})
+    assert launch(config, ["cpu"]) == 0
+    warnings = [record for record in caplog.records if "Over-trained" in record.getMessage()]
+    assert len(warnings) == 1  # three evaluations are too few to tell
+    for text in (warnings[0].getMessage(), capfd.readouterr().err):
+        assert "eval/linear was 60.0% at step 16 and is 45.0% now, although the loss went on falling" in text
+        assert "take the best evaluation (evaluation.keep_best)" in text
+    best = read_checkpoint(RunFolder.from_config(config).best_export)
+    assert best["epoch"] == 2

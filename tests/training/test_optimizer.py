@@ -1,12 +1,15 @@
 """Parameter groups, norm and clipping of the gradient, and the skipped step."""
 
+import copy
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from dmtjepa.training import optimizer as optimizer_module
 from dmtjepa.training.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -71,3 +74,32 @@ def test_step_with_found_inf_changes_nothing():
     optimizer.found_inf = torch.tensor(0.0)
     optimizer.step()
     assert not torch.equal(module.weight, before)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 100, 2**28])
+def test_weights_are_updated_in_parts_of_limited_size(monkeypatch, num_bytes):
+    torch.manual_seed(0)
+    whole = nn.Sequential(*(nn.Linear(3, n) for n in (5, 3, 7)))
+    parts = copy.deepcopy(whole)
+    watched = []
+
+    @contextmanager
+    def watch(weights):
+        before = [weight.clone() for weight in weights]
+        yield
+        assert all(not torch.equal(new, old) for new, old in zip(weights, before, strict=True))
+        assert sum(weight.nbytes for weight in weights) <= num_bytes or len(weights) == 1
+        watched.extend(weights)
+
+    monkeypatch.setattr(optimizer_module, "UPDATED_BYTES", num_bytes)
+    ours, theirs = build_optimizer([parts]), torch.optim.AdamW(whole.parameters(), lr=0.1, weight_decay=0.0, fused=True)
+    set_schedules(ours, 0.1, 0.0)
+    for _ in range(3):
+        for parameter, other in zip(parts.parameters(), whole.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            other.grad = parameter.grad.clone()
+        ours.step(watch)
+        theirs.step()
+    assert sorted(map(torch.Tensor.data_ptr, watched)) == sorted(3 * [p.data_ptr() for p in parts.parameters()])
+    for parameter, other in zip(parts.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=0, atol=0)
