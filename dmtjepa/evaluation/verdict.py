@@ -38,6 +38,8 @@ MIN_CHANGED = 0.002
 SCORES = ("eval/linear", "eval/miou", "eval/knn_20")
 """The evaluations during training that tell of over-training."""
 MIN_EVALUATIONS = 4
+COLLAPSES = ("collapse", "position")
+"""Names of the findings that say that a run has collapsed."""
 
 Row = Mapping[str, Any]
 
@@ -82,14 +84,17 @@ def select_looks(rows: Sequence[Row]) -> list[Row]:
 
 
 def describe(rows: Sequence[Row]) -> list[str]:
-    """The findings of a run as sentences, or one that says what it does well. Empty if nothing was measured."""
+    """How much was learnt and what is wrong, as sentences. Empty if nothing was measured."""
     findings = judge(rows)
+    sentences = [str(finding) for finding in findings]
     explained = _values(rows, "targets/explained_variance")
-    if findings or not explained:
-        return [str(finding) for finding in findings]
+    # Constant targets are easy to predict, so the share says nothing of a run that has collapsed.
+    if not explained or any(finding.name in COLLAPSES for finding in findings):
+        return sentences
     ranks = _values(rows, "features/effective_rank")
     rank = f"; effective rank of the features {ranks[0]:.1f} at first, {ranks[-1]:.1f} at last" if ranks else ""
-    return [f"No sign of a fault: the predictions explain {explained[-1]:.0%} of the targets' variance{rank}"]
+    start = "The" if findings else "No sign of a fault: the"
+    return [f"{start} predictions explain {explained[-1]:.0%} of the targets' variance{rank}", *sentences]
 
 
 # ---- Collapse

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -49,9 +51,9 @@ def _find_inductor_cache() -> str:
 
 
 def _find_default_cache() -> str:
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds to import
-
-    return default_cache_dir()
+    """As `torch._inductor` finds it, whose import takes seconds and makes the folder that the variable names."""
+    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    return os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")
 
 
 def _find_triton_cache() -> str:

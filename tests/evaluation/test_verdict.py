@@ -112,3 +112,14 @@ def test_a_healthy_run_is_told_so():
     (sentence,) = describe(rows)
     assert "explain 40%" in sentence
     assert "10.0 at first, 29.0 at last" in sentence
+
+
+def test_what_was_explained_is_said_beside_a_finding_but_not_after_a_collapse():
+    rows = [
+        look(step) | {"targets/explained_variance": 0.9, "targets/variance_between_images": 0.99} for step in range(20)
+    ]
+    explained, finding = describe(rows)
+    assert explained.startswith("The predictions explain 90%")
+    assert "99% of the targets' variance lie between images" in finding
+    (sentence,) = describe([row | {"features/mean_cosine": 1.0} for row in rows])
+    assert sentence.startswith("COLLAPSED")

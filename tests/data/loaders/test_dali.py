@@ -170,14 +170,21 @@ def test_damage_that_dali_refuses_depends_on_no_history(tmp_path: Path, monkeypa
     """
     monkeypatch.setattr("dmtjepa.data.loaders.reader.decode_image", lambda *a: ImageOps.invert(decode_image(*a)))
     rng = np.random.default_rng(3)
+    sound, damaged = tmp_path / "sound", tmp_path / "damaged"
+    for folder in (sound, damaged):
+        folder.mkdir()
     for number in range(60):
         data = encode(smooth_image(rng, 50, 40), "JPEG")
-        (tmp_path / f"{number:02d}.jpg").write_bytes(flip_bytes(data, rng) if number % 5 == 0 else data)
-    settings = DataSettings(root_path=str(tmp_path), batch_size=6, crop_size=32, loader="dali", max_broken=1)
+        (sound / f"{number:02d}.jpg").write_bytes(data)
+        (damaged / f"{number:02d}.jpg").write_bytes(flip_bytes(data, rng) if number % 5 == 0 else data)
+    settings = DataSettings(root_path=str(damaged), batch_size=6, crop_size=32, loader="dali", max_broken=1)
     loader = build_loader(settings, seed=0)
     whole = [images for epoch in range(2) for images in loader.epoch(epoch)]
     assert loader.corrupt
     loader.close()
+    expected = batches(settings.model_copy(update={"root_path": str(sound)}), seed=0)
+    changed = [int((a != b).flatten(1).any(1).sum()) for a, b in zip(whole, expected, strict=False)]
+    assert 0 < sum(changed) <= 12  # the company of a refused image is decoded by DALI
     for start in range(1, 10):
         rest = batches(settings, epoch=1, start_step=start, seed=0)
         assert all(torch.equal(a, b) for a, b in zip(whole[10 + start :], rest, strict=True))
