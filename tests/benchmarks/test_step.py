@@ -48,7 +48,7 @@ def _without_teacher_update(patch):
 
 
 def _without_update(patch):
-    patch.setattr(ShardedAdamW, "step", lambda optimizer: None)
+    patch.setattr(ShardedAdamW, "step", lambda optimizer, *_: None)
 
 
 def _with_features_of_another_image(patch):

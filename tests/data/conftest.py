@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dmtjepa.cli import shards
+from dmtjepa.cli.shards import main as make_shards
 from dmtjepa.config import DataSettings
 from tests.helpers.images import image_folder
 
@@ -23,7 +23,7 @@ def settings(image_folder: Path) -> DataSettings:
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images of that folder in four shards."""
     out = tmp_path_factory.mktemp("shards")
-    assert shards.main([str(image_folder), str(out), "--shard-size", "8"]) == 0
+    assert make_shards([str(image_folder), str(out), "--shard-size", "8"]) == 0
     return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from dmtjepa.data import check
+from dmtjepa.cli import check
 
 
 def test_check_counts_sizes_duplicates_and_corrupt_files(image_folder: Path, tmp_path: Path, capsys):

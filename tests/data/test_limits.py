@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dmtjepa.cli import check
 from dmtjepa.config import DataSettings
-from dmtjepa.data import DataError, FolderSource, build_eval_loader, build_loader, check
+from dmtjepa.data import DataError, FolderSource, build_eval_loader, build_loader
 from dmtjepa.data.resources import is_memory_left
 from tests.helpers.images import LOADERS
 

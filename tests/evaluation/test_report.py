@@ -28,7 +28,7 @@ def replace(path, text):
 
 @pytest.fixture(scope="module")
 def finished(run_template, tmp_path_factory):
-    """A run folder after `python -m dmtjepa.evaluation RUN`, and what that printed."""
+    """A run folder after `dmtjepa evaluate RUN`, and what that printed."""
     run = Path(shutil.copytree(run_template, tmp_path_factory.mktemp("finished") / "tiny"))
     rows = [{"step": step, "train/momentum": 0.5, "targets/explained_variance": 0.4} for step in range(20)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -77,10 +77,12 @@ def test_everything_is_measured(finished):
 @pytest.mark.slow
 def test_the_verdict_on_the_training_is_told(finished):
     run, printed = finished
-    (sentence,) = json.loads((run / "report" / "report.json").read_text())["verdict"]
-    assert "follows the student within 2.0 steps" in sentence
+    figures, finding = json.loads((run / "report" / "report.json").read_text())["verdict"]
+    assert "follows the student within 2.0 steps" in finding
+    assert "40%" in figures  # of the variance is explained
     for text in (printed, (run / "report" / "report.md").read_text()):
-        assert f"training: {sentence}" in text
+        assert f"training: {finding}" in text
+        assert f"training: {figures}" in text
 
 
 @pytest.mark.slow
@@ -119,7 +121,7 @@ def test_prints_a_table_a_verdict_and_what_to_run_next(finished):
     for part in ("features", "trained", "untrained", "pixels", "k-NN k=20", "linear", "mIoU"):
         assert part in printed
     assert "points against untrained" in printed
-    assert f"python -m dmtjepa.interop export {run}" in printed
+    assert f"dmtjepa export {run}" in printed
 
 
 @pytest.mark.slow
