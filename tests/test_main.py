@@ -127,6 +127,7 @@ def test_empty_folder(run, tmp_path):
     assert ".jpg" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

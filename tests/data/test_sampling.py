@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.stats import ks_2samp
-from torchvision.transforms import v2
 
 from dmtjepa.data.sampling import MAX_ATTEMPTS, SampleOrder, candidate_images, choose_crop, draw_uniforms, permute
 
@@ -66,6 +64,9 @@ def test_replacements_are_spread_over_the_data_set():
     ("width", "height", "scale"), [(500, 375, (0.3, 1.0)), (90, 300, (0.08, 0.6)), (12, 9, (0.3, 1.0))]
 )
 def test_crop_boxes_have_torchvisions_distribution(width: int, height: int, scale: tuple[float, float]):
+    from scipy.stats import ks_2samp
+    from torchvision.transforms import v2
+
     torch.manual_seed(0)
     transform = v2.RandomResizedCrop(32, scale=scale)
     image = torch.empty(3, height, width, dtype=torch.uint8)

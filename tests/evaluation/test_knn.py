@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import KNeighborsClassifier
 
 from dmtjepa.evaluation import knn
 
@@ -20,6 +19,8 @@ def blobs():
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_equals_scikit_learn(blobs, k, weighted):
+    from sklearn.neighbors import KNeighborsClassifier
+
     train, train_labels, queries, labels = (tensor.numpy() for tensor in blobs)
     weights = (lambda distance: np.exp((1 - distance) / 0.07)) if weighted else "uniform"
     theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights).fit(train, train_labels)

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 
 from dmtjepa.evaluation import linear
 from dmtjepa.evaluation.linear import fit_linear
@@ -15,6 +14,8 @@ def make_blobs(n, seed, scale=1.0):
 
 
 def test_equals_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
     """One penalty: decay/2 |w|^2 + mean loss is scikit-learn's C = 1 / (n decay)."""
     features, labels = make_blobs(300, seed=0)
     test_features, test_labels = make_blobs(400, seed=1)
@@ -30,6 +31,8 @@ def test_equals_scikit_learn():
 
 
 def test_principal_components_give_the_accuracy_of_scikit_learn_in_fewer_iterations(monkeypatch):
+    from sklearn.linear_model import LogisticRegression
+
     """Pooled features are strongly correlated, which makes the loss long valleys."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.logspace(0, -2, 12)[:, None] * torch.randn(12, 40, generator=generator)

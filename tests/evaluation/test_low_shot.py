@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 
 from dmtjepa.evaluation.linear import fit_linear
 from dmtjepa.evaluation.low_shot import draw_per_class, measure_low_shot
@@ -26,6 +25,8 @@ def test_draws_are_of_each_class_and_differ():
 
 @pytest.mark.slow
 def test_scores_are_those_of_probes_of_the_drawn_images():
+    from sklearn.linear_model import LogisticRegression
+
     (train, train_labels), (features, labels) = make_blobs(600, 0), make_blobs(300, 1)
     scores = measure_low_shot(train, train_labels, features, labels)
     # 1% are 7 images, too few for a probe.

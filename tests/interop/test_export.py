@@ -62,6 +62,7 @@ def export(run, out, *arguments):
     assert main(["export", str(run), "--out", str(out), *arguments]) == 0
 
 
+@pytest.mark.slow
 def test_official_layout_round_trip(run, images, tmp_path):
     export(run, tmp_path / "a.pth.tar", "--format", "official")
     raw = torch.load(tmp_path / "a.pth.tar", weights_only=True)

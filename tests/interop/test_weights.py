@@ -164,6 +164,7 @@ def test_heads_that_an_official_file_lacks_are_named_and_kept(tmp_path):
     assert changed_parts(model, before) == {"encoder", "predictor", "target_encoder"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoiled", ["target_encoder", "target_head"])
 def test_a_model_is_started_whole_or_not_at_all(tmp_path, spoiled):
     model = make_model(1)

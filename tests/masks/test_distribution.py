@@ -5,7 +5,6 @@ import random
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from dmtjepa.config import MaskSettings
 from dmtjepa.reference.masks import sample_masks_reference
@@ -34,6 +33,8 @@ def test_released_statistics(grid_size, batch_size, context, target, unique, nei
 
 def same_distribution(first, second) -> float:
     """p-value of the hypothesis that two lists of (hashable) observations come from one distribution."""
+    from scipy import stats
+
     values = sorted({*first, *second})
     table = np.array([[sample.count(value) for value in values] for sample in (first, second)])
     frequent = table.sum(0) >= 20
@@ -79,6 +80,8 @@ def test_same_distribution_as_the_plain_sampler(sampler, grid_size, options):
 @pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "num_batches"), [("released", 60), ("corrected", 60)])
 def test_same_context_lengths_as_the_plain_sampler(sampler, num_batches):
+    from scipy import stats
+
     mask = MaskSettings(sampler=sampler)
     rng = random.Random(1)
     plain = [len(sample_masks_reference(mask, (16, 16), 64, rng)[0][0]) for _ in range(num_batches)]
@@ -98,6 +101,8 @@ def corners(sampler: str, grid_size: tuple[int, int], num_steps: int) -> dict[tu
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("grid_size", [(14, 14), (9, 14)])
 def test_positions_are_uniform(sampler, grid_size):
+    from scipy import stats
+
     usable = 1 if sampler == "corrected" else 0
     for (height, width), corner in corners(sampler, grid_size, 40).items():
         count = np.bincount(corner, minlength=math.prod(grid_size)).reshape(grid_size)
@@ -121,6 +126,8 @@ def test_released_never_draws_the_last_row_or_column_and_corrected_does(grid_siz
 
 
 def test_corrected_contexts_keep_a_uniformly_random_subset():
+    from scipy import stats
+
     # The context block is the grid, so that the context before the cut is all that the targets leave.
     mask = MaskSettings(sampler="corrected", enc_mask_scale=(1.0, 1.0))
     dropped, expected = np.zeros((2, 10))

@@ -99,6 +99,7 @@ def exists(mask: MaskSettings, grid_size: tuple[int, int]) -> bool:
     return True
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     mask=mask_settings.map(lambda mask: mask.model_copy(update={"num_pred_masks": min(2, mask.num_pred_masks)})),

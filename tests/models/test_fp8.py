@@ -177,6 +177,7 @@ def test_setting():
     assert not fp8.computes_in_fp8(rounded.encoder.blocks[0].mlp.fc1)
 
 
+@pytest.mark.slow
 def test_a_report_measures_the_weights_without_rounding(tmp_path):
     values = {
         "data": {"crop_size": 32},
@@ -190,6 +191,7 @@ def test_a_report_measures_the_weights_without_rounding(tmp_path):
         assert not any(fp8.computes_in_fp8(module) for module in encoder.modules())
 
 
+@pytest.mark.slow
 def test_other_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")

@@ -121,6 +121,7 @@ def test_photographs_agree_where_dali_resizes_too(photographs: DataSettings):
     assert apart.max() <= 24
 
 
+@pytest.mark.slow
 def test_ranks_and_runs_agree_and_resume_is_exact(settings: DataSettings):
     whole = batches(use(settings), epoch=3)
     assert len(whole) == 7
