@@ -14,9 +14,9 @@ def make_blobs(n, seed, scale=1.0):
 
 
 def test_equals_scikit_learn():
+    """One penalty: decay/2 |w|^2 + mean loss is scikit-learn's C = 1 / (n decay)."""
     from sklearn.linear_model import LogisticRegression
 
-    """One penalty: decay/2 |w|^2 + mean loss is scikit-learn's C = 1 / (n decay)."""
     features, labels = make_blobs(300, seed=0)
     test_features, test_labels = make_blobs(400, seed=1)
     probe = fit_linear(features, labels, decays=(1e-2,), max_iterations=300)
@@ -31,9 +31,9 @@ def test_equals_scikit_learn():
 
 
 def test_principal_components_give_the_accuracy_of_scikit_learn_in_fewer_iterations(monkeypatch):
+    """Pooled features are strongly correlated, which makes the loss long valleys."""
     from sklearn.linear_model import LogisticRegression
 
-    """Pooled features are strongly correlated, which makes the loss long valleys."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.logspace(0, -2, 12)[:, None] * torch.randn(12, 40, generator=generator)
     (features, labels), (test_features, test_labels) = (make_blobs(n, seed=n) for n in (400, 2000))
