@@ -20,7 +20,7 @@ quickstart: venv
 	$(RUN) main.py --fname configs/quickstart.yaml
 	$(RUN) -m dmtjepa.evaluation runs/quickstart
 
-# Before every commit: style, types and the fast tests. Under two minutes on two cores.
+# Before every commit: style, types and the fast tests. 90 seconds on two cores.
 check: JOBS = 2
 check: lint types
 	$(PYTEST) -m "not slow" -q
