@@ -29,7 +29,8 @@ def default_device() -> str:
 def environment(device: str) -> dict:
     """Hardware, versions, commit and command, for every file of results.
 
-    The commit is that of the repository, or of the variable GIT_COMMIT where the files are there without it.
+    The commit is that of the variable GIT_COMMIT, for files that were copied to another machine, or else that of the
+    repository.
     """
     root = Path(__file__).parent
 
@@ -41,7 +42,7 @@ def environment(device: str) -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changes = git("status", "--porcelain")
+    changes = None if os.environ.get("GIT_COMMIT") else git("status", "--porcelain")
 
     return {
         "command": " ".join(["python", *(os.path.basename(a) if os.path.isabs(a) else a for a in sys.orig_argv[1:])]),
@@ -53,7 +54,7 @@ def environment(device: str) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": git("rev-parse", "HEAD") or os.environ.get("GIT_COMMIT"),
+        "commit": os.environ.get("GIT_COMMIT") or git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
     }
 
