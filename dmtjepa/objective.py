@@ -14,10 +14,8 @@ from dmtjepa import kernels as operators
 from dmtjepa.config import Config, ConfigError
 from dmtjepa.masks import MaskBatch
 from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictor, VisionTransformer
-from dmtjepa.models.attention import choose_teacher_attention
 from dmtjepa.models.fp8 import compute_in_fp8
 from dmtjepa.models.onednn import compute_by_onednn
-from dmtjepa.models.replace_method import replace_method
 from dmtjepa.models.signal_stack import protect_from_signals
 from dmtjepa.tensors import local_tensors
 
@@ -214,9 +212,6 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
     model = DMTJEPA(encoder, predictor, head, loss=config.optimization.loss, kernels=kernels)
     if device_type == "cpu":
         compute_by_onednn(model)
-    attend = choose_teacher_attention(attention, device_type, encoder.embed_dim // encoder.num_heads)
-    for block in model.teacher_encoder.blocks:
-        replace_method(block.attn, "attend", attend)
     if config.runtime.teacher_precision == "fp8":
         compute_in_fp8(model.teacher_encoder.blocks, device_type)
     return model

@@ -26,13 +26,9 @@ from dmtjepa.packing import Packing
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Packing | None], Tensor]
 
 # Measurements that override the default of `auto`: (compute capability, head size) -> backend. Every entry needs a
-# result file in benchmarks/results. On an H200 xFormers' kernels and PyTorch's take the same time
-# (nvidia-h200-2026-11-26-attention.json).
+# result file in benchmarks/results. Nothing has been measured yet.
 MEASURED_CHOICES: dict[tuple[tuple[int, int], int], str] = {}
 
-# Where cuDNN's forward pass was measured to be faster at the shapes of a teacher: (compute capability, head size).
-# On an H200 it takes 0.62 to 0.72 of the time of flash kernels (the same file).
-CUDNN_TEACHERS = {((9, 0), 64), ((9, 0), 80)}
 
 # Flash kernels for sequences of different lengths, and all of xFormers', need head sizes that are multiples of this.
 HEAD_SIZE_MULTIPLE = 8
@@ -81,18 +77,6 @@ def choose_attention(backend: str, device_type: str, head_dim: int) -> Attention
     return xformers_attention
 
 
-def choose_teacher_attention(backend: str, device_type: str, head_dim: int) -> AttentionFunction:
-    """Return the attention function for a teacher, whose calls all have one shape and need no gradient.
-
-    `auto` takes cuDNN where `CUDNN_TEACHERS` has an entry. It builds one plan, at the first call. Otherwise, and with
-    any other backend, it is that of `choose_attention`, which describes arguments and errors.
-    """
-    on_gpu = device_type == "cuda" and torch.cuda.is_available()
-    if backend == "auto" and on_gpu and (torch.cuda.get_device_capability(), head_dim) in CUDNN_TEACHERS:
-        return cudnn_attention
-    return choose_attention(backend, device_type, head_dim)
-
-
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None = None) -> Tensor:
     """Compute attention by PyTorch's scaled_dot_product_attention. Pads the sequences of a packing."""
     mask = None
@@ -116,14 +100,6 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing 
         return cast(Tensor, out)[None]  # not the tuple of other options
     with sdpa_kernel(SDPA_KERNELS):
         return sdpa_attention(query, key, value, packing)
-
-
-def cudnn_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None = None) -> Tensor:
-    """Compute attention by cuDNN on CUDA; dtypes that it does not take, and packings, by `flash_attention`."""
-    if query.dtype not in HALF or packing is not None:
-        return flash_attention(query, key, value, packing)
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa_attention(query, key, value)
 
 
 def cpu_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmtjepa.models.attention import AttentionFunction, choose_attention, choose_teacher_attention
+from dmtjepa.models.attention import AttentionFunction, choose_attention
 from dmtjepa.packing import Packing, pack
 
 HEAD_SIZES = (24, 32, 64, 80)
@@ -63,10 +63,6 @@ if __name__ == "__main__":
     found["sdpa, heads of 12"] = record_all({12: choose_attention("auto", "cuda", 12)})
     if importlib.util.find_spec("xformers") is not None:
         found["auto"] = record_all(choose("auto"))
-    teacher = {head_dim: choose_teacher_attention("auto", "cuda", head_dim) for head_dim in (64, 80)}
-    found["teacher"] = record_all(teacher)
-    found["teacher, float32"] = record_all(teacher, torch.float32)
-    found["teacher, sdpa"] = record_all({64: choose_teacher_attention("sdpa", "cuda", 64)})
     with mock.patch.object(importlib.util, "find_spec", return_value=None):
         found["auto without xFormers"] = record_all(choose("auto"))
     print(json.dumps({"preferred": preferred, "operators": found}))

@@ -22,21 +22,13 @@ def found(start_on):
 def test_attention_never_runs_on_cudnn(found):
     assert found["preferred"] == "CUDNN_ATTENTION"  # PyTorch's own choice; otherwise this test shows nothing
     operators = found["operators"]
-    called = {
-        name for who, kinds in operators.items() if who != "teacher" for names in kinds.values() for name in names
-    }
+    called = {name for kinds in operators.values() for names in kinds.values() for name in names}
     assert not any("cudnn" in name for name in called)
     for name in ("sdpa", "sdpa, compiled", "auto without xFormers"):
         assert operators[name] == {"batch": FLASH, "packed": VARLEN}
     # No flash kernel takes float32, or heads of 12 channels with a mask.
     assert all("efficient" in name for names in operators["sdpa, float32"].values() for name in names)
     assert operators["sdpa, heads of 12"]["batch"] == FLASH
-
-
-def test_a_teacher_runs_on_cudnn_where_that_was_measured_to_be_faster(found):
-    assert all("cudnn" in name for name in found["operators"]["teacher"]["batch"])
-    assert found["operators"]["teacher"]["packed"] == VARLEN
-    assert found["operators"]["teacher, sdpa"] == {"batch": FLASH, "packed": VARLEN}
 
 
 def test_auto_is_xformers(found):
