@@ -18,7 +18,7 @@ setup(
     # dmtjepa/kernels is a link to the folder kernels at the top: a PyPI package is already called `kernels`.
     packages=find_packages(include=["dmtjepa", "dmtjepa.*"]),
     # Likewise, dmtjepa/configs is a link to the folder of settings files.
-    package_data={"dmtjepa": ["py.typed", "configs/*.yaml"]},
+    package_data={"dmtjepa": ["py.typed", "configs/*.yaml"], "dmtjepa.evaluation.page": ["templates/*"]},
     entry_points={"console_scripts": ["dmtjepa = dmtjepa.cli:main"]},
     install_requires=[
         "torch>=2.10",
@@ -35,6 +35,7 @@ setup(
         "tensorboard",
         "safetensors",
         "matplotlib",
+        "jinja2>=3.1",
     ],
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.4"],
