@@ -190,11 +190,12 @@ def short_name(file: str) -> str:
 def provenance(file: str, document: dict) -> list[str]:
     """File, command, versions and commit."""
     changes = " with uncommitted changes" if document["uncommitted_changes"] else ""
+    commit = f"{(document['commit'] or 'unknown')[:7]}{changes}"
     lines = [
         f"`{document['command']}`",
         "",
-        f"`{file}`: {document['date']}, commit {(document['commit'] or 'unknown')[:7]}{changes}, torch {document['torch']}, "
-        f"triton {document['triton']}, Python {document['python']}.",
+        f"`{file}`: {document['date']}, commit {commit}, torch {document['torch']}, triton {document['triton']}, "
+        f"Python {document['python']}.",
     ]
     return [*lines, "", f"Note: {document['note']}."] if "note" in document else lines
 
