@@ -26,6 +26,11 @@ def goals(out: Path, commit: str | None) -> dict[str, bool]:
         document = json.loads(path.read_text())
         if document.get("commit") == commit:
             rows += [row for row in document.get("rows", []) if row.get("correct", True)]  # --time-anyway
+    return decide(rows)
+
+
+def decide(rows: list[dict]) -> dict[str, bool]:
+    """Goals that rows of results decide, and whether they are met."""
     return operator_goals(rows) | target_goals(rows) | step_goals(rows) | data_goals(rows)
 
 

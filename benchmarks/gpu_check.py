@@ -8,7 +8,8 @@ On a machine that has torch and Triton but no package registry: benchmarks/carry
 
 The program writes a folder named after the GPU and the day: the JSON file of each benchmark, the output of each step,
 and `summary.json` with hardware, versions, commit, the steps that passed, and the goals of docs/performance.md that are
-met. Goals of the whole step compare with the official code if a checkout of it is given, otherwise with the reference.
+met; and all of it as tables, `tables.md`. Goals of the whole step compare with the official code if a checkout of it is
+given, otherwise with the reference.
 All files are written as results come. At the end the program prints the command for the steps that it had no time for;
 their results join those of the same commit and day.
 
@@ -31,8 +32,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.goals import goals
-from benchmarks.machine import environment
+from benchmarks.machine import environment, portable_command
 from benchmarks.official import add_official
+from benchmarks.page import find_program, make_page
 from benchmarks.tables import add_time_anyway
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +104,13 @@ def run(step: Step, out: Path, seconds_left: float) -> dict:
     """Run a step, its output into a file; the return code is None if it was stopped or if there was no time for it."""
     seconds = min(step.seconds, seconds_left)
     log = out / f"{step.name}.log"
-    row = {"name": step.name, "command": " ".join(step.command), "return_code": None, "seconds": 0.0, "log": log.name}
+    row = {
+        "name": step.name,
+        "command": portable_command(step.command),
+        "return_code": None,
+        "seconds": 0.0,
+        "log": log.name,
+    }
     if seconds <= 5:
         return row
     start = time.perf_counter()
@@ -132,7 +140,18 @@ def summarize(out: Path, rows: list[dict]) -> dict:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(summary, indent=1) + "\n")
     unfinished.replace(path)
+    (out / "tables.md").write_text(make_page(documents_of(out, summary["commit"])))
     return summary
+
+
+def documents_of(out: Path, commit: str | None) -> dict[str, dict]:
+    """Files of results of a commit that have tables, by their place in the folder `out`."""
+    found = {}
+    for path in sorted(out.rglob("*.json")):
+        document = json.loads(path.read_text())
+        if document.get("commit") == commit and find_program(document) is not None:
+            found[str(path.relative_to(out))] = document
+    return found
 
 
 def write_archive(out: Path, archive: Path, most: int = ARCHIVE_BYTES) -> list[str]:

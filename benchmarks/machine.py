@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -45,7 +45,7 @@ def environment(device: str) -> dict:
     changes = None if os.environ.get("GIT_COMMIT") else git("status", "--porcelain")
 
     return {
-        "command": " ".join(["python", *(os.path.basename(a) if os.path.isabs(a) else a for a in sys.orig_argv[1:])]),
+        "command": portable_command(["python", *sys.orig_argv[1:]]),
         "date": str(date.today()),
         "hardware": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "processor": _processor(),
@@ -57,6 +57,11 @@ def environment(device: str) -> dict:
         "commit": os.environ.get("GIT_COMMIT") or git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
     }
+
+
+def portable_command(arguments: Sequence[str]) -> str:
+    """A command without the folders of the machine it ran on."""
+    return " ".join(os.path.basename(text) if os.path.isabs(text) else text for text in arguments)
 
 
 def _processor() -> str:

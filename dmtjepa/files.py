@@ -53,6 +53,14 @@ def write_json(path: str | os.PathLike[str], values: Any) -> None:
     write_atomically(path, json.dumps(values, indent=1) + "\n")
 
 
+def publish(writing: Path, path: Path) -> None:
+    """Replace `path` by the complete file `writing` on the same file system, which is flushed to disk and renamed."""
+    with writing.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(writing, path)
+    sync_folder(path.parent)
+
+
 def link_or_copy(source: Path, path: Path) -> None:
     """Replace `path` by another name of the file `source`, or by a copy if the file system has no links."""
     writing = path.with_name(f"{WRITING}{path.name}-{secrets.token_hex(4)}")

@@ -28,7 +28,7 @@ COMMANDS = {
     "submit": Command("submit", "train on a SLURM cluster, as a job that requeues itself"),
     "evaluate": Command("evaluate", "measure a run and draw its figures"),
     "show": Command("weights", "print what a checkpoint holds", ("show",)),
-    "export": Command("weights", "write weights for timm, Hugging Face, or the official code", ("export",)),
+    "export": Command("weights", "write weights for timm, Hugging Face, ONNX, ...", ("export",)),
     "verify": Command("weights", "compare a checkpoint with its manifest", ("verify",)),
     "check": Command("check", "read and decode every image of a data set"),
     "shards": Command("shards", "pack images into tar shards"),

@@ -15,8 +15,12 @@ ALIASES = {"released": "official"}  # the name in earlier versions
 LOADING = {
     "timm": 'timm.create_model("local-dir:{out}", pretrained=True)',
     "hf": 'transformers.IJepaModel.from_pretrained("{out}")',
+    "onnx": 'patches, pooled = onnxruntime.InferenceSession("{out}").run(None, {{"images": images}})',
+    "pt2": 'patches, pooled = torch.export.load("{out}").module()(images)',
+    "safetensors": 'dmtjepa.load("{out}"), or safetensors.torch.load_file("{out}")',
     "official": 'torch.load("{out}", weights_only=True)["target_encoder"]',
 }
+FOLDERS = ("timm", "hf")  # the other formats are files
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m dmtjepa.interop") -> int:
@@ -33,16 +37,24 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         "show", help="print what a checkpoint holds", description="Print what a checkpoint holds."
     )
     show.add_argument("source", type=Path, help=SOURCE)
-    text = "write weights for timm, Hugging Face, or the official code"
+    text = "write weights for timm, Hugging Face, ONNX, torch.export, safetensors, or the official code"
     export = commands.add_parser("export", help=text, description=text.capitalize() + ".")
     export.add_argument("source", type=Path, help=SOURCE)
     export.add_argument("--format", choices=(*LOADING, *ALIASES), required=True)
-    export.add_argument("--out", type=Path, required=True, help="folder to write; for `official` the file to write")
+    export.add_argument(
+        "--out", type=Path, required=True, help="folder to write for timm and hf, otherwise the file to write"
+    )
     export.add_argument(
         "--part",
         choices=("target_encoder", "encoder"),
         default="target_encoder",
         help="the teacher (default) or student",
+    )
+    export.add_argument(
+        "--image-size",
+        type=_parse_size,
+        metavar="SIZE",
+        help="height and width that the encoder is written for, 448 or 448x320 (default: those of the training)",
     )
     verify = commands.add_parser(
         "verify",
@@ -54,6 +66,15 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     if options.command == "export":
         options.format = ALIASES.get(options.format, options.format)
     return options
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """Height and width from `448` or `448x320`."""
+    try:
+        height, _, width = text.partition("x")
+        return int(height), int(width or height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write 448, or 448x320 for height x width") from None
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -70,17 +91,27 @@ def _export(options: argparse.Namespace) -> int:
     from dmtjepa.interop.sources import find_image_size, find_source
 
     path, out = find_source(options.source), options.out
-    if out.exists() and (options.format == "official" or any(out.iterdir())):
+    if out.exists() and (options.format not in FOLDERS or out.is_file() or any(out.iterdir())):
         raise interop.WeightsError(f"{out} already exists; choose another --out")
-    if options.format == "official" and path.is_dir():
-        interop.export_checkpoint(path, out)
-    elif options.format == "official":
-        interop.export_official(interop.read_checkpoint(path), out)
+    if options.format == "official":
+        if options.image_size is not None:
+            raise interop.WeightsError("--format official keeps the image size of the training; omit --image-size")
+        if path.is_dir():
+            interop.export_checkpoint(path, out)
+        else:
+            interop.export_official(interop.read_checkpoint(path), out)
     else:
         weights = interop.get_part(interop.read_checkpoint(path), options.part, path)
         interop.check_finite(weights, f"{options.part} of {path}")
-        encoder = interop.build_encoder(weights, path, image_size=find_image_size(options.source))
-        {"timm": interop.export_timm, "hf": interop.export_huggingface}[options.format](encoder, out)
+        size = options.image_size or find_image_size(options.source)
+        encoder = interop.build_encoder(weights, path, image_size=size)
+        {
+            "timm": interop.export_timm,
+            "hf": interop.export_huggingface,
+            "onnx": interop.export_onnx,
+            "pt2": interop.export_program,
+            "safetensors": interop.export_safetensors,
+        }[options.format](encoder, out)
     print(f"wrote {out}\nload it with:\n  {LOADING[options.format].format(out=out)}")
     return 0
 

@@ -1,7 +1,9 @@
-"""Weights in and out: the official `.pth.tar` layout, timm, Hugging Face."""
+"""Weights in and out: the official `.pth.tar` layout, timm, Hugging Face, safetensors, ONNX, `torch.export`."""
 
 from dmtjepa.interop.huggingface import export_huggingface
+from dmtjepa.interop.model_folder import export_safetensors
 from dmtjepa.interop.official import export_checkpoint, export_official, write_official
+from dmtjepa.interop.programs import export_onnx, export_program
 from dmtjepa.interop.timm import export_timm
 from dmtjepa.interop.weights import (
     EncoderShape,
@@ -24,6 +26,9 @@ __all__ = [
     "export_checkpoint",
     "export_huggingface",
     "export_official",
+    "export_onnx",
+    "export_program",
+    "export_safetensors",
     "export_timm",
     "get_part",
     "load_model",

@@ -1,7 +1,8 @@
-"""A folder of `config.json` and `model.safetensors`: how timm and Hugging Face store an encoder."""
+"""A folder of `config.json` and `model.safetensors`, as timm and Hugging Face store an encoder; or that file alone."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dmtjepa.files import write_atomically, write_json
+from dmtjepa.interop.errors import WeightsError
 from dmtjepa.interop.weights import check_finite
 from dmtjepa.models import VisionTransformer
+from dmtjepa.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 RESIZED_SHARE = 256 / 224
 """Shorter side of the resized image over that of the central crop, as in this project's evaluation."""
@@ -27,6 +30,19 @@ def resized_side(encoder: VisionTransformer) -> int:
     return round(max(image_size(encoder)) * RESIZED_SHARE)
 
 
+def describe_preprocessing(encoder: VisionTransformer) -> dict[str, Any]:
+    """How pixels become the input of the encoder, for formats that have no description of their own."""
+    return {
+        "resize_shorter_side": resized_side(encoder),
+        "interpolation": "bilinear, antialiased",
+        "center_crop": list(image_size(encoder)),
+        "divide_by": 255,
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "layout": "RGB, [batch, channel, row, column]",
+    }
+
+
 def hidden_dim(encoder: VisionTransformer) -> int:
     return encoder.state_dict()["blocks.0.mlp.fc1.weight"].shape[0]
 
@@ -39,9 +55,30 @@ def write_model_folder(
     Raises:
         WeightsError: a weight is not finite; nothing was written.
     """
-    check_finite(weights, "the encoder")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().float().contiguous() for name, value in weights.items()}
-    write_atomically(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    _write_weights(folder / "model.safetensors", weights, {"format": "pt"})
     for name, description in descriptions.items():
         write_json(folder / name, description)
+
+
+def export_safetensors(encoder: VisionTransformer, path: Path) -> None:
+    """Write `path`, the weights under this project's names, which are timm's, with the preprocessing in the metadata.
+
+    Raises:
+        WeightsError: the name does not end with `.safetensors`, or a weight is not finite; nothing was written.
+    """
+    check_suffix(path, ".safetensors")
+    metadata = {"format": "pt", "preprocessing": json.dumps(describe_preprocessing(encoder))}
+    _write_weights(path, encoder.state_dict(), metadata)
+
+
+def check_suffix(path: Path, suffix: str) -> None:
+    """Refuse the name of a file that other programs would not recognise. Raises WeightsError."""
+    if path.suffix != suffix:
+        raise WeightsError(f"{path}: a file of this format has a name that ends with {suffix}")
+
+
+def _write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    check_finite(weights, "the encoder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().float().contiguous() for name, value in weights.items()}
+    write_atomically(path, save(tensors, metadata=metadata))

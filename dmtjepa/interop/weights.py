@@ -261,7 +261,8 @@ def build_encoder(
             the position embedding is made for; it is resampled to any other size, see `load_weights`.
 
     Raises:
-        WeightsError: the weights are of no architecture known here, or the grid is not square and no size is given.
+        WeightsError: the weights are of no architecture known here, the grid is not square and no size is given, or
+            the size is not a multiple of the patch size.
     """
     weights = _strip(weights)
     shape = describe_encoder(weights)
@@ -273,7 +274,10 @@ def build_encoder(
             raise WeightsError(f"{source} holds {shape}: give the image size it was trained on")
         image_size = side * shape.patch_size
     size: dict[str, Any] = dict(ARCHITECTURES[shape.model_name])
-    encoder = VisionTransformer(image_size, shape.patch_size, **size, attention=attention, device_type=device_type)
+    try:
+        encoder = VisionTransformer(image_size, shape.patch_size, **size, attention=attention, device_type=device_type)
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from error
     load_weights(encoder, weights, source)
     return encoder
 

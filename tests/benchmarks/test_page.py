@@ -1,0 +1,74 @@
+"""Pages of measured numbers are those of the files in benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_check, machine, page
+from benchmarks.step import attention
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+
+
+def test_the_page_of_the_h200_is_made_from_its_files():
+    documents = {path.name: json.loads(path.read_text()) for path in RESULTS.glob("nvidia-h200-*.json")}
+    assert (ROOT / "docs/h200.md").read_text() == page.make_page(documents), (
+        "python -m benchmarks.page benchmarks/results/nvidia-h200-*.json > docs/h200.md"
+    )
+
+
+def document(**more) -> dict:
+    row = {"workload": "ViT-huge/14 B=128", "provider": "project bfloat16 compiled", "correct": True}
+    row |= {"ms": 200.04, "images_per_s": 640.0, "mfu": 0.49}
+    return {
+        "command": "python -m benchmarks.step.speed --out results", "hardware": "NVIDIA H100", "commit": "a" * 40,
+        "uncommitted_changes": False, "date": "2026-11-26", "torch": "2", "triton": "3", "python": "3.12",
+        "rows": [row], **more,
+    }  # fmt: skip
+
+
+def test_a_page_has_measurement_prediction_and_goal():
+    text = page.make_page({"step.json": document()})
+    assert "| ViT-huge/14 B=128 | project bfloat16 compiled | 200.0 | - | 640 | 49.0% |" in text
+    assert "| 182 | 212 |" in text
+    assert "| met | ViT-huge/14 B=128: MFU of at least 48% (49.0%) |" in text
+
+
+def test_a_page_refuses_other_programs_and_several_gpus():
+    with pytest.raises(ValueError, match=r"no table for other\.json"):
+        page.make_page({"other.json": document(command="python -m benchmarks.data.masks")})
+    with pytest.raises(ValueError, match="one GPU"):
+        page.make_page({"a.json": document(), "b.json": document(hardware="NVIDIA H200")})
+
+
+def test_a_check_has_tables_of_its_own_commit(tmp_path):
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/step.json").write_text(json.dumps(document()))
+    (tmp_path / "old.json").write_text(json.dumps(document(commit="b" * 40)))
+    (tmp_path / "masks.json").write_text(json.dumps(document(command="python -m benchmarks.data.masks")))
+    assert list(gpu_check.documents_of(tmp_path, "a" * 40)) == ["others/step.json"]
+
+
+def test_a_copied_tree_names_its_commit(monkeypatch):
+    monkeypatch.setenv("GIT_COMMIT", "c" * 40)
+    found = machine.environment("cpu")
+    assert (found["commit"], found["uncommitted_changes"]) == ("c" * 40, None)
+
+
+def test_a_command_does_not_name_folders_of_the_machine():
+    assert machine.portable_command(["/opt/bin/python3", "-m", "x", "--out", "/home/me/results", "b/c"]) == (
+        "python3 -m x --out results b/c"
+    )
+
+
+@pytest.mark.parametrize(("milliseconds", "expected"), [(0.97, {64: "sdpa"}), (0.99, {})])
+def test_an_attention_kernel_must_be_faster_by_more_than_noise(milliseconds, expected):
+    rows = [
+        {"head_size": 64, "kernel": kernel, "correct": True, "ms": ms}
+        for kernel, ms in (("xformers", 1.0), ("sdpa", milliseconds))
+    ]
+    assert attention.choices(rows) == expected
