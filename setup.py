@@ -18,7 +18,7 @@ setup(
     # dmtjepa/kernels is a link to the folder kernels at the top: a PyPI package is already called `kernels`.
     packages=find_packages(include=["dmtjepa", "dmtjepa.*"]),
     # Likewise, dmtjepa/configs is a link to the folder of settings files.
-    package_data={"dmtjepa": ["py.typed", "configs/*.yaml"]},
+    package_data={"dmtjepa": ["py.typed", "configs/*.yaml"], "dmtjepa.evaluation.page": ["templates/*"]},
     entry_points={"console_scripts": ["dmtjepa = dmtjepa.cli:main"]},
     install_requires=[
         "torch>=2.10",
@@ -35,10 +35,12 @@ setup(
         "tensorboard",
         "safetensors",
         "matplotlib",
+        "jinja2>=3.1",
     ],
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.4"],
         "export": ["timm>=1.0", "transformers>=5.0", "onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "dev": [
             "pytest>=8",
             "pytest-timeout",

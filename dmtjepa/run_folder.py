@@ -12,7 +12,7 @@
     rollbacks.json               how often a collapsed run went back to an earlier checkpoint (`runtime.on_collapse`)
     {tag}-best.pth.tar           the encoders of the best evaluation during training (evaluation.keep_best)
     not_finite/                  the state after a loss that was not finite: a checkpoint, and steps.json
-    report/                      what `dmtjepa evaluate` writes
+    report/                      what `dmtjepa evaluate` writes: report.html, report.md, report.json and figures
     .lock                        held while a run writes into the folder
 
 `tag` is `logging.write_tag`.
@@ -49,6 +49,8 @@ class RunFolderError(UserError, ValueError):
 
 
 LOCK = ".lock"
+PAGE = "report.html"
+"""Name of the page in the folder of a report."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class RunFolder:
     @property
     def report(self) -> Path:
         return self.path / "report"
+
+    @property
+    def report_file(self) -> Path:
+        """The numbers of the report, for programs."""
+        return self.report / "report.json"
 
     @property
     def latest_export(self) -> Path:

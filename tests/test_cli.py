@@ -131,6 +131,7 @@ def test_a_wheel_is_whole(tmp_path):
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "dmtjepa").rglob("*.py")}
     code |= {f"dmtjepa/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     code |= {f"dmtjepa/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} | {"dmtjepa/py.typed"}
+    code |= {str(path.relative_to(ROOT)) for path in (ROOT / "dmtjepa" / "evaluation" / "page" / "templates").iterdir()}
     assert code <= names
     assert not {name for name in names if name.startswith(("tests/", "benchmarks/", "experiments/", "tools/"))}
     metadata = next(name for name in names if name.endswith("entry_points.txt"))

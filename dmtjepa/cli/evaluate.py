@@ -1,4 +1,4 @@
-"""`dmtjepa evaluate RUN`: measure the teacher of a run, and write RUN/report/."""
+"""`dmtjepa evaluate RUN`: measure the teacher of a run, and write RUN/report/, with report.html to look at."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def measure(options: argparse.Namespace) -> int:
     table = format_table(report)
     print(f"\n{table}\n" if table else "")
     print("\n".join(format_verdict(report)))
-    print(f"\nwritten: {out}/report.md, report.json, {', '.join(Path(f).name for f in report.files[2:])}")
+    print(f"\nwritten: {out}/report.html, {', '.join(Path(f).name for f in report.files[1:])}")
     print("next:")
-    print(f"  look at {out}/report.png")
+    print(f"  open {out}/report.html in a browser")
     print(f"  dmtjepa export {options.run} --format hf --out {out.parent}/hf   # or timm, official")
     print(f"  dmtjepa evaluate {options.run} --data FOLDER   # measure on other labelled images")
     return 0

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dmtjepa.arguments import USAGE, add_settings, parse_with_overrides
 from dmtjepa.cli.exit_status import run_command
@@ -126,7 +126,7 @@ def read_configs(options: argparse.Namespace) -> dict[str, Config]:
     return dict(configs)
 
 
-def submit(options: argparse.Namespace, configs: Sequence[Config]) -> list[submitit.Job]:
+def submit(options: argparse.Namespace, configs: Sequence[Config]) -> list[submitit.Job[Any]]:
     """Submit one job for each run.
 
     Raises:

@@ -45,8 +45,8 @@ class Report:
     sizes: np.ndarray = field(
         default_factory=lambda: np.empty((0, 2), np.int64)
     )  # (width, height) of those that decode
-    formats: Counter = field(default_factory=Counter)
-    modes: Counter = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
     corrupt: list[tuple[str, str]] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Drawing into matplotlib axes: loss, accuracy, masks, neighbours, principal components of patch features.
+"""Drawing into matplotlib axes: loss, accuracy, masks, neighbours, principal components, nearest images, segmentation.
 
 Every `draw_*` function draws into the axes or the figure that it is given; nothing is written to disk here.
 """
@@ -18,10 +18,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
+from dmtjepa.evaluation.retrieval import NearestImages
+from dmtjepa.evaluation.segmentation import VOID, SegmentedImages
+
 CONTEXT_COLOR = "#2b6cb0"
 BLOCK_COLORS = ("#e8590c", "#2f9e44", "#c2255c", "#f2b705", "#7048e8", "#0c8599")
 QUERY_COLORS = ("#ffd43b", "#ff6b6b", "#69db7c", "#74c0fc", "#f783ac")
 BAR_COLORS = {"trained": "#2b6cb0", "student": "#90cdf4", "untrained": "#adb5bd", "pixels": "#dee2e6"}
+RIGHT_COLOR, WRONG_COLOR = "#2f9e44", "#e03131"
 SMOOTHING = 0.02
 """The smoothed loss averages over this share of the run; over at least 5 steps if the run has 25."""
 ARROW = {"arrowstyle": "-|>", "color": "#212529", "shrinkA": 0, "shrinkB": 0}
@@ -245,6 +249,59 @@ def draw_pca_rows(
         row[0].set_ylabel(name, fontsize=11)
         for axes, colors in zip(row, pca_colors(features, grid_size), strict=True):
             draw_pca(axes, colors, (height, width))
+
+
+def draw_nearest_rows(figure: FigureBase, images: Tensor, nearest: NearestImages) -> None:
+    """A row for each image [B,3,H,W]: the image and its nearest ones; with labels, a frame tells who has its class."""
+    figure.suptitle(
+        "Nearest images by the pooled features of the trained teacher, the most similar first"
+        + (": green frames have the same class" if nearest.classes is not None else ""),
+        fontsize=12,
+    )
+    grid = figure.subplots(len(images), 1 + nearest.images.shape[1], squeeze=False)
+    for b, row in enumerate(grid):
+        draw_image(row[0], images[b])
+        row[0].set_title("image" if nearest.query_classes is None else _shorten(nearest.query_classes[b]), fontsize=8)
+        for k, axes in enumerate(row[1:]):
+            draw_image(axes, nearest.images[b, k])
+            if nearest.classes is None or nearest.query_classes is None:
+                axes.set_title(f"{nearest.similarity[b, k]:.2f}", fontsize=8)
+                continue
+            same = nearest.classes[b][k] == nearest.query_classes[b]
+            axes.set_title(_shorten(nearest.classes[b][k]), fontsize=8)
+            axes.spines[:].set(color=RIGHT_COLOR if same else WRONG_COLOR, linewidth=2.5)
+
+
+def draw_segmentation_rows(figure: FigureBase, segmented: SegmentedImages) -> None:
+    """Images in a row, their masks, and a row of predicted patches for each kind of features."""
+    figure.suptitle("Segmentation by a linear probe of patches: a colour for each class, black is void", fontsize=12)
+    height, width = segmented.images.shape[-2:]
+    grid = figure.subplots(2 + len(segmented.predicted), len(segmented.images), squeeze=False)
+    for axes, image in zip(grid[0], segmented.images, strict=True):
+        draw_image(axes, image)
+    rows = {"mask": segmented.masks, **segmented.predicted}
+    for name, row in zip(("image", *rows), grid, strict=True):
+        row[0].set_ylabel(name, fontsize=11)
+    for row, classes in zip(grid[1:], rows.values(), strict=True):
+        for axes, labels in zip(row, classes, strict=True):
+            draw_pca(axes, color_classes(labels), (height, width))
+
+
+def color_classes(labels: Tensor) -> np.ndarray:
+    """Colours uint8 [H,W,3] of class numbers, integers [H,W]: 0, the background, is pale, and 255, void, black."""
+    from matplotlib import colormaps
+
+    palette = np.array(colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    numbers = labels.numpy().astype(int)
+    colors = (255 * palette[(numbers - 1) % len(palette)]).round().astype(np.uint8)
+    colors[numbers == 0] = 233
+    colors[numbers == VOID] = 0
+    return colors
+
+
+def _shorten(name: str) -> str:
+    # A dollar sign would begin a formula.
+    return (name if len(name) <= 18 else f"{name[:17]}…").replace("$", r"\$")
 
 
 def _add_row(figure: FigureBase, count: int) -> Sequence[Axes]:

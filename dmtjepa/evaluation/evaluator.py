@@ -22,7 +22,7 @@ from dmtjepa.evaluation.features import autocast, average_fields, average_patche
 from dmtjepa.evaluation.knn import DINO_NEIGHBORS, knn_accuracy, standardize
 from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
 from dmtjepa.evaluation.ranks import Ranks
-from dmtjepa.evaluation.segmentation import find_mask, find_masked, read_mask, score_segmentation
+from dmtjepa.evaluation.segmentation import find_mask, find_masked, read_mask, segment
 from dmtjepa.evaluation.splits import Splits, find_splits
 from dmtjepa.models import VisionTransformer
 
@@ -240,13 +240,11 @@ class Evaluator:
     ) -> dict[str, float]:
         self._on_progress()
         try:
-            scores = score_segmentation(
-                train_patches, train_masks, patches, masks, self._config.grid_size, device=self._device
-            )
+            found = segment(train_patches, train_masks, patches, masks, self._config.grid_size, device=self._device)
         except EvaluationError as error:
             logger.warning("segmentation is not measured: %s", error)
             return {}
-        return {f"{key.prefix}miou": scores.mean_iou}
+        return {f"{key.prefix}miou": found.scores.mean_iou}
 
 
 def _digest(source: ImageSource) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from dmtjepa.config import Config
 from dmtjepa.data import build_eval_loader
 from dmtjepa.evaluation.context import EvaluationContext
-from dmtjepa.evaluation.features import extract_patches
+from dmtjepa.evaluation.features import average_patches, extract_patches
 from dmtjepa.evaluation.figures import FigureData
+from dmtjepa.evaluation.retrieval import FeaturedImages, find_nearest
+from dmtjepa.evaluation.segmentation import SegmentedImages
 from dmtjepa.evaluation.splits import subsample
 from dmtjepa.kernels import select_neighbors
 from dmtjepa.masks import MaskSampler
@@ -30,6 +33,7 @@ def collect_figure_data(
     loss: LossCurve | None,
     accuracy: Mapping[str, Mapping[int, float]],
     chance: float | None,
+    segmented: SegmentedImages | None = None,
 ) -> FigureData:
     """Images of the validation split with their masks, neighbours and patch features; the rest is passed through.
 
@@ -37,13 +41,14 @@ def collect_figure_data(
         loss: the loss curve of the run, None if it has none.
         accuracy: name of the features -> {k: k-NN accuracy}, empty if it was not measured.
         chance: share of the most frequent class.
+        segmented: images with masks, None if there are none.
     """
     config = context.config
-    source = subsample(context.splits.validation, NUM_SHOWN)
-    batches = [batch for batch, _, _ in build_eval_loader(source, config.data.image_size, NUM_SHOWN)]
-    if not batches:  # all of these images are corrupt
-        return FigureData(grid_size=config.grid_size, loss=loss, accuracy=accuracy or None, chance=chance)
-    images = torch.cat(batches)
+    images, labels, names = load_shown(context)
+    if not names:  # all of these images are corrupt
+        return FigureData(
+            grid_size=config.grid_size, loss=loss, accuracy=accuracy or None, chance=chance, segmented=segmented
+        )
     patches = {
         name: extract_patches(encoder, images, device=context.device) for name, encoder in context.encoders.items()
     }
@@ -52,6 +57,7 @@ def collect_figure_data(
     if config.patch.local_agg_head:
         query_index = pick_queries(config.grid_size)
         neighbor_index = select_query_neighbors(patches["trained"], query_index, config)
+    average = average_patches(patches["trained"])
     centered = {name: patches[name] - mean_patches(context, encoder) for name, encoder in context.encoders.items()}
     return FigureData(
         grid_size=config.grid_size,
@@ -66,7 +72,36 @@ def collect_figure_data(
         loss=loss,
         accuracy=accuracy or None,
         chance=chance,
+        segmented=segmented,
+        names=names,
+        labels=labels,
+        features=average,
     )
+
+
+def load_shown(context: EvaluationContext) -> tuple[Tensor, Tensor | None, list[str]]:
+    """The images of the validation split that figures show: uint8 [B,3,H,W], labels [B] or None, and names [B].
+
+    Those that are corrupt are left out.
+    """
+    source = subsample(context.splits.validation, NUM_SHOWN)
+    batches = list(build_eval_loader(source, context.config.data.image_size, NUM_SHOWN))
+    if not batches:
+        return torch.empty(0), None, []
+    images, labels, names = batches[0]
+    return images, labels, names
+
+
+def add_nearest(figures: FigureData, context: EvaluationContext, gallery: FeaturedImages) -> FigureData:
+    """The same figures, and the nearest images of those that are shown.
+
+    Raises:
+        NotMeasuredError: as `find_nearest`.
+    """
+    if figures.names is None or figures.features is None:
+        return figures
+    labels = None if context.splits.unlabelled is not None else figures.labels
+    return replace(figures, nearest=find_nearest(context, gallery, figures.features, figures.names, labels))
 
 
 def pick_queries(grid_size: tuple[int, int]) -> Tensor:

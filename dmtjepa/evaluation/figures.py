@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dmtjepa.evaluation.retrieval import NearestImages
+from dmtjepa.evaluation.segmentation import SegmentedImages
 from dmtjepa.files import open_atomically
 from dmtjepa.step_csv import LossCurve
 
@@ -34,6 +36,8 @@ class FigureData:
     query_index: [Q], patches whose neighbours are shown; neighbor_index: [B,Q,K], most similar first, -1 if missing.
     patches, untrained_patches: float [B,N,D], patch features minus their mean at each position.
     accuracy: name of the features -> {k: accuracy from 0 to 1}; chance: share of the most frequent class.
+    segmented: images with masks. nearest: the nearest images of `images`.
+    names: [B], labels: int64 [B], features: float [B,D], pooled; of `images`.
     """
 
     grid_size: tuple[int, int]
@@ -48,6 +52,11 @@ class FigureData:
     loss: LossCurve | None = None
     accuracy: Mapping[str, Mapping[int, float]] | None = None
     chance: float | None = None
+    segmented: SegmentedImages | None = None
+    nearest: NearestImages | None = None
+    names: Sequence[str] | None = None
+    labels: Tensor | None = None
+    features: Tensor | None = None
 
 
 def save_figures(data: FigureData, folder: Path, title: str) -> list[Path]:
@@ -105,13 +114,25 @@ def _make_panels(data: FigureData) -> list[_Panel]:
     if data.accuracy:
         draw = partial(drawing.draw_accuracy, accuracy=data.accuracy, chance=data.chance)
         panels.append(_Panel("accuracy", 3.8, lambda figure: draw(figure.subplots())))
-    if data.images is None:
-        return panels
-    height, width = data.images.shape[-2:]
-    strip = WIDTH / len(data.images) * height / width
+    if data.images is not None:
+        panels += _make_image_panels(data, data.images)
+    if data.segmented is not None:
+        num_images, _, height, width = data.segmented.images.shape
+        rows = 2 + len(data.segmented.predicted)
+        draw_rows = partial(drawing.draw_segmentation_rows, segmented=data.segmented)
+        panels.append(_Panel("segmentation", rows * WIDTH / num_images * height / width + 0.6, draw_rows))
+    return panels
+
+
+def _make_image_panels(data: FigureData, images: Tensor) -> list[_Panel]:
+    from dmtjepa.evaluation import drawing
+
+    panels: list[_Panel] = []
+    height, width = images.shape[-2:]
+    strip = WIDTH / len(images) * height / width
 
     def add(name: str, height: float, draw: Callable[..., None], **shown: Any) -> None:
-        panels.append(_Panel(name, height, partial(draw, images=data.images, grid_size=data.grid_size, **shown)))
+        panels.append(_Panel(name, height, partial(draw, images=images, grid_size=data.grid_size, **shown)))
 
     if data.target_index is not None and data.context_index is not None:
         shown = {"context_index": data.context_index, "target_index": data.target_index}
@@ -124,4 +145,9 @@ def _make_panels(data: FigureData) -> list[_Panel]:
         if data.untrained_patches is not None:
             patches["untrained"] = data.untrained_patches
         add("pca", (1 + len(patches)) * strip + 0.6, drawing.draw_pca_rows, patches=patches)
+    if data.nearest is not None:
+        num_queries, num_nearest = data.nearest.images.shape[:2]
+        row = WIDTH / (1 + num_nearest) * height / width + 0.2
+        draw_rows = partial(drawing.draw_nearest_rows, images=images, nearest=data.nearest)
+        panels.append(_Panel("nearest", num_queries * row + 0.6, draw_rows))
     return panels

@@ -1,9 +1,9 @@
-"""The contents of a report, and their text: the table and the sentences that are printed, and report.md."""
+"""The contents of a report, and the table and the sentences that are printed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +75,13 @@ def format_table(report: Report) -> str:
 
 
 def format_verdict(report: Report) -> list[str]:
-    """Sentences on the gain over the baselines, on collapse, and on what was skipped."""
+    """Sentences on the gain over the baselines, on collapse, on the training, and on what was skipped."""
+    training = [f"training: {sentence}" for sentence in report.verdict]
+    return [*format_results(report), *training, *report.notes, *(f"skipped {reason}" for reason in report.skipped)]
+
+
+def format_results(report: Report) -> list[str]:
+    """Sentences on the gain over the baselines, and on collapse."""
     lines = []
     if report.knn:
         # Each kind of features at its own best k: the best k of the trained features alone would favour them.
@@ -109,156 +115,21 @@ def format_verdict(report: Report) -> list[str]:
             f"{state}: effective rank {numbers['effective_rank']:.1f} of {numbers['num_dimensions']}, "
             f"mean cosine {numbers['mean_cosine']:.2f}"
         )
-    lines += [f"training: {sentence}" for sentence in report.verdict]
-    return [*lines, *report.notes, *(f"skipped {reason}" for reason in report.skipped)]
-
-
-def format_markdown(report: Report, figures: Sequence[str]) -> str:
-    """The report as Markdown; `figures` are the names of PNG files in the same folder, the composite first."""
-    lines = _format_header(report)
-    for section in (
-        _format_accuracy(report),
-        _format_protocols(report),
-        _format_low_shot(report),
-        _format_segmentation(report),
-        _format_collapse(report),
-    ):
-        if section:
-            lines += ["", *section]
-    if figures:
-        lines += ["", "## Figures", "", f"![loss, accuracy, masks, neighbours, principal components]({figures[0]})"]
-    return "\n".join(lines) + "\n"
-
-
-def _format_header(report: Report) -> list[str]:
-    run, data = report.run, report.data
-    size = "x".join(map(str, run["image_size"]))
-    epoch = f" after epoch {run['epoch']}" if run["epoch"] is not None else ""
-    classes = f" of {data['classes']} classes" if data["classes"] else ""
-    lines = [
-        f"# Report of {run['folder']}",
-        "",
-        f"{run['model']}, patches of {run['patch_size']} in images of {size} pixels, {run['parameters'] / 1e6:.1f} M "
-        f"parameters; teacher of `{run['checkpoint']}`{epoch}; seed {run['seed']}, torch {run['torch']}.",
-        "",
-        f"Data: {data['description']}: {data['train_images']} training images and {data['validation_images']} "
-        f"validation images{classes}.",
-        "",
-        *(f"- {line}" for line in format_verdict(report)),
-    ]
-    if report.loss:
-        lines.append(
-            f"- loss {report.loss['first']:.4f} -> {report.loss['last']:.4f} over {report.loss['steps']} logged steps"
-        )
     return lines
-
-
-def _format_accuracy(report: Report) -> list[str]:
-    if not report.knn and not report.linear:
-        return []
-    ks = list(next(iter(report.knn.values()), {}))
-    rows = []
-    for name in report.knn or report.linear:
-        cells = [f"{100 * report.knn[name][k]:.1f} ({100 * report.knn_plain[name][k]:.1f})" for k in ks]
-        probes = [
-            f"{100 * probe[name]:.1f} ± {_error(probe[name], report)}" if name in probe else "-"
-            for probe in (report.linear, report.attentive)
-        ]
-        rows.append([name, *cells, *probes])
-    for name, values in report.knn_layout.items():
-        rows.append([f"{name}, with layout", *(f"{100 * values[k]:.1f}" for k in ks), "-", "-"])
-    return [
-        "## Accuracy (%)",
-        "",
-        "Frozen, average-pooled features. `trained` is the teacher, `untrained` the same network before the first",
-        "step; `pixels` is the image itself, averaged to at most 32x32. Votes are weighted with temperature 0.07 (in",
-        "brackets: unweighted). ± is the standard error over the validation images.",
-        "`with layout` concatenates averages over a 4x4 grid of the image: pixels keep the layout, pooled features do",
-        "not.",
-        "",
-        *_format_rows(["features", *(f"k-NN, k = {k}" for k in ks), "linear probe", "attentive probe"], rows),
-        "",
-        f"The most frequent class alone gives {100 * report.data['most_frequent_class']:.1f}.",
-    ]
-
-
-def _format_protocols(report: Report) -> list[str]:
-    if not report.protocols:
-        return []
-    names = list(dict.fromkeys(name for scores in report.protocols.values() for name in scores))
-    rows = [
-        [protocol, *(f"{100 * scores[name]:.1f}" if name in scores else "-" for name in names)]
-        for protocol, scores in report.protocols.items()
-    ]
-    return [
-        "## Protocols of papers (%)",
-        "",
-        "I-JEPA (arXiv 2301.08243): averages over patches of the last layer, or of the last four concatenated; fitted",
-        "by L-BFGS without augmentation. DINO (arXiv 2104.14294): features are not standardised, temperature 0.07.",
-        "",
-        *_format_rows(["protocol", *names], rows),
-    ]
-
-
-def _format_low_shot(report: Report) -> list[str]:
-    if not report.low_shot:
-        return []
-    names = list(dict.fromkeys(name for scores in report.low_shot.values() for name in scores))
-    rows = []
-    for labels, scores in report.low_shot.items():
-        cells = [f"{100 * scores[name]['mean']:.1f} ± {100 * scores[name]['std']:.1f}" for name in names]
-        rows.append([f"{labels} ({next(iter(scores.values()))['num_images']} images)", *cells])
-    header = ["labelled training images", *names]
-    return ["## Low-shot linear probe (%): mean ± deviation of three draws", "", *_format_rows(header, rows)]
-
-
-def _format_segmentation(report: Report) -> list[str]:
-    if not report.segmentation:
-        return []
-    rows = [
-        [
-            name,
-            f"{100 * scores['mean_iou']:.1f} ± {100 * scores['mean_iou_error']:.1f}",
-            f"{100 * scores['object_iou']:.1f}",
-        ]
-        for name, scores in report.segmentation.items()
-    ]
-    header = ["features", "mean IoU over classes", "IoU of object against background"]
-    return ["## Segmentation by a linear probe of patches (%)", "", *_format_rows(header, rows)]
-
-
-def _format_collapse(report: Report) -> list[str]:
-    if not report.collapse:
-        return []
-    rows = [
-        [
-            name,
-            f"{numbers['effective_rank']:.1f} of {numbers['num_dimensions']}",
-            f"{numbers['effective_rank_centered']:.1f}",
-            f"{numbers['feature_std']:.4f}",
-            f"{numbers['feature_std_min']:.4f}",
-            f"{numbers['mean_cosine']:.3f}",
-        ]
-        for name, numbers in report.collapse.items()
-    ]
-    header = ["features", "effective rank", "centred", "std per dimension, mean", "smallest", "mean cosine"]
-    return ["## Collapse", "", *_format_rows(header, rows)]
 
 
 def _best_accuracy(accuracy: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
     return {name: max(values.values()) for name, values in accuracy.items()}
 
 
+def accuracy_error(accuracy: float, num_images: int) -> float:
+    """Standard error of an accuracy, a share from 0 to 1 of so many images."""
+    return math.sqrt(accuracy * (1 - accuracy) / max(num_images, 1))
+
+
 def _error(accuracy: float, report: Report) -> str:
-    """Standard error of an accuracy over the validation images, in percent."""
-    return f"{100 * math.sqrt(accuracy * (1 - accuracy) / report.data['validation_images']):.1f}"
+    return f"{100 * accuracy_error(accuracy, report.data['validation_images']):.1f}"
 
 
 def _gain(best: Mapping[str, float], baseline: str) -> str:
     return f"{100 * (best['trained'] - best[baseline]):+.1f}"
-
-
-def _format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]

@@ -19,7 +19,14 @@ from dmtjepa.evaluation.features import LAYOUT_SIDE, Features, extract_features,
 from dmtjepa.evaluation.knn import DINO_NEIGHBORS, knn_accuracy, standardize
 from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
 from dmtjepa.evaluation.low_shot import measure_low_shot
-from dmtjepa.evaluation.segmentation import find_mask, find_masked, read_mask, score_segmentation
+from dmtjepa.evaluation.segmentation import (
+    SegmentationScores,
+    SegmentedImages,
+    find_mask,
+    find_masked,
+    read_mask,
+    segment,
+)
 from dmtjepa.evaluation.splits import subsample
 from dmtjepa.models import VisionTransformer
 from dmtjepa.models.vit import patchify
@@ -222,8 +229,13 @@ def measure_attentive(context: EvaluationContext) -> dict[str, float]:
     return accuracy
 
 
-def measure_segmentation(context: EvaluationContext) -> dict[str, dict[str, float]]:
+def measure_segmentation(
+    context: EvaluationContext, *, num_shown: int
+) -> tuple[dict[str, SegmentationScores], SegmentedImages]:
     """Scores of a linear probe of patches against pixel masks, by name of the encoder, and of the pixels of patches.
+
+    Args:
+        num_shown: so many images, evenly spaced, are returned with what was predicted.
 
     Raises:
         NotMeasuredError: there are no masks, or they cannot be used.
@@ -231,21 +243,23 @@ def measure_segmentation(context: EvaluationContext) -> dict[str, dict[str, floa
     train, validation = (find_masked(source) for source in (context.splits.train, context.splits.validation))
     if not len(train) or not len(validation):
         raise NotMeasuredError("segmentation: there are no pixel masks beside the images (see docs/evaluation.md)")
-    scores = {}
+    scores, predicted = {}, {}
     try:
         (train_images, train_masks), (images, masks) = (_load_masked(context, split) for split in (train, validation))
-        grid_size = context.config.grid_size
+        shown = np.unique(np.linspace(0, len(masks) - 1, num_shown).round().astype(int))
         for name, encoder in [*context.encoders.items(), ("pixels", None)]:
             train_patches, patches = (
                 torch.cat([_encode_patches(context, encoder, batch) for batch in batches])
                 for batches in (train_images, images)
             )
-            scores[name] = asdict(
-                score_segmentation(train_patches, train_masks, patches, masks, grid_size, device=context.device)
-            )
+            grid_size = context.config.grid_size
+            found = segment(train_patches, train_masks, patches, masks, grid_size, device=context.device)
+            scores[name] = found.scores
+            if name != "student":  # it looks as the teacher does
+                predicted[name] = found.predicted[shown]
     except (EvaluationError, OSError) as error:
         raise NotMeasuredError(f"segmentation: {error}") from error
-    return scores
+    return scores, SegmentedImages(torch.cat(images)[shown], masks[shown], predicted)
 
 
 def summarize_loss(curve: LossCurve) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The report of a run, written as report.md, report.json and PNG files.
+"""The report of a run, written as report.html, report.md, report.json and PNG files.
 
 It compares teacher and student with the untrained network and with raw pixels: k-NN, linear, attentive and low-shot
 accuracy, collapse numbers, segmentation if there are masks, and figures.
@@ -18,14 +18,17 @@ from dmtjepa.config import Config
 from dmtjepa.evaluation import measurements
 from dmtjepa.evaluation.context import EvaluationContext, load_encoders
 from dmtjepa.evaluation.errors import NotMeasuredError
-from dmtjepa.evaluation.figure_data import collect_figure_data
+from dmtjepa.evaluation.figure_data import NUM_SHOWN, add_nearest, collect_figure_data
 from dmtjepa.evaluation.figures import FigureData, save_figures
-from dmtjepa.evaluation.formatting import Report, format_markdown
+from dmtjepa.evaluation.formatting import Report
+from dmtjepa.evaluation.page.report_page import make_report_page
+from dmtjepa.evaluation.retrieval import FeaturedImages
 from dmtjepa.evaluation.splits import Splits
+from dmtjepa.evaluation.tables import format_markdown
 from dmtjepa.evaluation.verdict import describe
 from dmtjepa.files import write_atomically, write_json
 from dmtjepa.interop import read_checkpoint
-from dmtjepa.run_folder import RunFolder
+from dmtjepa.run_folder import PAGE, RunFolder
 from dmtjepa.step_csv import LossCurve
 
 
@@ -54,21 +57,22 @@ def evaluate(
     context = EvaluationContext(config, encoders, splits, device, num_workers, progress, quick)
     report = Report(describe_run(run.path, context, checkpoint_path), describe_data(splits), notes=list(splits.notes))
 
-    measure_features(report, context)
+    gallery = measure_features(report, context)
+    segmented = None
     with skipping(report):
-        report.segmentation = measurements.measure_segmentation(context)
+        scores, segmented = measurements.measure_segmentation(context, num_shown=NUM_SHOWN)
+        report.segmentation = {name: asdict(numbers) for name, numbers in scores.items()}
     loss = None
     with skipping(report):
         loss = read_loss_curve(run)
         report.loss = measurements.summarize_loss(loss)
     report.verdict = describe(run.read_metrics())
 
-    figures = collect_figure_data(
-        context, loss=loss, accuracy=report.knn, chance=report.data.get("most_frequent_class")
-    )
-    write_report(
-        report, figures, out, f"{run.path.resolve().name}: {config.meta.model_name}, patch {config.mask.patch_size}"
-    )
+    chance = report.data.get("most_frequent_class")
+    figures = collect_figure_data(context, loss=loss, accuracy=report.knn, chance=chance, segmented=segmented)
+    with skipping(report):
+        figures = add_nearest(figures, context, gallery)
+    write_report(report, figures, out, run, config)
     return report
 
 
@@ -98,8 +102,11 @@ def describe_data(splits: Splits) -> dict[str, Any]:
     }
 
 
-def measure_features(report: Report, context: EvaluationContext) -> None:
-    """Fill in what is measured on pooled features: collapse numbers, k-NN and linear probes."""
+def measure_features(report: Report, context: EvaluationContext) -> FeaturedImages:
+    """Fill in what is measured on pooled features: collapse numbers, k-NN and linear probes.
+
+    Returns the images among which nearest ones can be sought: those for training, without labels those for validation.
+    """
     splits, device = context.splits, context.device
     num_bytes = measurements.layout_bytes(context)
     layout = splits.unlabelled is None and num_bytes <= measurements.LAYOUT_BYTES
@@ -109,7 +116,7 @@ def measure_features(report: Report, context: EvaluationContext) -> None:
     report.collapsed = "trained" in collapse and collapse["trained"].collapsed
     if splits.unlabelled is not None:
         report.skipped.append(f"k-NN and linear probe: {splits.description}: {splits.unlabelled}")
-        return
+        return FeaturedImages(splits.validation, validation["trained"].pooled)
 
     train = measurements.extract_split(context, splits.train, "training", layout=layout)
     train["pixels"] = measurements.extract_split_pixels(context, splits.train)
@@ -134,6 +141,7 @@ def measure_features(report: Report, context: EvaluationContext) -> None:
     assert labels is not None
     report.data["validation_images"] = len(labels)
     report.data["most_frequent_class"] = (labels.bincount().max() / len(labels)).item()
+    return FeaturedImages(splits.train, train["trained"].pooled)
 
 
 def measure_papers(
@@ -165,13 +173,15 @@ def read_loss_curve(run: RunFolder) -> LossCurve:
     return curve
 
 
-def write_report(report: Report, figures: FigureData, out: Path, title: str) -> None:
-    """Write report.md, report.json and the figures into `out`, and list them in `report.files`."""
+def write_report(report: Report, figures: FigureData, out: Path, run: RunFolder, config: Config) -> None:
+    """Write report.html, report.md, report.json and the figures into `out`, and list them in `report.files`."""
     out.mkdir(parents=True, exist_ok=True)
+    title = f"{run.path.resolve().name}: {config.meta.model_name}, patch {config.mask.patch_size}"
     paths = save_figures(figures, out, title)
-    report.files = [str(path) for path in [out / "report.md", out / "report.json", *paths]]
+    report.files = [str(out / name) for name in (PAGE, "report.md", "report.json")] + list(map(str, paths))
     write_json(out / "report.json", asdict(report))
     write_atomically(out / "report.md", format_markdown(report, [path.name for path in paths]))
+    write_atomically(out / PAGE, make_report_page(report, figures, run, config))
 
 
 @contextlib.contextmanager

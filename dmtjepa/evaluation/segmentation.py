@@ -41,6 +41,26 @@ class SegmentationScores:
     mean_iou_error: float
 
 
+@dataclass(frozen=True)
+class Segmentation:
+    """Scores of m images, and the class of each patch that was predicted: int64 [m,rows,columns]."""
+
+    scores: SegmentationScores
+    predicted: Tensor
+
+
+@dataclass(frozen=True)
+class SegmentedImages:
+    """Some images with what was predicted.
+
+    images: uint8 [B,3,H,W]. masks: integers [B,H,W]. predicted: name of the features -> int64 [B,rows,columns].
+    """
+
+    images: Tensor
+    masks: Tensor
+    predicted: dict[str, Tensor]
+
+
 def find_mask(image: str | Path) -> Path | None:
     """The mask of an image, or None.
 
@@ -110,7 +130,7 @@ def label_patches(masks: Tensor, grid_size: tuple[int, int], num_classes: int) -
     return labels
 
 
-def score_segmentation(
+def segment(
     train_patches: Tensor,
     train_masks: Tensor,
     patches: Tensor,
@@ -118,7 +138,7 @@ def score_segmentation(
     grid_size: tuple[int, int],
     *,
     device: torch.device | str = "cpu",
-) -> SegmentationScores:
+) -> Segmentation:
     """Fit a linear probe to training patches, and compare its predictions with masks, pixel by pixel.
 
     Args:
@@ -148,9 +168,9 @@ def score_segmentation(
     )
     count = counts.sum(0)
     either_object, both_object = int(count.sum() - count[0, 0]), int(count[1:, 1:].sum())
-    return SegmentationScores(
-        float(mean_iou(count[None])), both_object / either_object if either_object else 0.0, bootstrap_error(counts)
-    )
+    object_iou = both_object / either_object if either_object else 0.0
+    scores = SegmentationScores(float(mean_iou(count[None])), object_iou, bootstrap_error(counts))
+    return Segmentation(scores, predicted)
 
 
 def count_pixels(predicted: Tensor, masks: Tensor, num_classes: int) -> Tensor:

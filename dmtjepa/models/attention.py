@@ -12,7 +12,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -192,7 +192,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, most_queries: int, most_keys: int
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, most_queries: int, most_keys: int
     ) -> Tensor:
         ctx.scale, ctx.most = query.shape[-1] ** -0.5, (most_queries, most_keys)
         out, log_sum_exp, random = torch.ops.xformers_flash.flash_fwd(
@@ -202,7 +202,7 @@ class _FlashAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, start, out, log_sum_exp, random = ctx.saved_tensors
         gradients = torch.ops.xformers_flash.flash_bwd(
             False, grad.contiguous(), query, key, value, out, log_sum_exp, start, start, *ctx.most, 0.0, ctx.scale,

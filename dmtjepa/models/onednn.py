@@ -7,6 +7,8 @@ bias when it writes the output, and is faster for `x @ weight.T` and `grad @ wei
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +61,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _bias = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     flat_grad = grad.flatten(0, -2)
     for_x = onednn_linear(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
@@ -77,5 +79,5 @@ _onednn_linear.register_autograd(_differentiate, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.dmtjepa.onednn_linear)
-def _flops(x, weight, _bias, **_keywords) -> int:
+def _flops(x: Sequence[int], weight: Sequence[int], _bias: object, **_keywords: object) -> int:
     return 2 * math.prod(x) * weight[0]

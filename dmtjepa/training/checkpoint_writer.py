@@ -48,7 +48,7 @@ class CheckpointWriter:
         self._rank = dist.get_rank(group)
         self._stager = BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")  # in pinned memory
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future | None = None
+        self._pending: Future[None] | None = None
 
     def save(
         self, state: Mapping[str, Tensor], meta: Mapping[str, Any], then: Callable[[Path], None] | None = None
@@ -129,7 +129,7 @@ class CheckpointWriter:
     def _hash_and_rename(self, writing: Path, final: Path, meta: dict[str, Any]) -> None:
         """Hash the files in parallel, each rank those it wrote; rank 0 writes the manifest and renames."""
         try:
-            mine: dict | str = {path.name: describe_file(path) for path in writing.glob(f"__{self._rank}_*")}
+            mine: dict[str, Any] | str = {path.name: describe_file(path) for path in writing.glob(f"__{self._rank}_*")}
         except OSError as error:
             mine = f"rank {self._rank}: {error}"
         described: list[Any] = [None] * dist.get_world_size(self._group)

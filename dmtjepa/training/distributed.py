@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -191,7 +191,7 @@ def new_gloo_group(world: World) -> dist.ProcessGroup:
 
 def run_on_rank_0(world: World, work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its result on all ranks. All ranks raise its exception."""
-    outcome: list = [None, None]
+    outcome: list[Any] = [None, None]
     if world.rank == 0:
         try:
             outcome[0] = work()

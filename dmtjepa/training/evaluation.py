@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ class PeriodicEvaluation:
         except OSError as error:
             logger.warning("%s cannot be written, and the best encoder is not kept: %s", path, error)
 
-    def _read_rows(self) -> list[dict]:
+    def _read_rows(self) -> list[dict[str, Any]]:
         """The earlier evaluations of this run."""
         path = self._folder.metrics_file
         rows = read_metrics(path) if path.is_file() else []

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ class Instruments(Observer):
             self._changed = count_changed(self._neighbors, now)
         self._neighbors = now
 
-    def _keep_pooled(self, module: nn.Module, arguments: tuple, features: Tensor) -> None:
+    def _keep_pooled(self, module: nn.Module, arguments: tuple[Any, ...], features: Tensor) -> None:
         if self._pooling:
             self._pooled.append(features.detach().float().mean(1))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ UPDATED_BYTES = 2**28
 after an update copies no more than these."""
 
 
-def parameter_groups(modules: Iterable[nn.Module]) -> list[dict]:
+def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     """Return the parameter groups of AdamW in the order of the official code.
 
     Encoder and predictor, the first two modules, have two groups of weights, then two groups of biases and
@@ -48,7 +49,7 @@ class ShardedAdamW(torch.optim.AdamW):
         groups: parameter groups, see `parameter_groups`.
     """
 
-    def __init__(self, groups: list[dict]) -> None:
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, lr=0.0, fused=True)
         # A float32 scalar on the device. If it is 1, `step` changes nothing; the host does not wait for it.
         self.found_inf: Tensor | None = None

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch._functorch.config
@@ -25,6 +25,8 @@ from dmtjepa.config import ConfigError
 from dmtjepa.models.replace_method import replace_method
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.compute_plan import ComputePlan
+
+Compiler = Callable[..., Callable[..., Any]]  # such as torch.compile
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +203,7 @@ def cast_at_once(model: nn.Module) -> None:
                 replace_method(group, "wait_for_unshard", functools.partial(_cast_weights, group))
 
 
-def _cast_weights(group) -> None:
+def _cast_weights(group: Any) -> None:
     """Replace `FSDPParamGroup.wait_for_unshard` in a process that has all weights. Clears the marker of `unshard`."""
     if group._all_gather_result is None:  # already gathered
         return
@@ -246,8 +248,8 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], recompute: str) -> None:
         replace_method(block, "forward", functools.partial(run, block.forward))
 
 
-def _keep_products():
-    def choose(_context, operator, *_arguments, **_keywords) -> CheckpointPolicy:
+def _keep_products() -> Any:
+    def choose(_context: object, operator: Any, *_arguments: object, **_keywords: object) -> CheckpointPolicy:
         # xFormers' operators are registered only when a model uses them.
         kept = operator in _PRODUCTS or operator.name() in ("xformers_flash::flash_fwd", "torch_attn::_varlen_attn")
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -283,7 +285,7 @@ def fuse_reductions_of_any_size() -> None:
     inductor.triton.mix_order_reduction_non_strict_mode = True
 
 
-def compile_blocks(model: DMTJEPA, compiler: Callable[..., Callable] = torch.compile) -> None:
+def compile_blocks(model: DMTJEPA, compiler: Compiler = torch.compile) -> None:
     """Compile blocks and heads without graph breaks. The number of patches is symbolic where it varies."""
     for block in student_blocks(model):
         replace_method(block, "forward", _compile_varying(block.forward, compiler))
@@ -294,16 +296,16 @@ def compile_blocks(model: DMTJEPA, compiler: Callable[..., Callable] = torch.com
             replace_method(head, method, _compile_varying(getattr(head, method), compiler))
 
 
-def _compile_varying(function: Callable[..., Tensor], compiler: Callable[..., Callable]) -> Callable[..., Tensor]:
+def _compile_varying(function: Callable[..., Tensor], compiler: Compiler) -> Callable[..., Tensor]:
     """Compile `function` for any number of patches: dimension 1 of a batch [B, L, ...], dimension 0 of a list [U]."""
     compiled = compiler(function, fullgraph=True, dynamic=False)
 
     @functools.wraps(function)
-    def run(*arguments: Tensor | tuple | None) -> Tensor:
+    def run(*arguments: Tensor | tuple[Any, ...] | None) -> Tensor:
         mark_varying(arguments)
         return compiled(*arguments)
 
-    def mark_varying(value: Tensor | tuple | int | None) -> None:
+    def mark_varying(value: Tensor | tuple[Any, ...] | int | None) -> None:
         if isinstance(value, Tensor):
             torch._dynamo.maybe_mark_dynamic(value, 1 if value.ndim > 1 else 0)
         elif isinstance(value, tuple):

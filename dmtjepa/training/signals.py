@@ -32,7 +32,7 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._record)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from dmtjepa.evaluation.figures import FigureData
+from dmtjepa.evaluation.retrieval import NearestImages
+from dmtjepa.evaluation.segmentation import SegmentedImages
 from dmtjepa.step_csv import LossCurve
 from tests.helpers.one_thread import _one_thread
+from tests.helpers.reports import HOSTILE
 from tests.helpers.run_folders import write_images, write_masks, write_run
 
 
@@ -38,10 +41,12 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def everything():
     """All data that figures can show: 3 images of 32x48 pixels with 4x6 patches of 8."""
     generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (3, 2, 3, 32, 48), dtype=torch.uint8, generator=generator)
+    classes = [HOSTILE, "cat", "$x$"]
     blocks = torch.tensor([[0, 1, 6, 7], [9, 10, 15, 16]])
     return FigureData(
         grid_size=(4, 6),
@@ -55,4 +60,10 @@ def everything():
         loss=LossCurve(np.linspace(0, 2, 100), np.linspace(1, 0.2, 100)),
         accuracy={"trained": {5: 0.7, 10: 0.8}, "untrained": {5: 0.4, 10: 0.5}, "pixels": {5: 0.3, 10: 0.3}},
         chance=0.1,
+        segmented=SegmentedImages(
+            pixels[:2, 0],
+            torch.randint(4, (2, 32, 48), dtype=torch.uint8, generator=generator),
+            {name: torch.randint(4, (2, 4, 6), generator=generator) for name in ("trained", "untrained", "pixels")},
+        ),
+        nearest=NearestImages(pixels, torch.rand(3, 2), classes, [[name, "cat"] for name in classes]),
     )

@@ -19,6 +19,8 @@ def test_writes_a_composite_and_one_file_for_each_picture(everything, tmp_path):
         "masks.png",
         "neighbors.png",
         "pca.png",
+        "nearest.png",
+        "segmentation.png",
     ]
     sizes = []
     for path in paths:

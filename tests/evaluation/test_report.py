@@ -89,6 +89,7 @@ def test_the_verdict_on_the_training_is_told(finished):
 def test_files_are_written_and_named(finished):
     run, printed = finished
     names = {
+        "report.html",
         "report.md",
         "report.json",
         "report.png",
@@ -97,6 +98,8 @@ def test_files_are_written_and_named(finished):
         "masks.png",
         "neighbors.png",
         "pca.png",
+        "nearest.png",
+        "segmentation.png",
     }
     assert {path.name for path in (run / "report").iterdir()} == names
     for name in names:
@@ -136,7 +139,12 @@ def test_plain_ijepa_has_no_neighbours_and_unlabelled_data_no_knn(tmp_path, caps
     assert "skipped k-NN and linear probe" in printed
     assert "one folder per class" in printed
     assert "skipped loss curve" in printed
-    assert {path.name for path in (tmp_path / "elsewhere").glob("*.png")} == {"report.png", "masks.png", "pca.png"}
+    assert {path.name for path in (tmp_path / "elsewhere").glob("*.png")} == {
+        "report.png",
+        "masks.png",
+        "pca.png",
+        "nearest.png",
+    }
     assert not (run / "report").exists()
     assert "k-NN" not in (tmp_path / "elsewhere" / "report.md").read_text().split("Accuracy")[-1].split("Collapse")[-1]
 
@@ -242,6 +250,7 @@ def test_table_marks_what_was_not_measured():
 @pytest.fixture
 def without_figures(monkeypatch):
     monkeypatch.setattr("dmtjepa.evaluation.report.save_figures", lambda *_: [])
+    monkeypatch.setattr("dmtjepa.evaluation.report.make_report_page", lambda *_: "")
 
 
 def test_few_training_images_skip_the_linear_probe(run, tmp_path, capsys, without_figures):

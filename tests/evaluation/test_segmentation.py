@@ -19,7 +19,7 @@ from dmtjepa.evaluation.segmentation import (
     label_patches,
     mean_iou,
     read_mask,
-    score_segmentation,
+    segment,
 )
 
 
@@ -36,7 +36,7 @@ def make_masks(n, seed):
 def test_perfect_features_give_perfect_scores():
     train_masks, masks = make_masks(40, 0), make_masks(20, 1)
     train_patches, patches = (F.one_hot(label_patches(m, (4, 4), 4), 4).float() for m in (train_masks, masks))
-    scores = score_segmentation(train_patches, train_masks, patches, masks, (4, 4))
+    scores = segment(train_patches, train_masks, patches, masks, (4, 4)).scores
     assert scores.mean_iou == pytest.approx(1)
     assert scores.object_iou == pytest.approx(1)
 
@@ -44,7 +44,7 @@ def test_perfect_features_give_perfect_scores():
 def test_features_without_the_class_find_the_object_only():
     train_masks, masks = make_masks(60, 0), make_masks(40, 1)
     train_patches, patches = ((label_patches(m, (4, 4), 4) > 0).float()[..., None] for m in (train_masks, masks))
-    scores = score_segmentation(train_patches, train_masks, patches, masks, (4, 4))
+    scores = segment(train_patches, train_masks, patches, masks, (4, 4)).scores
     assert scores.object_iou == pytest.approx(1)
     assert scores.mean_iou < 0.6
 
@@ -90,11 +90,11 @@ def test_void_pixels_are_no_class():
     train_masks, masks = make_masks(40, 0), make_masks(20, 1)
     train_patches, patches = (F.one_hot(label_patches(m, (4, 4), 4), 4).float() for m in (train_masks, masks))
     train_masks[:, :, :2], masks[:, :, :2] = VOID, VOID
-    scores = score_segmentation(train_patches, train_masks, patches, masks, (4, 4))
+    scores = segment(train_patches, train_masks, patches, masks, (4, 4)).scores
     assert scores.mean_iou == pytest.approx(1)
     assert scores.object_iou == pytest.approx(1)
     train_masks[:, :8], masks[:, :8] = VOID, VOID  # half of the patches have no class at all
-    assert score_segmentation(train_patches, train_masks, patches, masks, (4, 4)).mean_iou == pytest.approx(1)
+    assert segment(train_patches, train_masks, patches, masks, (4, 4)).scores.mean_iou == pytest.approx(1)
 
 
 def test_patches_without_a_known_pixel_are_void():
@@ -114,11 +114,11 @@ def test_masks_of_one_class_cannot_be_scored():
     with_void[:, :4] = VOID
     for some in (masks, with_void):
         with pytest.raises(EvaluationError, match="no class but 0"):
-            score_segmentation(patches, some, patches, some, (4, 4))
+            segment(patches, some, patches, some, (4, 4))
     with pytest.raises(EvaluationError, match="void"):
-        score_segmentation(patches, masks + VOID, patches, masks + VOID, (4, 4))
+        segment(patches, masks + VOID, patches, masks + VOID, (4, 4))
     with pytest.raises(EvaluationError, match="1 training patches"):
-        score_segmentation(patches[:1, :1], masks[:1] + 1, patches, masks, (1, 1))
+        segment(patches[:1, :1], masks[:1] + 1, patches, masks, (1, 1))
 
 
 class LargestTensor(TorchDispatchMode):

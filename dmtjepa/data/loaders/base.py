@@ -6,6 +6,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -98,7 +99,7 @@ def wait_for_progress(done: threading.Event, count_progress: Callable[[], int], 
     return True
 
 
-def start_workers(loader: DataLoader) -> Iterator:
+def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """`iter(loader)` without the SIGCHLD handler that DataLoader installs in this process.
 
     That handler raises the death of a worker in the middle of whatever the process is doing.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -18,7 +19,7 @@ from dmtjepa.processes import enter_worker
 logger = logging.getLogger(__name__)
 
 
-class _CenterCrops(Dataset):
+class _CenterCrops(Dataset[Any]):
     """Image number -> (uint8 [3,H,W] or None if it is corrupt, the number, the reason or an error to raise)."""
 
     def __init__(self, source: ImageSource, image_size: tuple[int, int]) -> None:
@@ -40,7 +41,7 @@ class _CenterCrops(Dataset):
         return torch.from_numpy(crop_center(decoded, self._size)).permute(2, 0, 1), image, ""
 
 
-def _collate(samples: list) -> tuple[torch.Tensor, list[int], list[tuple[int, str | DataError]]]:
+def _collate(samples: list[Any]) -> tuple[torch.Tensor, list[int], list[tuple[int, str | DataError]]]:
     good = [(pixels, image) for pixels, image, _ in samples if pixels is not None]
     corrupt = [(image, reason) for pixels, image, reason in samples if pixels is None]
     images = torch.stack([pixels for pixels, _ in good]) if good else torch.empty(0)

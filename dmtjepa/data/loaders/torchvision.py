@@ -28,7 +28,7 @@ from dmtjepa.processes import enter_worker
 _PREFETCH = 2  # batches that each worker loads ahead
 
 
-class BatchMaker(Dataset):
+class BatchMaker(Dataset[Any]):
     """Turns a BatchRequest into (uint8 [B,3,H,W], [(corrupt image, reason), ...]).
 
     Instead of the images there is None where a place has no readable candidate, or a DataError.
@@ -103,7 +103,7 @@ class BatchMaker(Dataset):
         enter_worker(self._parent)
 
 
-class _Requests(Sampler):
+class _Requests(Sampler[Any]):
     """The requests of SampleOrder without end: the workers do not stop between epochs."""
 
     def __init__(self, order: SampleOrder, epoch: int, step: int) -> None:
