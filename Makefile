@@ -7,13 +7,13 @@ RUN := $(VENV)/bin/python
 # Tests start many programs, which start sooner from cached bytecode.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: venv quickstart check test lint types format gpu-check clean
+.PHONY: venv quickstart check test lint types format docs gpu-check clean
 
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,dali,export]"
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,dali,docs,export]"
 	touch $@
 
 quickstart: venv
@@ -39,6 +39,10 @@ types: venv
 format: venv
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# The documentation as a site, in build/site; a broken link is an error.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
 
 # On a machine with a CUDA device: correctness first, then every benchmark, in under 10 minutes.
 # OFFICIAL=checkout of the official code compares with it (PUBLISHED is the old name); IMAGES=folder of photographs measures the loaders, too.

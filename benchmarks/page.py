@@ -165,7 +165,9 @@ def make_page(documents: dict[str, dict]) -> str:
     order = list(TABLES)
     for file, document in sorted(documents.items(), key=lambda item: (order.index(programs[item[0]]), item[0])):
         title, tables = TABLES[programs[file]]
-        lines += ["", f"## {title}: `{file}`", "", *provenance(document)]
+        if list(programs.values()).count(programs[file]) > 1:
+            title = f"{title}: {short_name(file)}"
+        lines += ["", f"## {title}", "", *provenance(file, document)]
         for table in tables(document):
             lines += ["", *table]
     for commit, goals in goals_by_commit(documents).items():
@@ -180,14 +182,20 @@ def find_program(document: dict) -> str | None:
     return found[1] if found is not None and found[1] in TABLES else None
 
 
-def provenance(document: dict) -> list[str]:
-    """Command, versions and commit."""
+def short_name(file: str) -> str:
+    """What follows hardware and date in the name of a file."""
+    return re.sub(r"^.*\d{4}-\d\d-\d\d-", "", file.removesuffix(".json"))
+
+
+def provenance(file: str, document: dict) -> list[str]:
+    """File, command, versions and commit."""
     changes = " with uncommitted changes" if document["uncommitted_changes"] else ""
+    commit = f"{(document['commit'] or 'unknown')[:7]}{changes}"
     lines = [
         f"`{document['command']}`",
         "",
-        f"{document['date']}, commit {(document['commit'] or 'unknown')[:7]}{changes}, torch {document['torch']}, "
-        f"triton {document['triton']}, Python {document['python']}.",
+        f"`{file}`: {document['date']}, commit {commit}, torch {document['torch']}, triton {document['triton']}, "
+        f"Python {document['python']}.",
     ]
     return [*lines, "", f"Note: {document['note']}."] if "note" in document else lines
 

@@ -53,8 +53,11 @@ def aggregate_neighbors(
     It is the second block of DMT-JEPA's aggregation head (section 3.2 of the paper).
 
     Args:
-        query, self_key, self_value: [U, D], bfloat16, float16 or float32 (float64 on the CPU), one per covered patch.
-        key, value: [R, D] in the dtype of `query`, one per patch of the neighbourhood.
+        query: [U, D], bfloat16, float16 or float32 (float64 on the CPU), one per covered patch.
+        self_key: [U, D] in the dtype of `query`, the key of each covered patch itself.
+        self_value: [U, D] in the dtype of `query`, its value.
+        key: [R, D] in the dtype of `query`, one per patch of the neighbourhood.
+        value: [R, D] in the dtype of `query`, likewise.
         neighbor_index: [U, K], int32 or int64 in [0, R), indices into `key` and `value`; -1 marks a missing neighbour.
         num_heads: H; the head size D / H is a multiple of 8.
 

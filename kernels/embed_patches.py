@@ -36,7 +36,8 @@ def embed_patches(
             read in place.
         patch_size: side p of a patch in pixels.
         index: [B, C], int32 or int64 in [0, N) with N = (H / p) * (W / p); None takes all patches in raster order.
-        mean, std: three numbers each, of pixels scaled to [0, 1].
+        mean: three numbers, of pixels scaled to [0, 1].
+        std: three numbers likewise.
         dtype: of the result: bfloat16, float16 or float32 (float64 on the CPU). The arithmetic is float32 or wider.
 
     Returns:

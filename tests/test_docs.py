@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,16 @@ def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {target for path in DOCUMENTS for target in TARGET.findall(path.read_text())}
     assert named <= targets
+
+
+@pytest.mark.slow
+def test_the_site_has_every_page_and_no_broken_link(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    pages = {path.with_suffix("").name for path in (tmp_path / "site").glob("*.html")} - {"404"}
+    assert pages == {path.stem for path in ROOT.glob("docs/*.md")}
+    reference = (tmp_path / "site/reference.html").read_text()
+    for name in re.findall(r"^::: (\S+)", (ROOT / "docs/reference.md").read_text(), re.MULTILINE):
+        assert f'id="{name}"' in reference

@@ -30,7 +30,8 @@ class Predictor(nn.Module):
         num_heads: number of attention heads. The official predictors have as many as their encoders.
         init_std: standard deviation of the initial weights.
         residual_dtype: dtype of the residual stream where it is wider than that of the weights; None: the same.
-        attention, device_type: see `choose_attention`.
+        attention: backend, see `choose_attention`.
+        device_type: of the device on which the model will run.
 
     Raises:
         ValueError: `predictor_dim` is not a multiple of `num_heads` or of 4.

@@ -72,7 +72,8 @@ class VisionTransformer(nn.Module):
         mlp_ratio: hidden width of the MLPs divided by D.
         init_std: standard deviation of the initial weights.
         residual_dtype: dtype of the residual stream where it is wider than that of the weights; None: the same.
-        attention, device_type: see `choose_attention`.
+        attention: backend, see `choose_attention`.
+        device_type: of the device on which the model will run.
         kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
 
     `ARCHITECTURES` lists the sizes by name.
