@@ -203,14 +203,15 @@ class RunFolder:
             )
 
     def _check_writable(self) -> None:
-        try:
-            folder = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
-            if not folder.is_dir():
-                raise NotADirectoryError(f"{folder} is not a folder")
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(f"no permission to write into {folder}")
-        except OSError as error:
-            raise RunFolderError(f"{self.path} (logging.folder) cannot be written to: {error}") from None
+        for wanted in (self.path.absolute(), self.checkpoints.absolute()):
+            try:
+                folder = next(path for path in (wanted, *wanted.parents) if path.exists())
+                if not folder.is_dir():
+                    raise NotADirectoryError(f"{folder} is not a folder")
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(f"no permission to write into {folder}")
+            except OSError as error:
+                raise RunFolderError(f"{self.path} (logging.folder) cannot be written to: {error}") from None
 
     def remove_leftovers(self) -> None:
         """Remove what a killed run left half written or half removed. Call it with the folder locked."""

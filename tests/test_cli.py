@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -53,6 +54,13 @@ def test_unknown_command(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["trian"])
     assert "'trian'" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(("module", "command"), [("check", "dmtjepa check"), ("make_shards", "dmtjepa shards")])
+def test_commands_of_earlier_versions_do_not_end_silently_without_their_work(module, command):
+    with pytest.raises(SystemExit, match=f"is now `{command} "):
+        runpy.run_module(f"dmtjepa.data.{module}", run_name="__main__")
 
 
 def test_shipped_settings_are_found_by_name(tmp_path, monkeypatch):

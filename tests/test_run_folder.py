@@ -138,6 +138,12 @@ def test_a_folder_that_cannot_be_written_is_refused_before_it_is_made(tmp_path):
         RunFolder.from_config(config).check(config, global_batch=512)
 
 
+def test_a_folder_of_checkpoints_that_cannot_be_written_is_refused_before_a_step_is_trained(run):
+    run.checkpoints.touch()  # stands in for one without permission, which root has everywhere
+    with pytest.raises(RunFolderError, match=r"cannot be written to: .*/checkpoints is not a folder"):
+        run.check(make_config(run.path), global_batch=512)
+
+
 def test_whether_a_run_is_active_can_be_asked(run):
     run.check_unlocked()
     with run.locked(), pytest.raises(RunFolderError, match="being written by another run"):

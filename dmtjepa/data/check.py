@@ -131,3 +131,7 @@ def check(source: ImageSource, num_workers: int) -> Report:
     report.sizes = np.array(sizes, np.int64).reshape(-1, 2)
     report.duplicates = [[source.name(image) for image in same] for same in digests.values() if len(same) > 1]
     return report
+
+
+if __name__ == "__main__":  # a command of version 0.1.0: a script that calls it must not believe that it did its work
+    raise SystemExit("`python -m dmtjepa.data.check` is now `dmtjepa check SOURCE`, with the same options")

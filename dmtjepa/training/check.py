@@ -140,9 +140,10 @@ def check_space(folder: RunFolder, model: DMTJEPA) -> None:
     place = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
     disk = shutil.disk_usage(place)
     if disk.total > 0 and disk.free < 4 * values:  # some network file systems report no sizes
+        unit, name = (2**30, "GiB") if values >= 2**28 else (2**20, "MiB")
         raise RunFolderError(
-            f"{folder.path} (logging.folder) has room for {disk.free / 2**30:.2f} GiB, and a checkpoint takes "
-            f"{4 * values / 2**30:.2f} GiB; free some, or choose another logging.folder"
+            f"{folder.path} (logging.folder) has room for {disk.free / unit:.1f} {name}, and a checkpoint takes "
+            f"{4 * values / unit:.1f} {name}; free some, or choose another logging.folder"
         )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from dmtjepa.data import check
-from dmtjepa.data.cache import cache_folder
 from dmtjepa.data.loaders.center_crop import EvaluationLoader
 
 ROOT = Path(__file__).parents[2]
@@ -72,17 +71,36 @@ def test_workers_end_with_a_killed_parent(work: Callable[[Endless], None]):
     os.close(end)
 
 
+def draw_forever(*_: object) -> None:
+    """In place of the function that draws images, which would end by itself."""
+    os.write(1, b"x")
+    while True:
+        signal.pause()
+
+
+DRAW = """if True:
+    from dmtjepa.data import open_images
+    from dmtjepa.data.sources import shapes
+    from tests.data.test_worker_processes import draw_forever
+
+    shapes._write_images = draw_forever
+    open_images("shapes:train")
+"""
+
+
 @pytest.mark.slow
-def test_processes_that_draw_shapes_end_with_a_killed_parent():
-    """They hold the output of the program that started them."""
-    program = [sys.executable, "-c", "from dmtjepa.data import open_images; open_images('shapes:train')"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + TIMEOUT
-    while not any(cache_folder().glob(".shapes-*/train/*/*.jpg")):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.communicate(timeout=TIMEOUT)
-    assert process.returncode == -signal.SIGKILL
+def test_processes_that_draw_shapes_end_with_a_killed_parent(tmp_path: Path):
+    """They hold the output of the program that started them: its end shows that none of them is left."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DMTJEPA_CACHE": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRAW], env=environment, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.read(1) == b"x"
+        process.kill()
+        process.communicate(timeout=TIMEOUT)
+        assert process.returncode == -signal.SIGKILL
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
