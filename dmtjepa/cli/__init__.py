@@ -27,6 +27,7 @@ COMMANDS = {
     "train": Command("train", "train on this machine"),
     "submit": Command("submit", "train on a SLURM cluster, as a job that requeues itself"),
     "evaluate": Command("evaluate", "measure a run and draw its figures"),
+    "compare": Command("compare", "compare runs: their settings, results and curves"),
     "show": Command("weights", "print what a checkpoint holds", ("show",)),
     "export": Command("weights", "write weights for timm, Hugging Face, ONNX, ...", ("export",)),
     "verify": Command("weights", "compare a checkpoint with its manifest", ("verify",)),

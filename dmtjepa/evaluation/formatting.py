@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,12 +64,17 @@ def format_table(report: Report) -> str:
         lines.append([f"{name}, with layout", *cells, *"-" * (len(header) - 1 - len(ks))])
     if len(lines) == 1:
         return ""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return align_columns(lines)
+
+
+def align_columns(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text: the first column is aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
+        ).rstrip()
         for line in lines
     )
 

@@ -14,7 +14,7 @@ from dmtjepa.data import StoredSource, build_loader, check_batch_fits, check_loa
 from dmtjepa.data.fingerprint import Fingerprint
 from dmtjepa.evaluation.evaluator import open_splits
 from dmtjepa.interop import load_model
-from dmtjepa.interop.encoder_file import find_encoder_file
+from dmtjepa.interop.sources import find_source
 from dmtjepa.masks import check_masks
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.run_folder import RunFolder, RunFolderError
@@ -175,11 +175,21 @@ def build_model_for(config: Config, device_type: str) -> DMTJEPA:
 def find_initial_weights(config: Config, folder: RunFolder) -> Path | None:
     """The file that a new run starts from: `meta.read_checkpoint` by itself or below the run folder.
 
-    For a folder of Hugging Face or timm, the file of weights in it.
+    For a run folder its latest export, and for a folder of Hugging Face or timm the file of weights in it.
+
+    Raises:
+        ConfigError: it is a folder of none of these.
     """
     if not config.meta.load_checkpoint or config.meta.read_checkpoint is None:
         return None
     path = Path(expand_path(config.meta.read_checkpoint, "meta.read_checkpoint"))
-    if path.is_dir() and not is_checkpoint(path):
-        return find_encoder_file(path) or path
-    return path if path.exists() else folder.path / path
+    path = path if path.exists() else folder.path / path
+    if not path.is_dir() or is_checkpoint(path):
+        return path
+    try:
+        return find_source(path)
+    except RunFolderError as error:
+        raise ConfigError(
+            f"meta.read_checkpoint: {path} is no run folder, no checkpoints/step-N folder, and no folder of Hugging "
+            "Face or timm"
+        ) from error
