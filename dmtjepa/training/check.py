@@ -22,6 +22,7 @@ from dmtjepa.training.banner import count_trained, describe_start
 from dmtjepa.training.compiler import check_compiler
 from dmtjepa.training.images import check_images, check_steps_per_epoch
 from dmtjepa.training.parallelize import check_shard_size
+from dmtjepa.training.trackers import check_loggers
 
 
 def check_start(config: Config, world_size: int, device_type: str) -> StoredSource:
@@ -40,6 +41,7 @@ def check_start(config: Config, world_size: int, device_type: str) -> StoredSour
         RunFolderError: the run folder holds another run, cannot be written to, or has no room for a checkpoint.
     """
     check_settings(config, world_size)
+    check_loggers(config)
     here = device_type if device_type == "cpu" or torch.cuda.is_available() else "cpu"
     if here == device_type:
         check_compiler(config, device_type)
