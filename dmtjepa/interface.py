@@ -65,7 +65,8 @@ def train(
     else:
         settings = load_config(find_settings(os.fspath(config)), overrides or {})
     name = device or _default_device()
-    _check_process(check_device(name))
+    check_device(name)
+    _check_process()
     with _restored_state():
         outcome = run_process(settings, name)
     if not outcome.complete:
@@ -137,7 +138,7 @@ def _default_device() -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
-def _check_process(device: torch.device) -> None:
+def _check_process() -> None:
     """Refuse a process in which no run can be started. Raises InterfaceError."""
     if threading.current_thread() is not threading.main_thread():
         raise InterfaceError("dmtjepa.train must be called in the main thread, the only one that receives signals")
