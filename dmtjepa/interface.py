@@ -96,8 +96,8 @@ def evaluate(
     Args:
         source: a run folder; or a file of weights or a folder of Hugging Face or timm, for which `data` is needed.
         data: images to measure on: a folder, a file list or tar shards. None takes those of the run.
-        train: the training split by name, with `validation` instead of `data`.
-        validation: the validation split.
+        train: labelled images to compare with, instead of `data`; needs `validation`.
+        validation: labelled images to classify; needs `train`.
         checkpoint: the file to measure. None takes the latest of the run.
         out: the folder of the report. None takes `report` in the run folder, or a folder beside the weights.
         max_images: upper limit for the images of each split.
