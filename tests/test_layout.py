@@ -49,6 +49,7 @@ ALLOWED = {
     "data": {"config", "errors", "files", "output", "processes"},
     "models": {"kernels", "packing"},
     "pretrained": {"config", "data", "interop", "models"},
+    "interface": RUNS | {"evaluation", "training"},
     "objective": {"kernels", "config", "masks", "models", "tensors"},
     "reference": {"config", "masks", "objective"},
     "interop": RUNS | {"models", "objective"},

@@ -6,14 +6,9 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dmtjepa.cli.exit_status import run_command
 from dmtjepa.errors import UserError
-
-if TYPE_CHECKING:
-    from dmtjepa.config import Config
-    from dmtjepa.run_folder import RunFolder
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m dmtjepa.evaluation") -> int:
@@ -47,11 +42,17 @@ def measure(options: argparse.Namespace) -> int:
     from dmtjepa.evaluation.formatting import format_table, format_verdict
     from dmtjepa.evaluation.report import evaluate
     from dmtjepa.evaluation.splits import find_splits
+    from dmtjepa.evaluation.subject import find_subject
     from dmtjepa.training.distributed import check_device
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    run, config, checkpoint, out = find_what_to_measure(options)
+    run, config, checkpoint, out = find_subject(
+        options.run,
+        has_images=options.data is not None or options.train is not None,
+        checkpoint=options.checkpoint,
+        out=options.out,
+    )
     splits = find_splits(
         config.data, data=options.data, train=options.train, validation=options.val, max_images=options.max_images
     )
@@ -72,24 +73,3 @@ def measure(options: argparse.Namespace) -> int:
     print(f"  dmtjepa export {options.run} --format hf --out {out.parent}/hf   # or timm, official")
     print(f"  dmtjepa evaluate {options.run} --data FOLDER   # measure on other labelled images")
     return 0
-
-
-def find_what_to_measure(options: argparse.Namespace) -> tuple[RunFolder, Config, Path, Path]:
-    """The run and its settings, the file to measure, and the folder of the report.
-
-    Weights by themselves, a `.pth.tar` file or a folder of Hugging Face or timm, have settings made from their shapes.
-    """
-    from dmtjepa.evaluation.bare_weights import settings_of_weights
-    from dmtjepa.evaluation.errors import EvaluationError
-    from dmtjepa.interop.sources import find_source
-    from dmtjepa.run_folder import RunFolder, open_run
-
-    given: Path = options.run
-    if given.is_file() or (given / "model.safetensors").is_file():
-        if options.data is None and options.train is None:
-            raise EvaluationError(f"{given} has no run folder beside it, and so no images: give --data FOLDER")
-        path = find_source(given)
-        out = options.out or given.with_name(f"{given.name.removesuffix('.pth.tar')}-report")
-        return RunFolder(given.parent, given.name), settings_of_weights(path), options.checkpoint or path, out
-    run, config = open_run(given)
-    return run, config, options.checkpoint or run.latest_export, options.out or run.report

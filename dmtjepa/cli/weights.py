@@ -13,13 +13,14 @@ from dmtjepa.errors import UserError
 SOURCE = "a run folder (its latest export), a checkpoints/step-N folder, a .pth.tar file, or a folder of timm or HF"
 ALIASES = {"released": "official"}  # the name in earlier versions
 LOADING = {
-    "timm": 'timm.create_model("local-dir:{out}", pretrained=True)',
-    "hf": 'transformers.IJepaModel.from_pretrained("{out}")',
-    "onnx": 'patches, pooled = onnxruntime.InferenceSession("{out}").run(None, {{"images": images}})',
-    "pt2": 'patches, pooled = torch.export.load("{out}").module()(images)',
-    "safetensors": 'dmtjepa.load("{out}"), or safetensors.torch.load_file("{out}")',
-    "official": 'torch.load("{out}", weights_only=True)["target_encoder"]',
+    "timm": ("timm", 'timm.create_model("local-dir:{out}", pretrained=True)'),
+    "hf": ("transformers", 'transformers.IJepaModel.from_pretrained("{out}")'),
+    "onnx": ("onnxruntime", 'onnxruntime.InferenceSession("{out}").run(["patches", "pooled"], {{"images": images}})'),
+    "pt2": ("torch", 'torch.export.load("{out}").module()(images)'),
+    "safetensors": ("dmtjepa", 'dmtjepa.load("{out}").features(images)'),
+    "official": ("torch", 'torch.load("{out}", weights_only=True)["target_encoder"]'),
 }
+"""Format -> the library that loads it, and how."""
 FOLDERS = ("timm", "hf")  # the other formats are files
 
 
@@ -88,22 +89,36 @@ def _show(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from dmtjepa import interop
+    from dmtjepa.files import write_atomically
     from dmtjepa.interop.sources import find_image_size, find_source
 
     path, out = find_source(options.source), options.out
-    if out.exists() and (options.format not in FOLDERS or out.is_file() or any(out.iterdir())):
-        raise interop.WeightsError(f"{out} already exists; choose another --out")
+    card = out / "README.md" if options.format in FOLDERS else out.with_name(f"{out.name}.md")
+    if options.format in FOLDERS and out.is_dir():
+        taken = [out] if any(out.iterdir()) else []
+    else:
+        taken = [file for file in (out, card) if file.exists()]
+    if taken:
+        raise interop.WeightsError(f"{taken[0]} already exists; choose another --out")
+    checkpoint = interop.read_checkpoint(path)
+    size = options.image_size or find_image_size(options.source)
+    parts: tuple[str, ...] = (options.part,)
     if options.format == "official":
         if options.image_size is not None:
             raise interop.WeightsError("--format official keeps the image size of the training; omit --image-size")
-        if path.is_dir():
-            interop.export_checkpoint(path, out)
-        else:
-            interop.export_official(interop.read_checkpoint(path), out)
-    else:
-        weights = interop.get_part(interop.read_checkpoint(path), options.part, path)
+        parts = tuple(part for part in ("target_encoder", "encoder") if part in checkpoint) or parts
+    weights = interop.get_part(checkpoint, parts[0], path)
+    library, call = LOADING[options.format]
+    text = interop.format_card(
+        interop.describe_encoder(weights),
+        size,
+        interop.find_origin(path, checkpoint),
+        parts,
+        f"import {library}\n\n{call.format(out=out.name)}",
+        library if options.format in FOLDERS else None,
+    )
+    if options.format != "official":
         interop.check_finite(weights, f"{options.part} of {path}")
-        size = options.image_size or find_image_size(options.source)
         encoder = interop.build_encoder(weights, path, image_size=size)
         {
             "timm": interop.export_timm,
@@ -112,7 +127,12 @@ def _export(options: argparse.Namespace) -> int:
             "pt2": interop.export_program,
             "safetensors": interop.export_safetensors,
         }[options.format](encoder, out)
-    print(f"wrote {out}\nload it with:\n  {LOADING[options.format].format(out=out)}")
+    elif path.is_dir():
+        interop.export_checkpoint(path, out)
+    else:
+        interop.export_official(checkpoint, out)
+    write_atomically(card, text)
+    print(f"wrote {out}, and {card} about it\nload it with:\n  {call.format(out=out)}")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from dmtjepa.config.faults import explain_fault
 from dmtjepa.config.settings import Config
 
 
-def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
-    """Read a settings file and apply `section.key=value` overrides (values in YAML).
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+    """Read a settings file and apply overrides.
+
+    Args:
+        overrides: `section.key=value`, with values in YAML; or values by `section.key`.
 
     Raises:
         ConfigError: the file is missing or not YAML, or keys are unknown (the nearest valid name is given),
@@ -27,9 +30,15 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of settings")
-    for override in overrides:
-        _apply(values, override)
+    _apply_all(values, overrides)
     return parse_config(values, source=str(path))
+
+
+def change_settings(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """Settings with other values, by `section.key`. Raises `ConfigError` as `load_config`."""
+    values = config.model_dump(mode="json")
+    _apply_all(values, overrides)
+    return parse_config(values)
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
@@ -87,19 +96,26 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in the tree."""
+def _apply_all(values: dict[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> None:
+    """Set values in the tree."""
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
+    for key, value in pairs:
+        node, parts = values, str(key).split(".")
+        if not all(parts):
+            raise ConfigError(f"override {key!r}: write it as section.key, e.g. data.batch_size")
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {key!r}: {part} is a value, not a section")
+        node[parts[-1]] = value
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    """Key and value of `section.key=value`."""
     key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
+    if not separator or not all(key.strip().split(".")):
         raise ConfigError(f"override {override!r}: write it as section.key=value, e.g. data.batch_size=64")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        return key.strip(), yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
-    node = values
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
-    node[parts[-1]] = value

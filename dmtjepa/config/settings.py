@@ -171,7 +171,9 @@ class MetaSettings(Section):
     pred_depth: int = Field(6, ge=1, le=64, description="blocks of the predictor")
     pred_emb_dim: int = Field(384, ge=8, description="width of the predictor")
     read_checkpoint: Free[str | None] = Field(
-        None, description="a .pth.tar file, by itself or below logging.folder, or a folder of Hugging Face or timm"
+        None,
+        description="a run folder, a .pth.tar file or a checkpoint, by itself or below logging.folder, or a folder of "
+        "Hugging Face or timm",
     )
     use_bfloat16: bool = Field(True, description="compute in bfloat16 on CUDA; see runtime.precision")
     init_std: float = Field(0.02, gt=0, le=1, description="standard deviation of the initial weights (official: 0.02)")

@@ -62,7 +62,7 @@ class Report:
         copies = sum(len(group) - 1 for group in self.duplicates)
         lines.append(f"duplicates  {copies} copies of {len(self.duplicates)} images (same bytes)")
         lines += _shorten(["  " + _join_names(group) for group in self.duplicates])
-        lines.append(f"corrupt      {len(self.corrupt)}")
+        lines.append(f"corrupt     {len(self.corrupt)}")
         lines += [f"  {name}: {reason}" for name, reason in self.corrupt]
         return "\n".join(lines)
 

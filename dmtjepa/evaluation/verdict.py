@@ -93,8 +93,17 @@ def describe(rows: Sequence[Row]) -> list[str]:
         return sentences
     ranks = _values(rows, "features/effective_rank")
     rank = f"; effective rank of the features {ranks[0]:.1f} at first, {ranks[-1]:.1f} at last" if ranks else ""
-    start = "The" if findings else "No sign of a fault: the"
-    return [f"{start} predictions explain {explained[-1]:.0%} of the targets' variance{rank}", *sentences]
+    if findings:
+        start = "The"
+    elif len(explained) < MIN_ROWS:
+        start = "Too early to judge: the"
+    else:
+        start = "No sign of a fault: the"
+    if explained[-1] < 0:
+        learnt = "predictions are further from the targets than a constant would be"
+    else:
+        learnt = f"predictions explain {explained[-1]:.0%} of the targets' variance"
+    return [f"{start} {learnt}{rank}", *sentences]
 
 
 # ---- Collapse

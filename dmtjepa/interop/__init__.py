@@ -1,6 +1,7 @@
 """Weights in and out: the official `.pth.tar` layout, timm, Hugging Face, safetensors, ONNX, `torch.export`."""
 
 from dmtjepa.interop.huggingface import export_huggingface
+from dmtjepa.interop.model_card import find_origin, format_card
 from dmtjepa.interop.model_folder import export_safetensors
 from dmtjepa.interop.official import export_checkpoint, export_official, write_official
 from dmtjepa.interop.programs import export_onnx, export_program
@@ -30,6 +31,8 @@ __all__ = [
     "export_program",
     "export_safetensors",
     "export_timm",
+    "find_origin",
+    "format_card",
     "get_part",
     "load_model",
     "load_weights",

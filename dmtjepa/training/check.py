@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from dmtjepa.checkpoint_format import check_fits, is_checkpoint, list_checkpoints, newest_whole, read_meta, step_of
-from dmtjepa.config import Config, ConfigError, expand_path
+from dmtjepa.checkpoint_format import check_fits, list_checkpoints, newest_whole, read_meta, step_of
+from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import StoredSource, build_loader, check_batch_fits, check_loader, open_source
 from dmtjepa.data.fingerprint import Fingerprint
 from dmtjepa.evaluation.evaluator import open_splits
 from dmtjepa.interop import load_model
-from dmtjepa.interop.encoder_file import find_encoder_file
+from dmtjepa.interop.sources import find_initial_weights
 from dmtjepa.masks import check_masks
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.run_folder import RunFolder, RunFolderError
@@ -172,16 +172,3 @@ def build_model_for(config: Config, device_type: str) -> DMTJEPA:
         raise
     except (ValueError, ModuleNotFoundError) as error:
         raise ConfigError(str(error)) from error
-
-
-def find_initial_weights(config: Config, folder: RunFolder) -> Path | None:
-    """The file that a new run starts from: `meta.read_checkpoint` by itself or below the run folder.
-
-    For a folder of Hugging Face or timm, the file of weights in it.
-    """
-    if not config.meta.load_checkpoint or config.meta.read_checkpoint is None:
-        return None
-    path = Path(expand_path(config.meta.read_checkpoint, "meta.read_checkpoint"))
-    if path.is_dir() and not is_checkpoint(path):
-        return find_encoder_file(path) or path
-    return path if path.exists() else folder.path / path

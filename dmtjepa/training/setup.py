@@ -14,6 +14,7 @@ from dmtjepa.config import Config
 from dmtjepa.data import Loader, StoredSource, build_loader
 from dmtjepa.data.fingerprint import Fingerprint
 from dmtjepa.interop import load_model
+from dmtjepa.interop.sources import find_initial_weights
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.run_folder import RunFolder, RunFolderError
@@ -24,7 +25,6 @@ from dmtjepa.training.check import (
     build_model_for,
     check_checkpoint,
     count_steps_per_epoch,
-    find_initial_weights,
 )
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0

@@ -16,7 +16,7 @@ SAME_SECONDS = 1.0
 
 
 class StopSignals:
-    """While entered, stop signals are recorded instead of obeyed. A second Ctrl-C ends the process at once.
+    """While entered, stop signals are recorded instead of obeyed. A second Ctrl-C is obeyed at once, see `end_by`.
 
     Signals that were ignored before, as SIGHUP is under nohup, stay ignored.
     """
@@ -47,11 +47,12 @@ class StopSignals:
         self.received.append(number)
 
     def _end(self, number: int) -> None:
+        signal.signal(number, self._previous[signal.Signals(number)])
         end_by(number)
 
 
 def end_by(number: int) -> None:
-    """Give a signal to its handler. Ctrl-C ends the process without the traceback of a KeyboardInterrupt."""
-    if number == signal.SIGINT:
+    """Give a signal to its handler. Ctrl-C ends the process if its handler is Python's own: no KeyboardInterrupt."""
+    if signal.getsignal(number) is signal.default_int_handler:
         signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)

@@ -80,7 +80,7 @@ def test_check_reports_the_same(damaged: tuple[Path, set[str]]):
     assert report.formats.total() == report.num_images - len(corrupt)
     text = str(report)
     assert "JPEG" in text
-    assert f"corrupt      {len(corrupt)}" in text
+    assert f"corrupt     {len(corrupt)}" in text
 
 
 @pytest.mark.slow

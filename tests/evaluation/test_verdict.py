@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dmtjepa.evaluation.verdict import GRACE_LOOKS, NUM_LOOKS, describe, find_collapse, judge
+from dmtjepa.evaluation.verdict import GRACE_LOOKS, MIN_ROWS, NUM_LOOKS, describe, find_collapse, judge
 from dmtjepa.metrics_file import read_metrics
 
 HISTORIES = sorted((Path(__file__).parent / "histories").glob("*.jsonl"))
@@ -110,8 +110,17 @@ def test_a_healthy_run_is_told_so():
         look(step) | {"targets/explained_variance": 0.4, "features/effective_rank": 10.0 + step} for step in range(20)
     ]
     (sentence,) = describe(rows)
-    assert "explain 40%" in sentence
+    assert sentence.startswith("No sign of a fault: the predictions explain 40%")
     assert "10.0 at first, 29.0 at last" in sentence
+
+
+def test_a_few_figures_are_too_early_to_judge():
+    rows = [look(step) | {"targets/explained_variance": -1.26} for step in range(MIN_ROWS)]
+    (early,) = describe(rows[:-1])
+    assert early == "Too early to judge: the predictions are further from the targets than a constant would be"
+    late = " ".join(describe(rows))
+    assert "Nothing is learnt" in late
+    assert "Too early" not in late
 
 
 def test_what_was_explained_is_said_beside_a_finding_but_not_after_a_collapse():

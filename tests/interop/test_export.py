@@ -3,11 +3,13 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -269,3 +271,51 @@ def test_hub_entries_take_another_image_size(tmp_path):
     torch.save({"target_encoder": hubconf.dmtjepa_vitt16(image_size=64).state_dict()}, tmp_path / "a.pth.tar")
     encoder = hubconf.dmtjepa_vitt16(weights=str(tmp_path / "a.pth.tar"), image_size=32)
     assert encoder.pos_embed.shape == (1, 4, 192)
+
+
+def test_a_card_says_what_was_exported(run, tmp_path, capsys):
+    """Of a run that was evaluated: settings, length, accuracies of this epoch alone. Nothing of this machine."""
+    report = run / "report"
+    report.mkdir()
+    knn = {name: {"5": 0.5, "20": value} for name, value in (("trained", 0.75), ("pixels", 0.25))}
+    numbers = {"knn": knn, "linear": {"trained": 0.8}, "segmentation": {"trained": {"mean_iou": 0.4}}}
+    data = {"train_images": 50, "validation_images": 100, "classes": 5}
+    try:
+        (report / "report.json").write_text(json.dumps({"run": {"epoch": 3}, "data": data} | numbers))
+        export(run, tmp_path / "hf", "--format", "hf")
+        (report / "report.json").write_text(json.dumps({"run": {"epoch": 2}, "data": data} | numbers))
+        export(run, tmp_path / "a.safetensors", "--format", "safetensors", "--part", "encoder", "--image-size", "64")
+    finally:
+        shutil.rmtree(report)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    front, text = yaml.safe_load(card.split("---\n")[1]), card.split("---\n")[2]
+    assert front["library_name"] == "transformers"
+    for line in (
+        "# vit_tiny, patches of 8",
+        'transformers.IJepaModel.from_pretrained("hf")',
+        "| epochs | 3 |",
+        "| % | k-NN, k = 20 | linear probe | mIoU |",
+        "| teacher | 75.0 ± 4.3 | 80.0 ± 4.0 | 40.0 |",
+        "| pixels | 25.0 ± 4.3 | - | - |",
+    ):
+        assert line in text.splitlines()
+    assert "DMT-JEPA (arXiv 2405.17995): the teacher. Width 192, 12 blocks. Images of 32x32 pixels." in text
+    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert settings["meta"]["pred_emb_dim"] == 48
+    assert str(run) not in card
+    assert str(tmp_path) not in card
+
+    card = (tmp_path / "a.safetensors.md").read_text()
+    assert "the student. Width 192, 12 blocks. Images of 64x64 pixels." in card
+    assert "No report of these weights was found" in card
+    with pytest.raises(AssertionError):  # what is there is kept
+        export(run, tmp_path / "a.safetensors", "--format", "safetensors")
+
+
+def test_a_card_of_weights_alone(run, tmp_path):
+    export(run, tmp_path / "official" / "a.pth.tar", "--format", "official")
+    assert "the teacher and the student" in (tmp_path / "official" / "a.pth.tar.md").read_text()
+    export(tmp_path / "official" / "a.pth.tar", tmp_path / "timm", "--format", "timm")
+    card = (tmp_path / "timm" / "README.md").read_text()
+    assert 'timm.create_model("local-dir:timm", pretrained=True)' in card
+    assert "its settings are not known. epochs: 3" in card

@@ -1,5 +1,6 @@
 """Joining, agreeing, failing and hanging."""
 
+import json
 import os
 import signal
 import socket
@@ -171,15 +172,25 @@ def test_hung_collective_ends_with_a_report_of_where_each_rank_stood(tmp_path):
 
 
 def suspend():
-    """All ranks are stopped for longer than the timeout of the watchdog, as a suspended job is."""
-    with join() as world, Watchdog(world, timeout=4) as watchdog:
-        for step in range(60):
+    """All ranks are stopped for longer than the watchdog's timeout, as a suspended job is: rank 0 in a collective."""
+    with join() as world, Watchdog(world, timeout=8) as watchdog:
+        for step in range(10):
             watchdog.on_phase(Phase.BACKWARD, step)
             if step == 5:
-                subprocess.Popen(["sh", "-c", f"sleep 8; kill -CONT {os.getpid()}"])
-                os.kill(os.getpid(), signal.SIGSTOP)
+                wait_until_noted(world, step)
+                if world.rank == 0:
+                    world.store.set("pid", str(os.getpid()))
+                else:
+                    pids = f"{world.store.get('pid').decode()} {os.getpid()}"
+                    subprocess.run(["sh", "-c", f"kill -STOP {pids}; sleep 10; kill -CONT {pids}"], check=True)
             dist.all_reduce(torch.ones(1))
-            time.sleep(0.05)
+
+
+def wait_until_noted(world, step):
+    """Wait until the watchdog of this rank has seen a step: without progress after it, its time runs."""
+    key = f"place/{world.rank}"
+    while not world.store.check([key]) or json.loads(world.store.get(key))["step"] != step:
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dmtjepa.config import ConfigError
+from dmtjepa.run_folder import RunFolder
+from dmtjepa.training.check import find_initial_weights
 from dmtjepa.training.launch import launch
 
 
@@ -18,12 +21,18 @@ def test_a_run_starts_from_given_weights(settings, plain):
     given = f"{plain.logging.folder}/jepa-latest.pth.tar"
     still = {"optimization.lr": 1e-12, "optimization.start_lr": 0.0, "optimization.final_lr": 0.0,
              "optimization.epochs": 1, "optimization.ema": [1.0, 1.0]}  # fmt: skip
-    config = settings(**{"meta.load_checkpoint": True, "meta.read_checkpoint": given}, **still)
+    config = settings(**{"meta.load_checkpoint": True, "meta.read_checkpoint": plain.logging.folder}, **still)
     assert launch(config, ["cpu"]) == 0
     expected = torch.load(given, weights_only=True)
     for part in ("encoder", "predictor", "target_encoder", "head", "target_head"):
         for name, value in final_step(config)[part].items():
             torch.testing.assert_close(value, expected[part][name], rtol=1e-5, atol=1e-6, msg=f"{part}.{name}")
+
+
+def test_a_folder_that_holds_no_weights_is_refused_by_name(settings, tmp_path):
+    config = settings(**{"meta.load_checkpoint": True, "meta.read_checkpoint": str(tmp_path)})
+    with pytest.raises(ConfigError, match=f"meta.read_checkpoint: {tmp_path} is no run folder"):
+        find_initial_weights(config, RunFolder.from_config(config))
 
 
 @pytest.mark.slow

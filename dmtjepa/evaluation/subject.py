@@ -1,0 +1,47 @@
+"""What is measured: a run, or weights by themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from dmtjepa.config import Config
+from dmtjepa.evaluation.bare_weights import settings_of_weights
+from dmtjepa.evaluation.errors import EvaluationError
+from dmtjepa.interop.sources import find_source
+from dmtjepa.run_folder import RunFolder, open_run
+
+
+class Subject(NamedTuple):
+    """What is measured. checkpoint: the file of weights. out: the folder of the report."""
+
+    run: RunFolder
+    config: Config
+    checkpoint: Path
+    out: Path
+
+
+def find_subject(source: Path, *, has_images: bool, checkpoint: Path | None = None, out: Path | None = None) -> Subject:
+    """Find the run and its settings, the file to measure, and the folder of the report.
+
+    Weights by themselves, a file or a folder of Hugging Face or timm, have settings made from their shapes.
+
+    Args:
+        source: a run folder, or weights.
+        has_images: whether images are named, without which weights by themselves cannot be measured.
+        checkpoint: the file to measure. None takes the latest of the run.
+        out: the folder of the report. None takes that of the run, or one beside the weights.
+
+    Raises:
+        EvaluationError: there are no images to measure weights on.
+        RunFolderError, ConfigError, WeightsError: see `open_run` and `settings_of_weights`.
+    """
+    if source.is_file() or (source / "model.safetensors").is_file():
+        if not has_images:
+            raise EvaluationError(f"{source} has no run folder beside it, and so no images: give --data FOLDER")
+        path = find_source(source)
+        beside = source.with_name(f"{source.name.removesuffix('.pth.tar')}-report")
+        run = RunFolder(source.parent, source.name)
+        return Subject(run, settings_of_weights(path), checkpoint or path, out or beside)
+    run, config = open_run(source)
+    return Subject(run, config, checkpoint or run.latest_export, out or run.report)
