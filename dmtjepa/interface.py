@@ -65,7 +65,8 @@ def train(
     else:
         settings = load_config(find_settings(os.fspath(config)), overrides or {})
     name = device or _default_device()
-    _check_process(check_device(name))
+    check_device(name)
+    _check_process()
     with _restored_state():
         outcome = run_process(settings, name)
     if not outcome.complete:
@@ -95,8 +96,8 @@ def evaluate(
     Args:
         source: a run folder; or a file of weights or a folder of Hugging Face or timm, for which `data` is needed.
         data: images to measure on: a folder, a file list or tar shards. None takes those of the run.
-        train: the training split by name, with `validation` instead of `data`.
-        validation: the validation split.
+        train: labelled images to compare with, instead of `data`; needs `validation`.
+        validation: labelled images to classify; needs `train`.
         checkpoint: the file to measure. None takes the latest of the run.
         out: the folder of the report. None takes `report` in the run folder, or a folder beside the weights.
         max_images: upper limit for the images of each split.
@@ -137,7 +138,7 @@ def _default_device() -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
-def _check_process(device: torch.device) -> None:
+def _check_process() -> None:
     """Refuse a process in which no run can be started. Raises InterfaceError."""
     if threading.current_thread() is not threading.main_thread():
         raise InterfaceError("dmtjepa.train must be called in the main thread, the only one that receives signals")

@@ -9,6 +9,8 @@
     checkpoints/step-{n}/        complete states, see `dmtjepa.checkpoint_format`
     {tag}-latest.pth.tar         the newest epoch in the official layout, see `dmtjepa.interop.official`
     {tag}-ep{N}.pth.tar          the state after N epochs in the official layout, kept
+    logger_ids.json              the names that W&B and MLflow have for the run (`logging.loggers`)
+    wandb/                       what W&B writes
     rollbacks.json               how often a collapsed run went back to an earlier checkpoint (`runtime.on_collapse`)
     {tag}-best.pth.tar           the encoders of the best evaluation during training (evaluation.keep_best)
     not_finite/                  the state after a loss that was not finite: a checkpoint, and steps.json
@@ -310,6 +312,21 @@ class RunFolder:
     def write_rollbacks(self, rollbacks: list[dict[str, Any]]) -> None:
         """Note how often a run that had collapsed was rolled back."""
         write_json(self.path / "rollbacks.json", rollbacks)
+
+    def read_logger_ids(self) -> dict[str, str]:
+        """What `write_logger_ids` has written. Empty if it was not called, or the file cannot be read."""
+        try:
+            return dict(json.loads(self._logger_ids.read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def write_logger_ids(self, identifiers: dict[str, str]) -> None:
+        """Note the names that loggers of other projects have for the run, by the name of the logger."""
+        write_json(self._logger_ids, identifiers)
+
+    @property
+    def _logger_ids(self) -> Path:
+        return self.path / "logger_ids.json"
 
     def write_not_finite(self, steps: list[dict[str, Any]]) -> None:
         """Describe steps whose loss or gradient was not finite, beside the checkpoint in `not_finite/`."""

@@ -97,10 +97,14 @@ class DataSettings(Section):
 
 
 class LoggingSettings(Section):
-    """Where the run is written."""
+    """Where the run is written, and who else is told."""
 
     folder: Free[str] = Field("runs/dmtjepa", description="the run folder; created when missing")
     write_tag: str = Field("jepa", pattern=r"^[\w.-]+$", description="first part of the file names in it")
+    loggers: Free[tuple[Literal["wandb", "mlflow"], ...]] = Field(
+        (), description="Weights & Biases and MLflow, which get what metrics.jsonl gets; [wandb] or [wandb, mlflow]"
+    )
+    project: Free[str] = Field("dmtjepa", min_length=1, description="project of W&B, and experiment of MLflow")
 
     @property
     def path(self) -> Path:

@@ -11,18 +11,22 @@ import torch
 from dmtjepa.config import Config
 from dmtjepa.data import EvaluationLoader, build_eval_loader
 from dmtjepa.data.sources.base import ImageSource
+from dmtjepa.errors import UserError
+from dmtjepa.evaluation.errors import NotMeasuredError
 from dmtjepa.evaluation.splits import Splits
 from dmtjepa.interop import check_finite, get_part, load_weights, read_checkpoint
+from dmtjepa.interop.sources import find_initial_weights
 from dmtjepa.models import VisionTransformer
 from dmtjepa.objective import build_model
+from dmtjepa.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class EvaluationContext:
     """What is measured, and where.
 
-    encoders: name -> frozen encoder on `device`: `trained` (the teacher), `student` if the checkpoint has it, and
-        `untrained`.
+    encoders: name -> frozen encoder on `device`: `trained` (the teacher), `student` if the checkpoint has it, `start`
+        if the run started from weights, and `untrained`.
     quick: leave out what takes long: low-shot and attentive probes, and the last four blocks.
     """
 
@@ -77,3 +81,24 @@ def load_teacher(
     load_weights(trained, weights, checkpoint_path)
     check_finite(trained.state_dict(), f"the teacher in {checkpoint_path}")
     return trained.to(device).eval(), untrained.to(device).eval().requires_grad_(False)
+
+
+def load_start(config: Config, run: RunFolder, untrained: VisionTransformer) -> VisionTransformer | None:
+    """The teacher that a run started from (`meta.read_checkpoint`), None if its weights were drawn.
+
+    Args:
+        untrained: an encoder of the run, of which a copy gets the weights.
+
+    Raises:
+        NotMeasuredError: the file is no longer there, or holds other weights now.
+    """
+    path = find_initial_weights(config, run)
+    if path is None:
+        return None
+    start = copy.deepcopy(untrained)
+    try:
+        load_weights(start, get_part(read_checkpoint(path), "target_encoder", path), path)
+        check_finite(start.state_dict(), path)
+    except UserError as error:
+        raise NotMeasuredError(f"the weights that the run started from: {error}") from error
+    return start

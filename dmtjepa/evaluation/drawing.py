@@ -24,7 +24,13 @@ from dmtjepa.evaluation.segmentation import VOID, SegmentedImages
 CONTEXT_COLOR = "#2b6cb0"
 BLOCK_COLORS = ("#e8590c", "#2f9e44", "#c2255c", "#f2b705", "#7048e8", "#0c8599")
 QUERY_COLORS = ("#ffd43b", "#ff6b6b", "#69db7c", "#74c0fc", "#f783ac")
-BAR_COLORS = {"trained": "#2b6cb0", "student": "#90cdf4", "untrained": "#adb5bd", "pixels": "#dee2e6"}
+BAR_COLORS = {
+    "trained": "#2b6cb0",
+    "student": "#90cdf4",
+    "start": "#e9b872",
+    "untrained": "#adb5bd",
+    "pixels": "#dee2e6",
+}
 RIGHT_COLOR, WRONG_COLOR = "#2f9e44", "#e03131"
 SMOOTHING = 0.02
 """The smoothed loss averages over this share of the run; over at least 5 steps if the run has 25."""

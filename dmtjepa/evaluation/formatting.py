@@ -14,8 +14,8 @@ class Report:
 
     run, data: what was measured, and on which images.
     knn, knn_plain, linear, attentive, collapse, segmentation: results by the name of the features: `trained` (of the
-        teacher), `student`, `untrained` or `pixels`. The keys of the k-NN results are k; `knn` weights its votes,
-        `knn_plain` does not.
+        teacher), `student`, `start` (of weights that the run started from), `untrained` or `pixels`. The keys of the
+        k-NN results are k; `knn` weights its votes, `knn_plain` does not.
     knn_layout: k-NN results of features that keep the layout of the image, as pixels do.
     protocols: accuracies by the protocols of papers: name of the protocol -> name of the features -> accuracy.
     low_shot: accuracies with few labels: which labels -> name of the features -> mean, std, num_images.
@@ -52,7 +52,7 @@ def format_table(report: Report) -> str:
     header += ["linear"] * bool(report.linear) + ["attentive"] * bool(report.attentive)
     header += ["mIoU"] * bool(report.segmentation)
     lines = [header]
-    for name in ("trained", "student", "untrained", "pixels"):
+    for name in ("trained", "student", "start", "untrained", "pixels"):
         scores = [report.knn[name][k] if name in report.knn else None for k in ks]
         scores += [report.linear.get(name)] * bool(report.linear)
         scores += [report.attentive.get(name)] * bool(report.attentive)
@@ -113,6 +113,7 @@ def format_results(report: Report) -> list[str]:
             f"mIoU: {100 * ious['trained']:.1f}% +- {100 * report.segmentation['trained']['mean_iou_error']:.1f}; "
             f"{_gain(ious, 'untrained')} points against untrained, {_gain(ious, 'pixels')} against pixels"
         )
+    lines += _compare_with_start(report)
     if "trained" in report.collapse:
         numbers = report.collapse["trained"]
         state = "COLLAPSED: all features are nearly the same" if report.collapsed else "no sign of collapse"
@@ -121,6 +122,30 @@ def format_results(report: Report) -> list[str]:
             f"mean cosine {numbers['mean_cosine']:.2f}"
         )
     return lines
+
+
+def _compare_with_start(report: Report) -> list[str]:
+    """Whether the run has improved the weights that it started from. Empty if they were drawn, or not measured."""
+    num_images = report.data["validation_images"]
+    accuracies = {"linear probe": report.linear, "k-NN": _best_accuracy(report.knn)}
+    scores = {
+        measure: {name: (value, accuracy_error(value, num_images)) for name, value in values.items()}
+        for measure, values in accuracies.items()
+    }
+    scores["mIoU"] = {
+        name: (values["mean_iou"], values["mean_iou_error"]) for name, values in report.segmentation.items()
+    }
+    parts = []
+    for measure, values in scores.items():
+        if {"trained", "start"} <= values.keys():
+            (trained, error), (start, start_error) = values["trained"], values["start"]
+            gain, gain_error = trained - start, math.hypot(error, start_error)
+            clear = "better" if gain > 0 else "worse"
+            judgement = clear if abs(gain) > 2 * gain_error else "not clearly different"
+            parts.append(f"{measure} {100 * gain:+.1f} +- {100 * gain_error:.1f} points ({judgement})")
+    if not parts:
+        return []
+    return [f"against the weights that the run started from ({report.run['start']}): {', '.join(parts)}"]
 
 
 def _best_accuracy(accuracy: Mapping[str, Mapping[int, float]]) -> dict[str, float]:

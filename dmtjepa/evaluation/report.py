@@ -16,7 +16,7 @@ import torch
 
 from dmtjepa.config import Config
 from dmtjepa.evaluation import measurements
-from dmtjepa.evaluation.context import EvaluationContext, load_encoders
+from dmtjepa.evaluation.context import EvaluationContext, load_encoders, load_start
 from dmtjepa.evaluation.errors import NotMeasuredError
 from dmtjepa.evaluation.figure_data import NUM_SHOWN, add_nearest, collect_figure_data
 from dmtjepa.evaluation.figures import FigureData, save_figures
@@ -44,7 +44,7 @@ def evaluate(
     progress: bool = True,
     quick: bool = False,
 ) -> Report:
-    """Measure the teacher and the student of a run and write the report into `out`.
+    """Measure the teacher and the student of a run, and the weights it started from; write the report into `out`.
 
     Args:
         quick: leave out low-shot and attentive probes, and the probe of the last four layers.
@@ -56,6 +56,9 @@ def evaluate(
     encoders = load_encoders(config, checkpoint_path, device)
     context = EvaluationContext(config, encoders, splits, device, num_workers, progress, quick)
     report = Report(describe_run(run.path, context, checkpoint_path), describe_data(splits), notes=list(splits.notes))
+    with skipping(report):
+        start = load_start(config, run, encoders["untrained"])
+        encoders |= {} if start is None else {"start": start}
 
     gallery = measure_features(report, context)
     segmented = None
@@ -88,6 +91,7 @@ def describe_run(run: Path, context: EvaluationContext, checkpoint_path: Path) -
         "parameters": sum(p.numel() for p in context.encoders["trained"].parameters()),
         "epoch": epoch if isinstance(epoch, (int, float)) else None,
         "seed": config.runtime.seed,
+        "start": config.meta.read_checkpoint if config.meta.load_checkpoint else None,
         "torch": torch.__version__,
     }
 

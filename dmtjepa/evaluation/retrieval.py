@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmtjepa.data.sources.base import ImageSource
+from dmtjepa.data.sources.base import ImageSource, make_printable
 from dmtjepa.evaluation.context import EvaluationContext
 from dmtjepa.evaluation.errors import NotMeasuredError
 from dmtjepa.evaluation.knn import standardize
@@ -72,13 +72,17 @@ def find_nearest(
         others = [(i, v) for i, v in zip(index, value, strict=True) if source.name(i) != name][:num_nearest]
         chosen.append([i for i, _ in others])
         cosines.append([v for _, v in others])
+    num_nearest = min(map(len, chosen))  # a list can name an image several times
+    if num_nearest < 1:
+        raise NotMeasuredError("nearest images: there is no other image")
+    chosen, cosines = [row[:num_nearest] for row in chosen], [row[:num_nearest] for row in cosines]
     flat = np.array(chosen, np.int64).flatten()
     loaded = torch.cat([images for images, _, _ in context.build_loader(Subset(source, flat))])
     if len(loaded) != len(flat):
         raise NotMeasuredError("nearest images: some of them cannot be read any more")
     classes = query_classes = None
     if labels is not None and source.labels is not None:
-        names_of = source.class_names
+        names_of = [make_printable(name) for name in source.class_names]
         query_classes = [names_of[label] for label in labels.tolist()]
         classes = [[names_of[int(source.labels[i])] for i in row] for row in chosen]
     return NearestImages(loaded.unflatten(0, (len(chosen), -1)), torch.tensor(cosines), query_classes, classes)

@@ -97,10 +97,11 @@ def _tabulate_accuracy(report: Report) -> Table | None:
         "Accuracy (%)",
         ["features", *(f"k-NN, k = {k}" for k in ks), "linear probe", "attentive probe"],
         rows,
-        "Frozen, average-pooled features. `trained` is the teacher, `untrained` the same network before the first "
-        "step; `pixels` is the image itself, averaged to at most 32x32. Votes are weighted with temperature 0.07 (in "
-        "brackets: unweighted). ± is the standard error over the validation images. `with layout` concatenates "
-        "averages over a 4x4 grid of the image: pixels keep the layout, pooled features do not.",
+        "Frozen, average-pooled features. `trained` is the teacher, `start` are weights that the run started from, and "
+        "`untrained` is the same network with drawn weights; `pixels` is the image itself, averaged to at most 32x32. "
+        "Votes are weighted with temperature 0.07 (in brackets: unweighted). ± is the standard error over the "
+        "validation images. `with layout` concatenates averages over a 4x4 grid of the image: pixels keep the layout, "
+        "pooled features do not.",
         f"The most frequent class alone gives {100 * report.data['most_frequent_class']:.1f}.",
     )
 

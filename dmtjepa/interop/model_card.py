@@ -18,7 +18,13 @@ from dmtjepa.interop.weights import EncoderShape
 from dmtjepa.run_folder import RunFolder
 
 PARTS = {"target_encoder": "teacher", "encoder": "student"}
-FEATURES = {"trained": "teacher", "student": "student", "untrained": "untrained network", "pixels": "pixels"}
+FEATURES = {
+    "trained": "teacher",
+    "student": "student",
+    "start": "the weights that it started from",
+    "untrained": "untrained network",
+    "pixels": "pixels",
+}
 """Names of features in a report -> in a card."""
 # Settings that say how weights came about. The others name files and machines, or do not change results.
 SHOWN = ("data", "mask", "patch", "meta", "optimization")

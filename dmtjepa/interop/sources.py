@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dmtjepa.checkpoint_format import CheckpointError, find_fault, is_checkpoint, read_meta
-from dmtjepa.config import parse_config
+from dmtjepa.config import Config, ConfigError, expand_path, parse_config
 from dmtjepa.interop.encoder_file import find_encoder_file
-from dmtjepa.run_folder import open_run
+from dmtjepa.run_folder import RunFolder, RunFolderError, open_run
 
 
 def find_source(source: Path) -> Path:
@@ -44,3 +44,26 @@ def find_image_size(source: Path) -> tuple[int, int] | None:
         return None
     _, config = open_run(source)
     return config.data.image_size
+
+
+def find_initial_weights(config: Config, folder: RunFolder) -> Path | None:
+    """The file that a new run starts from: `meta.read_checkpoint` by itself or below the run folder.
+
+    For a run folder its latest export, and for a folder of Hugging Face or timm the file of weights in it.
+
+    Raises:
+        ConfigError: it is a folder of none of these.
+    """
+    if not config.meta.load_checkpoint or config.meta.read_checkpoint is None:
+        return None
+    path = Path(expand_path(config.meta.read_checkpoint, "meta.read_checkpoint"))
+    path = path if path.exists() else folder.path / path
+    if not path.is_dir() or is_checkpoint(path):
+        return path
+    try:
+        return find_source(path)
+    except RunFolderError as error:
+        raise ConfigError(
+            f"meta.read_checkpoint: {path} is no run folder, no checkpoints/step-N folder, and no folder of Hugging "
+            "Face or timm"
+        ) from error

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from dmtjepa.checkpoint_format import check_fits, is_checkpoint, list_checkpoints, newest_whole, read_meta, step_of
-from dmtjepa.config import Config, ConfigError, expand_path
+from dmtjepa.checkpoint_format import check_fits, list_checkpoints, newest_whole, read_meta, step_of
+from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import StoredSource, build_loader, check_batch_fits, check_loader, open_source
 from dmtjepa.data.fingerprint import Fingerprint
 from dmtjepa.evaluation.evaluator import open_splits
 from dmtjepa.interop import load_model
-from dmtjepa.interop.sources import find_source
+from dmtjepa.interop.sources import find_initial_weights
 from dmtjepa.masks import check_masks
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.run_folder import RunFolder, RunFolderError
@@ -22,6 +22,7 @@ from dmtjepa.training.banner import count_trained, describe_start
 from dmtjepa.training.compiler import check_compiler
 from dmtjepa.training.images import check_images, check_steps_per_epoch
 from dmtjepa.training.parallelize import check_shard_size
+from dmtjepa.training.trackers import check_loggers
 
 
 def check_start(config: Config, world_size: int, device_type: str) -> StoredSource:
@@ -40,6 +41,7 @@ def check_start(config: Config, world_size: int, device_type: str) -> StoredSour
         RunFolderError: the run folder holds another run, cannot be written to, or has no room for a checkpoint.
     """
     check_settings(config, world_size)
+    check_loggers(config)
     here = device_type if device_type == "cpu" or torch.cuda.is_available() else "cpu"
     if here == device_type:
         check_compiler(config, device_type)
@@ -170,26 +172,3 @@ def build_model_for(config: Config, device_type: str) -> DMTJEPA:
         raise
     except (ValueError, ModuleNotFoundError) as error:
         raise ConfigError(str(error)) from error
-
-
-def find_initial_weights(config: Config, folder: RunFolder) -> Path | None:
-    """The file that a new run starts from: `meta.read_checkpoint` by itself or below the run folder.
-
-    For a run folder its latest export, and for a folder of Hugging Face or timm the file of weights in it.
-
-    Raises:
-        ConfigError: it is a folder of none of these.
-    """
-    if not config.meta.load_checkpoint or config.meta.read_checkpoint is None:
-        return None
-    path = Path(expand_path(config.meta.read_checkpoint, "meta.read_checkpoint"))
-    path = path if path.exists() else folder.path / path
-    if not path.is_dir() or is_checkpoint(path):
-        return path
-    try:
-        return find_source(path)
-    except RunFolderError as error:
-        raise ConfigError(
-            f"meta.read_checkpoint: {path} is no run folder, no checkpoints/step-N folder, and no folder of Hugging "
-            "Face or timm"
-        ) from error

@@ -21,6 +21,7 @@ from dmtjepa.training.event_file import EventFile
 from dmtjepa.training.instruments import Reading, read_features, read_sums
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.stopwatch import Event, Stopwatch
+from dmtjepa.training.trackers import TrackerThread
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class StepValues:
 
 class Metrics:
     """Collects steps on the device and writes them in blocks: a CSV file for every rank, and on rank 0 `metrics.jsonl`,
-    TensorBoard and a progress bar (without a terminal: lines).
+    TensorBoard, other loggers and a progress bar (without a terminal: lines).
 
     Args:
         folder: of the run.
@@ -73,6 +74,7 @@ class Metrics:
         schedules: of the run.
         first_step: the step to continue from. Rows of later steps, which a killed run had written, are removed.
         global_batch: images per step.
+        trackers: loggers of other projects, on rank 0.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Metrics:
         schedules: Schedules,
         first_step: int,
         global_batch: int,
+        trackers: Sequence[TrackerThread] = (),
     ) -> None:
         self.stopwatch = Stopwatch(device)
         self._rank, self._schedules, self._global_batch = rank, schedules, global_batch
@@ -94,6 +97,7 @@ class Metrics:
         self._csv = folder.open_csv(rank, first_step=first_step, steps_per_epoch=schedules.steps_per_epoch)
         self._file: MetricsFile | None = None
         self._board: EventFile | None = None
+        self._trackers = trackers
         self._shown: dict[str, float] = {}  # the latest figures of the progress line
         self._bar: tqdm | None = None
         if rank == 0:
@@ -166,19 +170,24 @@ class Metrics:
         return steps
 
     def write_values(self, step: int, values: Mapping[str, float]) -> None:
-        """Write values, by name, into `metrics.jsonl` and TensorBoard. Does nothing on ranks other than 0.
+        """Write values, by name, into `metrics.jsonl`, TensorBoard and other loggers. Does nothing on ranks but 0.
 
         Args:
             step: number of the last finished step, from 0.
-            values: `loss/explained variance` and the like; what precedes the slash is a group in TensorBoard.
+            values: `train/loss` and the like; what precedes the slash is a group in TensorBoard.
         """
+        self._write_values(step, values, on_board=values)
+
+    def _write_values(self, step: int, values: Mapping[str, float], on_board: Mapping[str, float]) -> None:
         if self._file is not None:
             self._file.write(step, values)
             self._file.flush()
         if self._board is not None:
-            for name, value in values.items():
+            for name, value in on_board.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
+        for tracker in self._trackers:
+            tracker.log(step, values)
 
     def close(self) -> None:
         self._csv.close()
@@ -186,6 +195,8 @@ class Metrics:
             self._file.close()
         if self._board is not None:
             self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self._bar is not None:
             self._bar.close()
 
@@ -202,9 +213,12 @@ class Metrics:
         rate = len(steps) * self._global_batch / total if total > 0 else 0.0
         wait_share = waited / total if total > 0 else 0.0
         figures = self._figures(steps, rate, wait_share)
-        self.write_values(steps[-1].record.step, figures)
+        for value in steps:  # TensorBoard shows each step, under the names of the means
+            self._board.add_scalar("train/loss", value.loss, value.record.step)
+            self._board.add_scalar("train/grad_norm", value.norm, value.record.step)
+        others = {name: value for name, value in figures.items() if name not in ("train/loss", "train/grad_norm")}
+        self._write_values(steps[-1].record.step, figures, on_board=others)
         self._shown |= figures
-        self._write_board(self._board, steps, rate, wait_share)
         self._print_progress(steps, rate, f"{wait_share:.0%}" if total > 0 else "-")
 
     def _print_progress(self, steps: Sequence[StepValues], rate: float, wait_share: str) -> None:
@@ -265,15 +279,3 @@ class Metrics:
             "train/images_per_second": rate,
             "train/data_wait": wait_share,
         } | last.figures
-
-    @staticmethod
-    def _write_board(board: EventFile, steps: Sequence[StepValues], rate: float, wait_share: float) -> None:
-        for value in steps:
-            board.add_scalar("loss", value.loss, value.record.step)
-            board.add_scalar("gradient norm", value.norm, value.record.step)
-        record = steps[-1].record
-        for name in ("learning_rate", "weight_decay", "momentum"):
-            board.add_scalar(name.replace("_", " "), getattr(record, name), record.step)
-        board.add_scalar("images per second", rate, record.step)
-        board.add_scalar("data wait share", wait_share, record.step)
-        board.flush()

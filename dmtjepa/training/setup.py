@@ -14,6 +14,7 @@ from dmtjepa.config import Config
 from dmtjepa.data import Loader, StoredSource, build_loader
 from dmtjepa.data.fingerprint import Fingerprint
 from dmtjepa.interop import load_model
+from dmtjepa.interop.sources import find_initial_weights
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.run_folder import RunFolder, RunFolderError
@@ -24,7 +25,6 @@ from dmtjepa.training.check import (
     build_model_for,
     check_checkpoint,
     count_steps_per_epoch,
-    find_initial_weights,
 )
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
@@ -39,6 +39,7 @@ from dmtjepa.training.saving import Saver
 from dmtjepa.training.schedules import Schedules, build_schedules
 from dmtjepa.training.state import TrainingState
 from dmtjepa.training.step import TrainStep
+from dmtjepa.training.trackers import open_trackers
 from dmtjepa.training.vote import RankVote
 from dmtjepa.training.watch import CollapseWatch, slow_down
 from dmtjepa.training.watchdog import Watchdog
@@ -158,7 +159,13 @@ def _start_records(
             folder.record_start(config, world.device, world_size=world.world_size, global_batch=global_batch, step=step)
             record_images(folder, source, images)
         return Metrics(
-            folder, world.rank, world.device, schedules=schedules, first_step=step, global_batch=global_batch
+            folder,
+            world.rank,
+            world.device,
+            schedules=schedules,
+            first_step=step,
+            global_batch=global_batch,
+            trackers=open_trackers(config, folder) if world.rank == 0 else (),
         )
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dmtjepa.config import DataSettings
 from dmtjepa.data import check
 from dmtjepa.data.loaders.center_crop import EvaluationLoader
+from dmtjepa.data.loaders.torchvision import TorchvisionLoader
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 240  # only ends a hang
@@ -50,7 +52,12 @@ def evaluate_images(source: Endless) -> None:
     next(iter(EvaluationLoader(source, (32, 32), 4, num_workers=2)))
 
 
-@pytest.mark.parametrize("work", [check_images, evaluate_images])
+def train_on_images(source: Endless) -> None:
+    settings = DataSettings(root_path="images", batch_size=4, crop_size=32, num_workers=2)
+    next(TorchvisionLoader(source, settings, seed=0).epoch(0))
+
+
+@pytest.mark.parametrize("work", [check_images, evaluate_images, train_on_images])
 def test_workers_end_with_a_killed_parent(work: Callable[[Endless], None]):
     """The workers hold a pipe: its end shows that none of them is left."""
     end, held = os.pipe()

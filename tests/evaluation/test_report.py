@@ -11,8 +11,11 @@ from PIL import Image
 
 from dmtjepa.cli.evaluate import main
 from dmtjepa.cli.weights import main as export
-from dmtjepa.evaluation.context import load_teacher
+from dmtjepa.evaluation.context import EvaluationContext, load_encoders, load_start, load_teacher
+from dmtjepa.evaluation.errors import NotMeasuredError
 from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
+from dmtjepa.evaluation.report import measure_features
+from dmtjepa.evaluation.splits import find_splits
 from dmtjepa.objective import build_model
 from dmtjepa.run_folder import open_run
 from tests.helpers.run_folders import write_images, write_masks, write_run
@@ -352,3 +355,50 @@ def test_weights_alone_are_measured_as_in_their_run(run, data, tmp_path, capsys,
     assert found["linear"]["trained"] == expected["linear"]["trained"]
     assert ("student" in found["knn"]) == (form != "hf")
     assert any("loss curve" in reason for reason in found["skipped"])
+
+
+@pytest.mark.slow
+def test_a_run_is_compared_with_the_weights_that_it_started_from(run_template, data, tmp_path):
+    """Those of `run_template` are the run's own: the difference is 0."""
+    file = tmp_path / "given.pth.tar"
+    shutil.copy(run_template / LATEST, file)
+    meta = {"load_checkpoint": True, "read_checkpoint": str(file)}
+    run, config = open_run(write_run(tmp_path / "run", data, meta=meta))
+    splits = find_splits(config.data, max_images=12)
+    encoders = load_encoders(config, run.latest_export)
+    encoders["start"] = load_start(config, run, encoders["untrained"])
+    context = EvaluationContext(config, encoders, splits, progress=False, quick=True)
+    report = Report({"start": str(file)}, {"validation_images": len(splits.validation)})
+    measure_features(report, context)
+    assert report.linear["start"] == report.linear["trained"]
+    assert report.collapse["start"] == report.collapse["trained"] != report.collapse["untrained"]
+    (sentence,) = (line for line in format_verdict(report) if line.startswith("against the weights"))
+    assert f"({file}): linear probe +0.0 +- " in sentence
+    assert "k-NN +0.0 +- " in sentence
+
+    file.unlink()
+    with pytest.raises(NotMeasuredError, match=r"the run started from: there is no checkpoint .*given\.pth\.tar"):
+        load_start(config, run, encoders["untrained"])
+    drawn, drawn_config = open_run(run_template)
+    assert load_start(drawn_config, drawn, encoders["untrained"]) is None
+
+
+def test_better_and_worse_are_beyond_two_standard_errors():
+    data = {"validation_images": 100}
+    miou = {"trained": {"mean_iou": 0.5, "mean_iou_error": 0.03}, "start": {"mean_iou": 0.6, "mean_iou_error": 0.03}}
+    report = Report(
+        {"start": "a.pth.tar"},
+        data,
+        linear={"trained": 0.8, "start": 0.5},
+        knn={"trained": {5: 0.3, 10: 0.4}, "start": {5: 0.6, 10: 0.2}},
+        segmentation=miou,
+    )
+    for scores in (report.linear, report.knn, report.segmentation):
+        scores["untrained"] = scores["pixels"] = scores["start"]
+    (sentence,) = (line for line in format_verdict(report) if line.startswith("against the weights"))
+    assert sentence == (
+        "against the weights that the run started from (a.pth.tar): linear probe +30.0 +- 6.4 points (better), "
+        "k-NN -20.0 +- 6.9 points (worse), mIoU -10.0 +- 4.2 points (worse)"
+    )
+    miou["start"]["mean_iou"] = 0.55
+    assert "mIoU -5.0 +- 4.2 points (not clearly different)" in format_verdict(report)[-1]

@@ -39,3 +39,16 @@ def test_images_that_cannot_be_matched_are_not_shown(data):
     source = open_images(data / "val")
     with pytest.raises(NotMeasuredError, match="2 of 12 images cannot be read"):
         find_nearest(CONTEXT, FeaturedImages(source, torch.rand(10, 3)), torch.rand(1, 3), ["x"], None)
+
+
+def test_a_list_with_an_image_twice_and_names_that_are_not_utf8(data, tmp_path):
+    paths = sorted((data / "val").rglob("*.*"))[:4]
+    paths = [path for path in paths if path.is_file()]
+    lines = [f"{path}\t".encode() + b"caf\xe9" for path in [paths[0], *paths]]
+    (tmp_path / "images.tsv").write_bytes(b"\n".join(lines))
+    source = open_images(tmp_path / "images.tsv")
+    colors, names = torch.rand(len(lines), 3), [source.name(0), source.name(2)]
+    labels = torch.zeros(2, dtype=torch.int64)
+    found = find_nearest(CONTEXT, FeaturedImages(source, colors), colors[[0, 2]], names, labels)
+    assert found.images.shape[:2] == (2, len(paths) - 1)
+    assert found.query_classes == ["caf\\xe9"] * 2

@@ -16,9 +16,9 @@ from dmtjepa.cli.weights import main
 from dmtjepa.config import parse_config
 from dmtjepa.data.crop import crop_center
 from dmtjepa.interop import WeightsError, load_model, read_checkpoint
+from dmtjepa.interop.sources import find_initial_weights
 from dmtjepa.objective import build_model
 from dmtjepa.run_folder import RunFolder
-from dmtjepa.training.check import find_initial_weights
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {

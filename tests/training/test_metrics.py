@@ -40,7 +40,7 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path, monkeypatch):
     metrics.close()
     assert read_losses(folder.csv_file(0)).loss.tolist() == [0, 0.5, 1, 1.5]
     board = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(0, 0), (1, 0.5), (2, 1), (3, 1.5)]
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(0, 0), (1, 0.5), (2, 1), (3, 1.5)]
 
 
 def test_a_later_start_hides_the_steps_that_it_repeats(tmp_path):
@@ -53,7 +53,7 @@ def test_a_later_start_hides_the_steps_that_it_repeats(tmp_path):
         if first == 0:  # the file of a start in the same second has the same name
             next(folder.tensorboard.iterdir()).rename(folder.tensorboard / "events.out.tfevents.0")
     board = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert [event.step for event in board.Scalars("loss")] == list(range(8))
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(8))
 
 
 @pytest.mark.slow

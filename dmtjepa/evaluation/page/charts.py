@@ -121,6 +121,7 @@ def make_chart(quantity: Quantity, lines: Sequence[Line]) -> Chart:
     """Draw lines over each other. A few values that are far from the others may leave the chart."""
     from matplotlib.ticker import MaxNLocator  # slow to import
 
+    values = [(line.label, line.color, format_value(line.values, quantity.unit)) for line in lines]
     lines = [_thin(line) for line in lines]
     first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
     low, high = _find_limits(np.concatenate([line.values for line in lines]), robust=quantity.noisy)
@@ -140,7 +141,6 @@ def make_chart(quantity: Quantity, lines: Sequence[Line]) -> Chart:
             strokes.append(_draw(line, place_x, place_y, faint=smooth is not None))
         if smooth is not None:
             strokes.append(_draw(smooth, place_x, place_y, faint=False))
-    values = [(line.label, line.color, format_value(line.values, quantity.unit)) for line in lines]
     summary = f"{quantity.title}: last value " + ", ".join(f"{label} {value}".strip() for label, _, value in values)
     return Chart(
         quantity.title,

@@ -9,7 +9,7 @@ from typing import Any
 
 from dmtjepa.evaluation.formatting import accuracy_error
 
-FEATURES = ("trained", "student", "untrained", "pixels")
+FEATURES = ("trained", "student", "start", "untrained", "pixels")
 BASELINES = ("untrained", "pixels")
 
 

@@ -48,10 +48,12 @@ def test_a_gap_stays_a_gap():
 
 def test_long_noisy_lines_are_thinned_and_smoothed():
     noise = np.random.default_rng(0).normal(0, 1, 5000) + np.linspace(0, 10, 5000)
-    raw, smooth = make_chart(NOISY, [line(noise)]).strokes
+    chart = make_chart(NOISY, [line(noise)])
+    raw, smooth = chart.strokes
+    assert len(points(raw.parts[0])) == MAX_POINTS
+    assert chart.last == [("", 0, f"{noise[-1]:.4g}")]  # of the line itself
     assert raw.faint
     assert not smooth.faint
-    assert len(points(raw.parts[0])) == MAX_POINTS
 
     def roughness(stroke):
         return np.abs(np.diff([y for _, y in points(stroke.parts[0])])).sum()
