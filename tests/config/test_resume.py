@@ -5,7 +5,7 @@ from dmtjepa.config import Config, Resume, changed_settings, parse_config, resum
 # Settings that change nothing about what is trained.
 FREE = {
     "data": {"num_workers", "pin_mem", "root_path", "max_broken", "allow_changed", "worker_timeout"},
-    "logging": {"folder"},
+    "logging": {"folder", "loggers", "project"},
     "meta": {"copy_data", "load_checkpoint", "read_checkpoint"},
     "optimization": {"max_skipped_steps"},
     "evaluation": {"batch_size", "data", "every_epochs", "keep_best", "max_images", "neighbors"},
