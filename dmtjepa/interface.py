@@ -43,8 +43,8 @@ def train(
 
     run = dmtjepa.train("small_images", {"data.root_path": "photos", "logging.folder": "runs/mine"})
 
-    For several devices, use `dmtjepa train` or torchrun. Random numbers, signal handlers and logging are the same
-    afterwards as before.
+    For several devices, use `dmtjepa train` or torchrun. Random numbers of the CPU, signal handlers and logging are
+    the same afterwards as before.
 
     Args:
         config: settings, a settings file, or the name of settings that are part of the package, such as `quickstart`.

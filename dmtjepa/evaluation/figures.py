@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dmtjepa.data.sources.base import make_printable
 from dmtjepa.evaluation.retrieval import NearestImages
 from dmtjepa.evaluation.segmentation import SegmentedImages
 from dmtjepa.files import open_atomically
@@ -75,7 +76,7 @@ def save_figures(data: FigureData, folder: Path, title: str) -> list[Path]:
     rows = ([curves] if curves else []) + [[panel] for panel in panels if panel not in curves]
     heights = [max(panel.height for panel in row) for row in rows]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=15, fontweight="bold")
+    figure.suptitle(make_printable(title), fontsize=15, fontweight="bold", parse_math=False)
     strips = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
     for row, strip in zip(rows, strips, strict=True):
         for panel, subfigure in zip(row, strip.subfigures(1, len(row), squeeze=False)[0], strict=True):

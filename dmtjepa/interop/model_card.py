@@ -29,7 +29,16 @@ FEATURES = {
 # Settings that say how weights came about. The others name files and machines, or do not change results.
 SHOWN = ("data", "mask", "patch", "meta", "optimization")
 HIDDEN = {
-    "data": {"root_path", "num_workers", "pin_mem", "worker_timeout", "allow_changed", "max_broken", "hw_decoder_load"},
+    "data": {
+        "root_path",
+        "image_folder",
+        "num_workers",
+        "pin_mem",
+        "worker_timeout",
+        "allow_changed",
+        "max_broken",
+        "hw_decoder_load",
+    },
     "meta": {"read_checkpoint", "load_checkpoint", "copy_data"},
 }
 
@@ -134,7 +143,7 @@ def _format_training(origin: Origin) -> list[str]:
     if config is None:
         known = [f"{title}: {_format_number(value)}" for title, value in rows]
         return [f"The file was exported without its run, so its settings are not known. {'; '.join(known)}".rstrip()]
-    images = config.data.image_folder or Path(config.data.root_path).name
+    images = Path(config.data.image_folder or config.data.root_path).name
     if config.data.dataset == "shapes":
         images = "drawn by this project (`shapes`)"
     lines = [
@@ -162,16 +171,18 @@ def _format_evaluation(origin: Origin) -> list[str]:
     report = origin.report
     if report is None:
         return ["No report of these weights was found. `dmtjepa evaluate` writes one; export again to have it here."]
-    num_images = report["data"].get("validation_images")
+    data = report.get("data", {})
+    num_images = data.get("validation_images")
+    knn, linear, segmentation = (report.get(name) or {} for name in ("knn", "linear", "segmentation"))
     columns: dict[str, Mapping[str, float]] = {}
-    ks = sorted(int(k) for k in report["knn"].get("trained", {}))
+    ks = sorted(int(k) for k in knn.get("trained", {}))
     if ks:
         k = str(max((k for k in ks if k <= 20), default=ks[0]))
-        columns[f"k-NN, k = {k}"] = {name: accuracy[k] for name, accuracy in report["knn"].items()}
-    if report["linear"]:
-        columns["linear probe"] = report["linear"]
-    if report["segmentation"]:
-        columns["mIoU"] = {name: scores["mean_iou"] for name, scores in report["segmentation"].items()}
+        columns[f"k-NN, k = {k}"] = {name: accuracy[k] for name, accuracy in knn.items()}
+    if linear:
+        columns["linear probe"] = linear
+    if segmentation:
+        columns["mIoU"] = {name: scores["mean_iou"] for name, scores in segmentation.items()}
     if not columns:
         return ["The report has no accuracies: its images have no labels."]
     lines = [f"| % | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -179,9 +190,9 @@ def _format_evaluation(origin: Origin) -> list[str]:
         cells = [_format_score(values.get(name), kind, num_images) for kind, values in columns.items()]
         if any(cell != "-" for cell in cells):
             lines.append(f"| {title} | {' | '.join(cells)} |")
-    classes = f" of {report['data']['classes']} classes" if report["data"].get("classes") else ""
-    data = f"{report['data'].get('train_images')} training and {num_images} validation images{classes}"
-    return [*lines, "", f"Frozen features, on {data}; ± is the standard error of an accuracy."]
+    classes = f" of {data['classes']} classes" if data.get("classes") else ""
+    images = f"{data.get('train_images')} training and {num_images} validation images{classes}"
+    return [*lines, "", f"Frozen features, on {images}; ± is the standard error of an accuracy."]
 
 
 def _format_score(value: float | None, kind: str, num_images: int | None) -> str:

@@ -44,4 +44,4 @@ def test_leaves_out_what_there_is_no_data_for(everything, tmp_path):
 def test_loss_of_one_step_and_of_nan_is_drawn(tmp_path):
     for loss in ([0.5], [0.5, float("nan"), 0.4]):
         curve = LossCurve(np.arange(len(loss)) / 10, np.array(loss))
-        assert figures.save_figures(FigureData(grid_size=GRID, loss=curve), tmp_path, "")
+        assert figures.save_figures(FigureData(grid_size=GRID, loss=curve), tmp_path, "a$\\foo$\udcff")  # of any folder

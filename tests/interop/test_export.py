@@ -285,6 +285,8 @@ def test_a_card_says_what_was_exported(run, tmp_path, capsys):
         export(run, tmp_path / "hf", "--format", "hf")
         (report / "report.json").write_text(json.dumps({"run": {"epoch": 2}, "data": data} | numbers))
         export(run, tmp_path / "a.safetensors", "--format", "safetensors", "--part", "encoder", "--image-size", "64")
+        (report / "report.json").write_text(json.dumps({"run": {"epoch": 3}}))  # of another version
+        export(run, tmp_path / "b.safetensors", "--format", "safetensors")
     finally:
         shutil.rmtree(report)
     card = (tmp_path / "hf" / "README.md").read_text()
@@ -308,6 +310,7 @@ def test_a_card_says_what_was_exported(run, tmp_path, capsys):
     card = (tmp_path / "a.safetensors.md").read_text()
     assert "the student. Width 192, 12 blocks. Images of 64x64 pixels." in card
     assert "No report of these weights was found" in card
+    assert "The report has no accuracies" in (tmp_path / "b.safetensors.md").read_text()
     with pytest.raises(AssertionError):  # what is there is kept
         export(run, tmp_path / "a.safetensors", "--format", "safetensors")
 
