@@ -140,7 +140,8 @@ def summarize(out: Path, rows: list[dict]) -> dict:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(summary, indent=1) + "\n")
     unfinished.replace(path)
-    (out / "tables.md").write_text(make_page(documents_of(out, summary["commit"])))
+    if documents := documents_of(out, summary["commit"]):
+        (out / "tables.md").write_text(make_page(documents))
     return summary
 
 

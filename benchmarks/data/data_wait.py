@@ -4,7 +4,7 @@
 
 The photographs of FOLDER are linked, again and again, into a data set of --steps batches. One process trains on them as
 main.py would with the settings of the official run, but saves nothing. The share is the one that the run reports
-(TensorBoard, `data wait share`), without the first --warmup steps, which compile.
+(TensorBoard, `train/data_wait`), without the first --warmup steps, which compile.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def measure(workload: Workload, folder: Path, options: argparse.Namespace) -> di
         board = EventAccumulator(str(run / "tensorboard")).Reload()
         waits, rates = (
             [event.value for event in board.Scalars(name) if event.step >= options.warmup]
-            for name in ("data wait share", "images per second")
+            for name in ("train/data_wait", "train/images_per_second")
         )
     return {
         **workload.description,

@@ -104,7 +104,7 @@ def test_the_reported_share_is_that_of_waiting_for_the_loader(settings, monkeypa
             config = settings("-".join(advances), **{"runtime.log_every": 2, "optimization.epochs": 1})
             assert launch(config, ["cpu"]) == 0
         board = EventAccumulator(str(Path(config.logging.folder, "tensorboard"))).Reload()
-        shares = {event.value for event in board.Scalars("data wait share")}
+        shares = {event.value for event in board.Scalars("train/data_wait")}
         assert len(shares) == 1
         return shares.pop()
 
