@@ -171,6 +171,7 @@ def test_what_cannot_be_loaded_is_explained(run, tmp_path, spoil, message):
         dmtjepa.load(folder)
 
 
+@pytest.mark.slow
 def test_the_package_imports_nothing_that_takes_long():
     program = "import sys, dmtjepa; assert 'torch' not in sys.modules and 'numpy' not in sys.modules; dmtjepa.load"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=600)
