@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.goals import decide
-from benchmarks.machine import GIB
 from benchmarks.predictions import OPERATORS_HUGE, PREDICTIONS
 from benchmarks.step import profile, speed
 from benchmarks.tables import number
@@ -61,21 +60,8 @@ def matches(name: str, workload: str) -> bool:
 
 
 def step_tables(document: dict) -> Iterator[list[str]]:
-    columns: Columns = {
-        "workload": lambda row: row["workload"],
-        "": lambda row: row["provider"],
-        "ms": number("ms"),
-        "p95": number("ms_p95"),
-        "images/s": number("images_per_s", "{:.0f}"),
-        "MFU": number("mfu", "{:.1%}"),
-        "held GiB": number("held_bytes", "{:.1f}", 1 / GIB),
-        "peak GiB": number("peak_bytes", "{:.1f}", 1 / GIB),
-        "speed": number("speed_vs_official", "{:.2f}x"),
-        "memory": number("memory_vs_official", "{:.2f}x"),
-        "predicted, ceiling": predicted("seconds"),
-        "with kernels": predicted("with_kernels"),
-    }
-    yield markdown_table(columns, document["rows"], 2)
+    predictions = {"H100 predicted: ceiling": predicted("seconds"), "with kernels": predicted("with_kernels")}
+    yield markdown_table(speed.COLUMNS | predictions, document["rows"], 2)
     yield ["Milliseconds of its phases:"]
     yield markdown_table(speed.PHASE_COLUMNS, document["rows"], 2)
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 PACKAGES = ("torch", "torchvision", "triton", "xformers", "numpy", "submitit", "nvidia-dali-cuda130")
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """This process and its machine, as values for JSON."""
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": time.strftime(TIME_FORMAT),
         "command": shlex.join([sys.executable, *sys.argv]),
         "folder": os.getcwd(),
         "commit": _git_commit(),

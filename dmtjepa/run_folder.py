@@ -29,6 +29,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,7 +37,7 @@ import torch
 
 from dmtjepa.checkpoint_format import FOLDER, list_checkpoints, remove_leftovers
 from dmtjepa.config import Config, ConfigError, changed_settings, different_settings, load_config
-from dmtjepa.environment import describe_environment
+from dmtjepa.environment import TIME_FORMAT, describe_environment
 from dmtjepa.errors import UserError
 from dmtjepa.files import WRITING, write_atomically, write_json
 from dmtjepa.metrics_file import MetricsFile, read_metrics
@@ -245,6 +246,14 @@ class RunFolder:
             logger.warning("%s cannot be read and is ignored: %s", self.environment_file, error)
             return []
         return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+
+    def read_start_time(self) -> float | None:
+        """The time of the first start in seconds since 1970, None if it is not known."""
+        try:
+            first = datetime.strptime(self.read_starts()[0]["time"], TIME_FORMAT)
+        except (IndexError, KeyError, TypeError, ValueError):
+            return None
+        return first.timestamp() + 1  # it is noted without fractions of a second
 
     def record_start(
         self, config: Config, device: torch.device, *, world_size: int, global_batch: int, step: int

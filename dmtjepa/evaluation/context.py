@@ -14,7 +14,7 @@ from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.errors import UserError
 from dmtjepa.evaluation.errors import NotMeasuredError
 from dmtjepa.evaluation.splits import Splits
-from dmtjepa.interop import check_finite, get_part, load_weights, read_checkpoint
+from dmtjepa.interop import WeightsError, check_finite, get_part, load_weights, read_checkpoint
 from dmtjepa.interop.sources import find_initial_weights
 from dmtjepa.models import VisionTransformer
 from dmtjepa.objective import build_model
@@ -90,15 +90,30 @@ def load_start(config: Config, run: RunFolder, untrained: VisionTransformer) -> 
         untrained: an encoder of the run, of which a copy gets the weights.
 
     Raises:
-        NotMeasuredError: the file is no longer there, or holds other weights now.
+        NotMeasuredError: the file is no longer there, was written again since, or holds weights of another network.
     """
-    path = find_initial_weights(config, run)
-    if path is None:
-        return None
     start = copy.deepcopy(untrained)
     try:
+        path = find_initial_weights(config, run)
+        if path is None:
+            return None
+        check_not_newer(path, run)
         load_weights(start, get_part(read_checkpoint(path), "target_encoder", path), path)
         check_finite(start.state_dict(), path)
     except UserError as error:
         raise NotMeasuredError(f"the weights that the run started from: {error}") from error
     return start
+
+
+def check_not_newer(path: Path, run: RunFolder) -> None:
+    """Refuse weights that were written after the run had started, as those of another run that was continued.
+
+    Raises:
+        WeightsError: with the remedy.
+    """
+    started = run.read_start_time()
+    if started is not None and path.exists() and path.stat().st_mtime > started:
+        raise WeightsError(
+            f"{path} was written after the run had started, so it may hold other weights; start from a file that does "
+            "not change, such as {tag}-ep{N}.pth.tar"
+        )

@@ -51,7 +51,8 @@ def check_loggers(config: Config) -> None:
     """
     for name in config.logging.loggers:
         module, package = PACKAGES[name]
-        if importlib.util.find_spec(module) is None:
+        found = importlib.util.find_spec(module)
+        if found is None or found.origin is None:  # a folder `wandb` of earlier runs counts as a package without files
             raise ConfigError(f"logging.loggers: {name} is not installed: pip install {package}")
 
 

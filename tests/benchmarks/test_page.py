@@ -33,7 +33,7 @@ def document(**more) -> dict:
 
 def test_a_page_has_measurement_prediction_and_goal():
     text = page.make_page({"step.json": document()})
-    assert "| ViT-huge/14 B=128 | project bfloat16 compiled | 200.0 | - | 640 | 49.0% |" in text
+    assert "| ViT-huge/14 B=128 | project bfloat16 compiled | 640.0 | 200.0 | - | 49.0% |" in text
     assert "| 182 | 212 |" in text
     assert "| met | ViT-huge/14 B=128: MFU of at least 48% (49.0%) |" in text
 

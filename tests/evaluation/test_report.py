@@ -11,6 +11,7 @@ from PIL import Image
 
 from dmtjepa.cli.evaluate import main
 from dmtjepa.cli.weights import main as export
+from dmtjepa.config import change_settings
 from dmtjepa.evaluation.context import EvaluationContext, load_encoders, load_start, load_teacher
 from dmtjepa.evaluation.errors import NotMeasuredError
 from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
@@ -376,7 +377,13 @@ def test_a_run_is_compared_with_the_weights_that_it_started_from(run_template, d
     assert f"({file}): linear probe +0.0 +- " in sentence
     assert "k-NN +0.0 +- " in sentence
 
+    run.environment_file.write_text(json.dumps({"starts": [{"time": "2020-01-01T00:00:00+0000"}]}))
+    with pytest.raises(NotMeasuredError, match=r"given\.pth\.tar was written after the run had started"):
+        load_start(config, run, encoders["untrained"])
     file.unlink()
+    elsewhere = change_settings(config, {"meta.read_checkpoint": "$NOT_SET_HERE/given.pth.tar"})
+    with pytest.raises(NotMeasuredError, match="NOT_SET_HERE"):
+        load_start(elsewhere, run, encoders["untrained"])
     with pytest.raises(NotMeasuredError, match=r"the run started from: there is no checkpoint .*given\.pth\.tar"):
         load_start(config, run, encoders["untrained"])
     drawn, drawn_config = open_run(run_template)

@@ -40,6 +40,14 @@ def test_a_logger_that_is_not_installed_is_refused(monkeypatch):
     check_loggers(parse_config({}))
 
 
+def test_a_folder_of_earlier_runs_is_not_taken_for_the_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if "site-packages" not in path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        check_loggers(CONFIG)
+
+
 def test_rows_arrive_in_their_order_and_without_what_is_no_number(tmp_path):
     recorder = Recorder()
     thread = TrackerThread("wandb", lambda *_: recorder, CONFIG, RunFolder(tmp_path, "jepa"))

@@ -103,8 +103,8 @@ class FolderSource:
         path = Path(path)
         if not path.exists():
             raise DataError(
-                f"the image folder {path} does not exist; set data.root_path and data.image_folder "
-                f"(together they name it)"
+                f"the image folder {path} does not exist (in settings, data.root_path and data.image_folder together "
+                "name it)"
             )
         if not path.is_dir():
             raise DataError(
