@@ -47,6 +47,7 @@ setup(
             "onnxscript>=0.5",
             "onnxruntime>=1.22",
         ],
+        "hf": ["datasets>=3.0"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "loggers": ["wandb", "mlflow-skinny"],
         "dev": [

@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "dmtjepa check")
         prog=prog,
         description="Read and decode every image, and report what is there. The exit code is 1 if some are corrupt.",
     )
-    parser.add_argument("source", help="folder of images, file list (.txt, .tsv, .lst), or tar shards")
+    parser.add_argument("source", help="folder of images, file list (.txt, .tsv, .lst), tar shards, or hf:NAME")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (%(default)s)"
     )

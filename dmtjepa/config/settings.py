@@ -42,7 +42,9 @@ class DataSettings(Section):
     image_folder: str = Field("", description="folder of the images, below root_path")
     num_workers: Free[int] = Field(10, ge=0, le=512, description="loader processes (or DALI threads) of each device")
     pin_mem: Free[bool] = Field(True, description="copy batches to CUDA devices from pinned memory")
-    root_path: Free[str] = Field("", description="folder that holds image_folder")
+    root_path: Free[str] = Field(
+        "", description="folder that holds image_folder; together they name the images, see docs/data.md"
+    )
     use_color_distortion: bool = Field(False, description="random colour jitter and greyscale")
     use_gaussian_blur: bool = Field(False, description="random Gaussian blur")
     use_horizontal_flip: bool = Field(False, description="random horizontal flip")
@@ -92,8 +94,10 @@ class DataSettings(Section):
     @property
     def path(self) -> Path:
         """The folder of the images, with ~ and environment variables expanded. Raises `ConfigError` for unset ones."""
-        root = Path(expand_path(self.root_path, "data.root_path"))
-        return root / expand_path(self.image_folder, "data.image_folder")
+        folder = expand_path(self.image_folder, "data.image_folder")
+        if folder.startswith("hf:"):  # by itself, like an absolute path
+            return Path(folder)
+        return Path(expand_path(self.root_path, "data.root_path")) / folder
 
 
 class LoggingSettings(Section):
@@ -313,8 +317,8 @@ class EvaluationSettings(Section):
     every_epochs: Free[int] = Field(0, ge=0, description="epochs between evaluations during training; 0: none")
     data: Free[str | None] = Field(
         None,
-        description="images that are measured during training, with labels or masks: a folder, a list or tar shards as "
-        "for the report; null: those of the run",
+        description="images that are measured during training, with labels or masks: a folder, a list, tar shards or "
+        "hf:NAME as for the report; null: those of the run",
     )
     max_images: Free[int] = Field(
         5_000, ge=10, description="upper limit for the images of each split that are measured during training"

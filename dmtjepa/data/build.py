@@ -17,6 +17,7 @@ from dmtjepa.data.loaders.torchvision import TorchvisionLoader
 from dmtjepa.data.sources.base import LIST_EXTENSIONS, DataError, ImageSource, StoredSource
 from dmtjepa.data.sources.file_list import ListSource
 from dmtjepa.data.sources.folder import FolderSource, find_images
+from dmtjepa.data.sources.huggingface import HuggingFaceSource, is_reference
 from dmtjepa.data.sources.shapes import find_shapes
 from dmtjepa.data.sources.shards import ShardSource, is_shards
 
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 def open_images(path: str | os.PathLike[str]) -> StoredSource:
     """Open the images at a path: a folder, a file list (.txt, .tsv, .lst), or tar shards (one, a folder, a pattern).
 
-    "shapes:train" and "shapes:val" are the splits of the drawn set, which is drawn now if it is not in the cache.
+    "hf:..." is a Hugging Face data set, see `Reference`. "shapes:train" and "shapes:val" are the splits of the drawn
+    set, which is drawn now if it is not in the cache.
 
     Raises:
         DataError: there are no images at this path, or they cannot be listed.
@@ -34,6 +36,8 @@ def open_images(path: str | os.PathLike[str]) -> StoredSource:
     path = as_file_name(os.fspath(path))
     if path in ("shapes:train", "shapes:val"):
         return FolderSource(find_shapes() / path.split(":")[1])
+    if is_reference(path):
+        return HuggingFaceSource(path)
     try:
         path = os.fspath(find_images(Path(path)))
         shards = is_shards(path)

@@ -18,6 +18,7 @@ from torch import Tensor
 from dmtjepa.config import Config, expand_path
 from dmtjepa.data import DataError, build_eval_loader
 from dmtjepa.data.sources.base import ImageSource
+from dmtjepa.data.sources.huggingface import is_reference
 from dmtjepa.evaluation.context import EvaluationContext
 from dmtjepa.evaluation.errors import EvaluationError, NotMeasuredError
 from dmtjepa.evaluation.features import autocast, average_fields, average_patches, last_layers
@@ -87,7 +88,7 @@ def open_splits(config: Config) -> Splits:
     data = None
     if config.evaluation.data is not None:
         data = Path(expand_path(config.evaluation.data, "evaluation.data"))
-        if not data.exists():
+        if not is_reference(data) and not data.exists():
             raise DataError(f"evaluation.data: {data} does not exist; name the images to evaluate on")
     splits = find_splits(
         config.data,
