@@ -3,6 +3,7 @@
 from tests.helpers.one_thread import _one_thread
 from tests.helpers.runs import (
     _fork_server,
+    _program_server,
     _quiet,
     _tiny_architecture,
     image_folder,
