@@ -13,7 +13,7 @@ venv: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,dali,docs,export]"
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,dali,docs,export,hf]"
 	touch $@
 
 quickstart: venv

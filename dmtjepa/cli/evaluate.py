@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m dmtje
     parser.add_argument(
         "--data",
         type=Path,
-        help="images: a folder, a list or tar shards (default: those of the run; weights alone have none)",
+        help="images: a folder, a list, tar shards or hf:NAME (default: those of the run; weights alone have none)",
     )
     parser.add_argument("--train", type=Path, help="labelled images to compare with; needs --val")
     parser.add_argument("--val", type=Path, help="labelled images to classify; needs --train")

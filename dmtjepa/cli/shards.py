@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "dmtjepa shards"
     parser = argparse.ArgumentParser(
         prog=prog, description="Pack images into tar shards. An interrupted call continues when it is started again."
     )
-    parser.add_argument("source", help="folder of images, or a file list (.txt, .tsv, .lst)")
+    parser.add_argument("source", help="folder of images, file list (.txt, .tsv, .lst), or hf:NAME")
     parser.add_argument("out", type=Path, help="folder of the shards")
     parser.add_argument("--shard-size", type=int, default=5000, help="images per shard (%(default)s)")
     parser.add_argument("--threads", type=int, default=8, help="shards written in parallel (%(default)s)")

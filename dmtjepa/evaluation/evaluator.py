@@ -17,6 +17,7 @@ from torch import Tensor
 from dmtjepa.config import Config, expand_path
 from dmtjepa.data import DataError, build_eval_loader
 from dmtjepa.data.sources.base import ImageSource
+from dmtjepa.data.sources.huggingface import is_reference
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.features import autocast, average_fields, average_patches, last_layers
 from dmtjepa.evaluation.knn import DINO_NEIGHBORS, knn_accuracy, standardize
@@ -80,7 +81,7 @@ def open_splits(config: Config) -> Splits:
     data = None
     if config.evaluation.data is not None:
         data = Path(expand_path(config.evaluation.data, "evaluation.data"))
-        if not data.exists():
+        if not is_reference(data) and not data.exists():
             raise DataError(f"evaluation.data: {data} does not exist; name the images to evaluate on")
     splits = find_splits(
         config.data,
@@ -183,7 +184,11 @@ class Evaluator:
         part, config = _Part(), self._config
         mine = self._ranks.take_part(source)
         loader = build_eval_loader(
-            mine, config.data.image_size, config.evaluation.batch_size, num_workers=self._num_workers
+            mine,
+            config.data.image_size,
+            config.evaluation.batch_size,
+            num_workers=self._num_workers,
+            channels=config.data.channels,
         )
         for images, labels, names in loader if len(mine) else ():
             self._on_progress()

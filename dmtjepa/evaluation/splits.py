@@ -11,6 +11,7 @@ import numpy as np
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, open_images, open_source
 from dmtjepa.data.sources.base import LIST_EXTENSIONS, ImageSource, Names
+from dmtjepa.data.sources.huggingface import find_split_pair, is_reference
 
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
 HELD_OUT = 5
@@ -73,9 +74,9 @@ def find_splits(
     """Find the two splits to measure on.
 
     `train` and `validation` name the splits. Otherwise `data` names the images, and otherwise the settings of the run
-    do. Each is a folder, a file list or tar shards, as in training. A folder that holds train/ and val/ (or valid/,
-    validation/, test/) has both splits; so has train.tsv with val.tsv beside it. From other images a fifth of each
-    class is held out.
+    do. Each is a folder, a file list, tar shards or a Hugging Face data set, as in training. A folder that holds train/
+    and val/ (or valid/, validation/, test/) has both splits; so have train.tsv with val.tsv beside it, and a Hugging
+    Face data set with such splits. From other images a fifth of each class is held out.
 
     Args:
         max_images: upper limit for the images of each split, which are drawn with a fixed seed.
@@ -105,7 +106,9 @@ def find_splits(
         first, second, unlabelled = hold_out(source, path)
         description = f"{path} (no validation split: every {HELD_OUT}th image of a class held out)"
     if first.labels is None or second.labels is None:
-        unlabelled = "its images are not in one folder per class, and have no labels in a list or in shards"
+        unlabelled = (
+            "its images are not in one folder per class, and have no labels in a list, in shards or in a column"
+        )
     elif len(first.class_names) < 2:
         unlabelled = "all of its images are in one class"
     elif unlabelled is None:
@@ -116,6 +119,8 @@ def find_splits(
 
 def find_pair(path: Path) -> tuple[Path, Path] | None:
     """The training and the validation split that `path` holds or is a part of, or None if there are no such two."""
+    if is_reference(path):
+        return find_split_pair(path, VALIDATION_NAMES)
     if path.suffix in LIST_EXTENSIONS and path.stem == "train":
         for name in VALIDATION_NAMES:
             if path.with_stem(name).is_file():
