@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 # Tests start many programs, which start sooner from cached bytecode.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: venv quickstart check test lint types format docs gpu-check clean
+.PHONY: venv quickstart check test tests lint types format docs gpu-check clean
 
 venv: $(VENV)/.installed
 
@@ -26,7 +26,10 @@ check: lint types
 	$(PYTEST) -m "not slow" -q
 
 # Everything, as CI runs it.
-test: lint types
+test: lint
+	$(MAKE) --no-print-directory --jobs 2 types tests
+
+tests: venv
 	$(PYTEST)
 
 lint: venv

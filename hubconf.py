@@ -1,21 +1,28 @@
 """Encoders for `torch.hub.load`: the architectures of the official runs, with weights from your own file.
 
 encoder = torch.hub.load("PATH/OF/THIS/REPOSITORY", "dmtjepa_vitb16", weights="RUN/jepa-latest.pth.tar", source="local")
-features = encoder(images).mean(1)  # images: [B, 3, 224, 224] uint8, or float normalised by ImageNet's statistics
+features = encoder(images).mean(1)  # images: [B, 3, 224, 224] uint8, or float normalised
 """
 
 from __future__ import annotations
 
-from dmtjepa.interop import get_part, load_weights, read_checkpoint
+from dmtjepa.interop import describe_encoder, find_normalization, get_part, load_weights, read_checkpoint
 from dmtjepa.models import ARCHITECTURES, VisionTransformer
 
 dependencies = ["torch", "torchvision", "pydantic", "yaml", "safetensors"]
 
 
 def _build(model_name: str, patch_size: int, image_size: int, weights: str | None, part: str) -> VisionTransformer:
-    encoder = VisionTransformer(image_size, patch_size, **ARCHITECTURES[model_name])
-    if weights is not None:
-        load_weights(encoder, get_part(read_checkpoint(weights), part, weights), weights)
+    if weights is None:
+        return VisionTransformer(image_size, patch_size, **ARCHITECTURES[model_name]).eval()
+    checkpoint = read_checkpoint(weights)
+    own = get_part(checkpoint, part, weights)
+    num_channels = describe_encoder(own).num_channels
+    mean, std = find_normalization(checkpoint)
+    encoder = VisionTransformer(
+        image_size, patch_size, **ARCHITECTURES[model_name], num_channels=num_channels, mean=mean, std=std
+    )
+    load_weights(encoder, own, weights)
     return encoder.eval()
 
 

@@ -68,7 +68,7 @@ class DMTJEPA(nn.Module):
         """Compute the targets with the teacher: encode, normalise, aggregate each target patch from its neighbours.
 
         Args:
-            images: [B, 3, H, W], uint8, or float normalised by ImageNet's mean and standard deviation.
+            images: [B, C, H, W], uint8, or float normalised by the encoder's `mean` and `std`.
             masks: masks of the batch.
 
         Returns:
@@ -90,7 +90,7 @@ class DMTJEPA(nn.Module):
         """Predict the targets with the student: encode the context, aggregate it, predict each target block.
 
         Args:
-            images: [B, 3, H, W], uint8, or float normalised by ImageNet's mean and standard deviation.
+            images: [B, C, H, W], uint8, or float normalised by the encoder's `mean` and `std`.
             masks: masks of the batch.
 
         Returns:
@@ -145,6 +145,9 @@ def _draw_encoder(config: Config, device_type: str) -> VisionTransformer:
         config.data.image_size,
         config.mask.patch_size,
         **ARCHITECTURES[config.meta.model_name],
+        num_channels=config.data.channels,
+        mean=config.data.mean,
+        std=config.data.std,
         init_std=config.meta.init_std,
         residual_dtype=_residual_dtype(config),
         attention=config.runtime.attention,

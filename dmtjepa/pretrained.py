@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dmtjepa.config import expand_path
 from dmtjepa.data.crop import crop_center
-from dmtjepa.data.decode import to_rgb
-from dmtjepa.interop import build_encoder, get_part, read_checkpoint
+from dmtjepa.data.decode import convert_channels
+from dmtjepa.interop import build_encoder, find_normalization, get_part, read_checkpoint
 from dmtjepa.interop.sources import find_image_size, find_source
 from dmtjepa.models import VisionTransformer
 
@@ -57,18 +57,23 @@ class Encoder:
         return self
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """The central crop of an image of any size and mode, as the evaluation takes it: uint8 [3,H,W]."""
-        return torch.from_numpy(crop_center(to_rgb(image), self.image_size)).permute(2, 0, 1)
+        """The central crop of an image of any size and mode, as the evaluation takes it: uint8 [C,H,W].
+
+        Raises:
+            CorruptImage: it has other than C channels, and C is neither 3 nor 1.
+        """
+        converted = convert_channels(image, self.model.num_channels)
+        return torch.from_numpy(crop_center(converted, self.image_size)).permute(2, 0, 1)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> EncodedImages:
-        """Features of images uint8 [B,3,H,W], or float normalised by ImageNet's mean and standard deviation.
+        """Features of images uint8 [B,C,H,W], or float normalised by the mean and standard deviation of the model.
 
         Raises:
             ValueError: the images have another shape, or a size that is not a multiple of the patch size.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be [B,3,H,W], got {list(images.shape)}")
+        if images.ndim != 4 or images.shape[1] != self.model.num_channels:
+            raise ValueError(f"images must be [B,{self.model.num_channels},H,W], got {list(images.shape)}")
         patches = self.model(images.to(self.device)).float()
         return EncodedImages(patches, patches.mean(1))
 
@@ -96,6 +101,8 @@ def load(
     """
     given = Path(expand_path(os.fspath(source), "source"))
     path = find_source(given)
-    weights = get_part(read_checkpoint(path), part, path)
+    checkpoint = read_checkpoint(path)
+    weights = get_part(checkpoint, part, path)
     size = find_image_size(given) if image_size is None else image_size
-    return Encoder(build_encoder(weights, path, image_size=size)).to(device)
+    encoder = build_encoder(weights, path, image_size=size, normalization=find_normalization(checkpoint))
+    return Encoder(encoder).to(device)

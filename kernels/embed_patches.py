@@ -27,21 +27,21 @@ def embed_patches(
 ) -> Tensor:
     """The normalised pixels of the patches `index` of each image, ready for the patch embedding's matrix product.
 
-    With p = patch_size and (r, s) = divmod(index[b, c], W / p):
+    With p = patch_size and (r, s) = divmod(index[b, k], W / p):
 
-        output[b, c, k, i, j] = (images[b, k, p*r + i, p*s + j] / 255 - mean[k]) / std[k]
+        output[b, k, c, i, j] = (images[b, c, p*r + i, p*s + j] / 255 - mean[c]) / std[c]
 
     Args:
-        images: [B, 3, H, W] uint8, H and W multiples of `patch_size`; any strides, so that a permuted [B, H, W, 3] is
-            read in place.
+        images: [B, C, H, W] uint8, H and W multiples of `patch_size`; any strides, so that a permuted [B, H, W, C] is
+            read in place. C is 3 in the Triton kernel; other images take plain PyTorch.
         patch_size: side p of a patch in pixels.
-        index: [B, C], int32 or int64 in [0, N) with N = (H / p) * (W / p); None takes all patches in raster order.
-        mean: three numbers, of pixels scaled to [0, 1].
-        std: three numbers likewise.
+        index: [B, K], int32 or int64 in [0, N) with N = (H / p) * (W / p); None takes all patches in raster order.
+        mean: a number for each channel, of pixels scaled to [0, 1].
+        std: likewise.
         dtype: of the result: bfloat16, float16 or float32 (float64 on the CPU). The arithmetic is float32 or wider.
 
     Returns:
-        [B, C or N, 3*p*p] with columns in (channel, row, column) order, the order of `conv.weight.flatten(1)`. Not
+        [B, K or N, C*p*p] with columns in (channel, row, column) order, the order of `conv.weight.flatten(1)`. Not
         differentiable, as the pixels are bytes.
 
     Raises:
@@ -50,13 +50,15 @@ def embed_patches(
     """
     check_tensor("images", images, 4, (torch.uint8,))
     check_same_device("images", images)
-    if images.shape[1] != 3:
-        raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}: permute images with channels last")
+    if len(mean) != len(std) or min(std) <= 0:
+        raise ValueError(f"mean and std must be a number for each channel, std positive, got {mean} and {std}")
+    if images.shape[1] != len(mean):
+        raise ValueError(
+            f"images must be [B, {len(mean)}, H, W], got {list(images.shape)}: permute images with channels last"
+        )
     height, width = images.shape[2:]
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"an image of {height} x {width} pixels does not divide into patches of {patch_size}")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean and std must be three numbers each, std positive, got {mean} and {std}")
     if dtype not in FLOAT_DTYPES or (dtype == torch.float64 and images.device.type == "cuda"):
         raise TypeError(f"dtype must be bfloat16, float16 or float32 (float64 on the CPU alone), got {dtype}")
     if index is not None:
@@ -69,12 +71,12 @@ def embed_patches(
 
 def embed_patches_reference(images, patch_size, index=None, *, mean, std, dtype=torch.float32):
     """The definition, one patch at a time."""
-    num_images, _, height, width = images.shape
+    num_images, channels, height, width = images.shape
     cols = width // patch_size
     if index is None:
         index = torch.arange(height // patch_size * cols).expand(num_images, -1)
-    mean, std = (torch.tensor(values, dtype=accumulation_dtype(dtype)).view(3, 1, 1) for values in (mean, std))
-    output = torch.empty(*index.shape, 3 * patch_size * patch_size, dtype=dtype)
+    mean, std = (torch.tensor(values, dtype=accumulation_dtype(dtype)).view(-1, 1, 1) for values in (mean, std))
+    output = torch.empty(*index.shape, channels * patch_size * patch_size, dtype=dtype)
     for b, patches in enumerate(index.tolist()):
         for c, n in enumerate(patches):
             top, left = n // cols * patch_size, n % cols * patch_size
@@ -93,12 +95,12 @@ def embed_patches_plain(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Vectorised PyTorch on any device: the bytes are gathered first, so only kept patches become floats."""
-    num_images, _, height, width = images.shape
+    num_images, num_channels, height, width = images.shape
     rows, cols = height // patch_size, width // patch_size
-    # [B, 3, rows, p, cols, p] -> [B, rows, cols, 3, p, p], a view
+    # [B, C, rows, p, cols, p] -> [B, rows, cols, C, p, p], a view
     patches = images.unflatten(3, (cols, patch_size)).unflatten(2, (rows, patch_size)).permute(0, 2, 4, 1, 3, 5)
     if index is None:
-        patches = patches.reshape(num_images, rows * cols, 3, patch_size * patch_size)
+        patches = patches.reshape(num_images, rows * cols, num_channels, patch_size * patch_size)
     else:
         image = torch.arange(num_images, device=images.device)[:, None]
         patches = patches[image, index // cols, index % cols].flatten(3)
@@ -167,7 +169,9 @@ _BLOCK_PIXELS = 4096
 
 
 def launch_embed_patches(images, patch_size, index, mean, std, dtype):
-    """The implementation for CUDA tensors: starts the Triton kernel."""
+    """The implementation for CUDA tensors: starts the Triton kernel, which is made for three channels."""
+    if images.shape[1] != 3:
+        return embed_patches_cpu(images, patch_size, index, mean, std, dtype)
     num_images, num_patches = len(images), _num_patches(images, patch_size)
     if index is None:
         num_kept, p_index = num_patches, images  # any pointer will do
@@ -200,7 +204,7 @@ def launch_embed_patches(images, patch_size, index, mean, std, dtype):
 
 
 def embed_patches_cpu(images, patch_size, index, mean, std, dtype):
-    """The implementation for CPU tensors."""
+    """The implementation for CPU tensors, and for CUDA tensors of other than three channels."""
     if index is not None:
         debug_check_index("index", index, _num_patches(images, patch_size))
     return embed_patches_plain(images, patch_size, index, mean=mean, std=std, dtype=dtype)
@@ -212,7 +216,7 @@ def _num_patches(images: Tensor, patch_size: int) -> int:
 
 def _empty_output(images, patch_size, index, mean, std, dtype):
     num_kept = _num_patches(images, patch_size) if index is None else index.shape[1]
-    return images.new_empty(images.shape[0], num_kept, 3 * patch_size * patch_size, dtype=dtype)
+    return images.new_empty(images.shape[0], num_kept, images.shape[1] * patch_size * patch_size, dtype=dtype)
 
 
 embed_patches_op = define_operator(

@@ -332,6 +332,8 @@ def main() -> int:
             parser.error(f"{options.out} has the results of seed {results['seed']}")
     if is_dali_installed():
         import dmtjepa.data.loaders.dali  # noqa: F401
+    import torch._dynamo  # noqa: F401  # which every program needs
+
     fork_instead_of_import()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="dmtjepa-kill-"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ CASES = [
     Case(2, (6, 6), 3, 5, "clip", query="targets"),
     Case(3, (9, 14), 4, 3, "wrap", query="patch"),
     Case(2, (6, 6), 3, 5, "clip", query="patch"),
+    Case(2, (6, 6), 4, 3, "wrap", channels=5),
 ]
 
 

@@ -20,9 +20,13 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "dmtjepa check")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (%(default)s)"
     )
+    parser.add_argument("--channels", type=int, default=3, help="channels, as data.channels (%(default)s)")
+    parser.add_argument(
+        "--measured", type=int, default=2000, help="images whose mean and standard deviation are measured (%(default)s)"
+    )
     options = parser.parse_args(arguments)
-    if options.workers < 1:
-        parser.error("--workers must be at least 1")
+    if options.workers < 1 or options.channels < 1 or options.measured < 0:
+        parser.error("--workers and --channels must be at least 1, --measured at least 0")
     return run_command(lambda: report(options))
 
 
@@ -32,7 +36,9 @@ def report(options: argparse.Namespace) -> int:
     from dmtjepa.data.check import check
 
     try:
-        found = check(open_images(options.source), options.workers)
+        found = check(
+            open_images(options.source), options.workers, channels=options.channels, max_measured=options.measured
+        )
     except DataError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -116,10 +116,13 @@ def _export(options: argparse.Namespace) -> int:
         parts,
         f"import {library}\n\n{call.format(out=out.name)}",
         library if options.format in FOLDERS else None,
+        interop.find_normalization(checkpoint),
     )
     if options.format != "official":
         interop.check_finite(weights, f"{options.part} of {path}")
-        encoder = interop.build_encoder(weights, path, image_size=size)
+        encoder = interop.build_encoder(
+            weights, path, image_size=size, normalization=interop.find_normalization(checkpoint)
+        )
         {
             "timm": interop.export_timm,
             "hf": interop.export_huggingface,

@@ -7,97 +7,16 @@ An official I-JEPA or DMT-JEPA file runs unchanged: its sections `data`, `loggin
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from dmtjepa.config.data_settings import DataSettings
 from dmtjepa.config.paths import expand_path
-from dmtjepa.config.resume import Resume
+from dmtjepa.config.schema import Fraction, Free, SameGlobalBatch, Section, check_range
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
-T = TypeVar("T")
-# Whether a setting may change when a run is resumed; without a mark it may not.
-Free = Annotated[T, Resume.FREE]
-SameGlobalBatch = Annotated[T, Resume.SAME_GLOBAL_BATCH]
 ModelName = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
-
-
-def _check_range(name: str, low: float, high: float) -> None:
-    if low > high:
-        raise ValueError(f"{name}: the first value ({low}) is larger than the second ({high})")
-
-
-class DataSettings(Section):
-    """Where images come from and how they are cropped."""
-
-    batch_size: SameGlobalBatch[int] = Field(256, ge=1, description="images per step on each device")
-    color_jitter_strength: float = Field(0.0, ge=0, description="strength of the colour distortion")
-    crop_scale: tuple[Fraction, Fraction] = Field((0.3, 1.0), description="area of the random crop, of the image's")
-    crop_size: int | tuple[int, int] = Field(224, description="side of the crop in pixels, or [height, width]")
-    image_folder: str = Field("", description="folder of the images, below root_path")
-    num_workers: Free[int] = Field(10, ge=0, le=512, description="loader processes (or DALI threads) of each device")
-    pin_mem: Free[bool] = Field(True, description="copy batches to CUDA devices from pinned memory")
-    root_path: Free[str] = Field(
-        "", description="folder that holds image_folder; together they name the images, see docs/data.md"
-    )
-    use_color_distortion: bool = Field(False, description="random colour jitter and greyscale")
-    use_gaussian_blur: bool = Field(False, description="random Gaussian blur")
-    use_horizontal_flip: bool = Field(False, description="random horizontal flip")
-    dataset: Literal["folder", "shapes"] = Field("folder", description="a folder of images, or the drawn set `shapes`")
-    loader: Literal["auto", "torchvision", "dali"] = Field("auto", description="auto: DALI when it is installed")
-    max_broken: Free[float] = Field(0.01, ge=0, le=1, description="share of unreadable images above which a run stops")
-    allow_changed: Free[bool] = Field(
-        False, description="resume although the images, or what loads them, have changed since the checkpoint"
-    )
-    max_megapixels: float = Field(
-        100, gt=0, le=178, description="larger images, by the size that they declare, count as unreadable"
-    )
-    hw_decoder_load: float = Field(0.7, ge=0, le=1, description="DALI on a GPU: JPEGs decoded in hardware")
-    worker_timeout: Free[float] = Field(
-        50, gt=0, description="seconds without an image until a loader counts as stalled"
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSettings:
-        for name in ("root_path", "image_folder"):
-            value = getattr(self, name)
-            if self.dataset == "shapes" and value:
-                raise ValueError(
-                    f"{name}: {value!r} has no effect with data.dataset: shapes; set data.dataset: folder to train on "
-                    f"these images, or leave {name} empty"
-                )
-        return self
-
-    @field_validator("crop_size")
-    @classmethod
-    def _positive_crop(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
-        if min(value if isinstance(value, tuple) else (value,)) < 1:
-            raise ValueError("must be at least 1 pixel")
-        return value
-
-    @field_validator("crop_scale")
-    @classmethod
-    def _ordered_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
-        _check_range("crop_scale", *value)
-        return value
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of a crop, in pixels."""
-        return self.crop_size if isinstance(self.crop_size, tuple) else (self.crop_size, self.crop_size)
-
-    @property
-    def path(self) -> Path:
-        """The folder of the images, with ~ and environment variables expanded. Raises `ConfigError` for unset ones."""
-        folder = expand_path(self.image_folder, "data.image_folder")
-        if folder.startswith("hf:"):  # by itself, like an absolute path
-            return Path(folder)
-        return Path(expand_path(self.root_path, "data.root_path")) / folder
 
 
 class LoggingSettings(Section):
@@ -141,7 +60,7 @@ class MaskSettings(Section):
     @model_validator(mode="after")
     def _ordered(self) -> MaskSettings:
         for name in ("aspect_ratio", "enc_mask_scale", "pred_mask_scale"):
-            _check_range(name, *getattr(self, name))
+            check_range(name, *getattr(self, name))
         if self.aspect_ratio[0] <= 0:
             raise ValueError("aspect_ratio: must be larger than 0")
         return self

@@ -21,7 +21,7 @@ _BLUR_RADIUS = 6  # three standard deviations of the widest blur
 
 
 def augment(images: torch.Tensor, uniforms: np.ndarray, settings: DataSettings) -> torch.Tensor:
-    """Apply the augmentations that the settings enable: images [B,3,H,W] uint8, uniforms [B,NUM_DRAWS] in [0, 1)."""
+    """Apply the augmentations that the settings enable: images [B,C,H,W] uint8, uniforms [B,NUM_DRAWS] in [0, 1)."""
     if settings.use_color_distortion:
         images = distort_colors(images, uniforms, settings.color_jitter_strength)
     if settings.use_gaussian_blur:
@@ -57,7 +57,7 @@ def distort_colors(images: torch.Tensor, uniforms: np.ndarray, strength: float) 
 
 
 def blur(images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
-    """Gaussian blur with probability 0.5, standard deviation uniform in [0.1, 2] pixels: [B,3,H,W] uint8 in and out."""
+    """Gaussian blur with probability 0.5, standard deviation uniform in [0.1, 2] pixels: [B,C,H,W] uint8 in and out."""
     chosen = np.flatnonzero(uniforms[:, BLUR_DRAW] < 0.5)
     if not len(chosen):
         return images
@@ -65,8 +65,8 @@ def blur(images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
     sigma = _to_device((0.1 + 1.9 * uniforms[chosen, BLUR_DRAW + 1]).astype(np.float32), images.device)
     distance = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=images.device, dtype=torch.float32)
     kernel = torch.softmax(-0.5 * (distance / sigma[:, None]) ** 2, dim=1)  # [n, 13], sums to 1
-    kernel = kernel.repeat_interleave(3, dim=0)[:, None]  # [3n, 1, 13]: one filter per image and channel
     count, channels, height, width = images[selected].shape
+    kernel = kernel.repeat_interleave(channels, dim=0)[:, None]  # [C*n, 1, 13]: one filter per image and channel
     pixels = images[selected].float().view(1, count * channels, height, width)
     padded = F.pad(pixels, (_BLUR_RADIUS,) * 4, mode="replicate")
     pixels = F.conv2d(padded, kernel[:, :, None, :], groups=count * channels)

@@ -97,7 +97,7 @@ def build_loader(
     device: torch.device | str = "cpu",
     source: StoredSource | None = None,
 ) -> Loader:
-    """Build the training loader of a rank. Batches are uint8 [batch_size,3,H,W], pinned if the device is CUDA.
+    """Build the training loader of a rank. Batches are uint8 [batch_size,C,H,W], pinned if the device is CUDA.
 
     Args:
         source: what `open_source` has opened; None opens it here.
@@ -109,7 +109,7 @@ def build_loader(
         source = open_source(settings)
     check_batch_fits(settings, len(source), world_size)
     device = torch.device(device)
-    if settings.loader == "dali" or (settings.loader == "auto" and is_dali_installed()):
+    if settings.loader == "dali" or (settings.loader == "auto" and settings.channels in (1, 3) and is_dali_installed()):
         try:
             from dmtjepa.data.loaders.dali import DaliLoader  # takes a second to import, and is an extra
 
@@ -128,14 +128,16 @@ def build_eval_loader(
     batch_size: int,
     *,
     num_workers: int = 0,
+    channels: int = 3,
 ) -> EvaluationLoader:
     """Build a loader that gives every image once, in order, cropped at the centre.
 
     Args:
         source: a path as in `open_images`, or an open source.
         image_size: of the crop in pixels, one side or (height, width).
+        channels: of the images, see `decode_image`.
     """
     if isinstance(source, (str, os.PathLike)):
         source = open_images(source)
     size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-    return EvaluationLoader(source, size, batch_size, num_workers=num_workers)
+    return EvaluationLoader(source, size, batch_size, num_workers=num_workers, channels=channels)

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dmtjepa.data import DataError, ImageSource
-from dmtjepa.data.decode import CorruptImage, decode_image, read_header, tell_reason
+from dmtjepa.data.decode import CorruptImage, Picture, decode_image, read_kind, tell_reason
 from dmtjepa.processes import enter_worker
 
 _CHUNK = 64
@@ -34,6 +34,9 @@ class Finding(NamedTuple):
     height: int = 0
     digest: bytes = b""
     reason: str = ""
+    moments: np.ndarray | None = (
+        None  # [2, C]: mean of the pixels in [0, 1], and of their squares, if they are measured
+    )
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Report:
     modes: Counter[str] = field(default_factory=Counter)
     corrupt: list[tuple[str, str]] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
+    moments: list[np.ndarray] = field(default_factory=list)  # of the images whose pixels were measured
 
     def __str__(self) -> str:
         lines = [f"images      {self.num_images}, {self.num_images - len(self.corrupt)} of them decode"]
@@ -59,12 +63,27 @@ class Report:
                 lines.append(f"{name:<11} {values.min()} to {values.max()}, median {int(np.median(values))}")
         for name, counts in (("formats", self.formats), ("modes", self.modes)):
             lines.append(f"{name:<11} " + ", ".join(f"{key} {count}" for key, count in counts.most_common()))
+        lines += self._describe_pixels()
         copies = sum(len(group) - 1 for group in self.duplicates)
         lines.append(f"duplicates  {copies} copies of {len(self.duplicates)} images (same bytes)")
         lines += _shorten(["  " + _join_names(group) for group in self.duplicates])
         lines.append(f"corrupt     {len(self.corrupt)}")
         lines += [f"  {name}: {reason}" for name, reason in self.corrupt]
         return "\n".join(lines)
+
+    def measure_pixels(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel, over all pixels; each image counts the same."""
+        mean, square = np.mean(self.moments, axis=0)
+        return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
+
+    def _describe_pixels(self) -> list[str]:
+        if not self.moments:
+            return []
+        texts = ["[" + ",".join(f"{value:.4g}" for value in values) + "]" for values in self.measure_pixels()]
+        return [
+            f"pixels      of {len(self.moments)} images; as settings:",
+            f"  data.mean={texts[0]} data.std={texts[1]}",
+        ]
 
 
 def _shorten(lines: list[str]) -> list[str]:
@@ -76,42 +95,57 @@ def _join_names(names: list[str]) -> str:
     return " = ".join(names[:_MAX_NAMES]) + more
 
 
-def examine(data: bytes) -> Finding:
-    """Decode an image and describe it."""
+def examine(data: bytes, channels: int = 3, *, measured: bool = False) -> Finding:
+    """Decode an image and describe it; if `measured`, with the moments of its pixels."""
     try:
-        decode_image(data)
-        image = read_header(data)
+        picture = decode_image(data, channels=channels)
+        form, mode = read_kind(data)
         digest = hashlib.blake2b(data, digest_size=16).digest()
-        return Finding(image.format or "", image.mode, image.width, image.height, digest)
+        moments = _measure(picture) if measured else None
+        return Finding(form, mode, *picture.size, digest, moments=moments)
     except CorruptImage as error:
         return Finding(reason=str(error))
 
 
-_source: ImageSource  # of this worker process
+def _measure(picture: Picture) -> np.ndarray:
+    """Mean of the pixels in [0, 1] of each channel, and of their squares: [2, C]."""
+    counts = np.array(picture.histogram(), np.float64).reshape(-1, 256) / (picture.width * picture.height)
+    values = np.arange(256) / 255
+    return np.stack([counts @ values, counts @ values**2])
 
 
-def _init_worker(source: ImageSource, parent: int) -> None:
-    global _source
-    _source = source
+_task: tuple[ImageSource, int, int]  # of this worker process: images, channels, every how many images are measured
+
+
+def _init_worker(source: ImageSource, channels: int, stride: int, parent: int) -> None:
+    global _task
+    _task = source, channels, stride
     enter_worker(parent)
 
 
 def _examine_chunk(start: int) -> list[Finding]:
     findings = []
-    for image in range(start, min(start + _CHUNK, len(_source))):
+    source, channels, stride = _task
+    for image in range(start, min(start + _CHUNK, len(source))):
         try:
-            findings.append(examine(_source.read(image)))
+            findings.append(examine(source.read(image), channels, measured=image % stride == 0))
         except OSError as error:
             findings.append(Finding(reason=tell_reason(error)))
     return findings
 
 
-def check(source: ImageSource, num_workers: int) -> Report:
-    """Read and decode every image of a source with `num_workers` processes."""
+def check(source: ImageSource, num_workers: int, *, channels: int = 3, max_measured: int = 2_000) -> Report:
+    """Read and decode every image of a source with `num_workers` processes.
+
+    Args:
+        channels: of the images, see `decode_image`.
+        max_measured: the pixels of about this many images, evenly spaced, are measured.
+    """
+    stride = max(1, -(-len(source) // max_measured)) if max_measured else len(source) + 1
     report = Report(len(source), len(source.class_names))
     sizes, digests = [], defaultdict(list)
     starts = range(0, len(source), _CHUNK)
-    pool = ProcessPoolExecutor(num_workers, initializer=_init_worker, initargs=(source, os.getpid()))
+    pool = ProcessPoolExecutor(num_workers, initializer=_init_worker, initargs=(source, channels, stride, os.getpid()))
     with pool, tqdm(total=len(source), unit=" images", disable=None) as bar:
         try:
             for start, findings in zip(starts, pool.map(_examine_chunk, starts), strict=True):
@@ -123,6 +157,8 @@ def check(source: ImageSource, num_workers: int) -> Report:
                     report.formats[finding.format] += 1
                     report.modes[finding.mode] += 1
                     digests[finding.digest].append(image)
+                    if finding.moments is not None:
+                        report.moments.append(finding.moments)
                 bar.update(len(findings))
         except BrokenProcessPool as error:
             raise DataError(

@@ -1,11 +1,13 @@
-"""From encoded bytes to RGB pixels, for every kind of image that is found in image folders."""
+"""From encoded bytes to pixels, for every kind of image that is found in image folders."""
 
 from __future__ import annotations
 
 import io
+import math
 import re
 import struct
 import warnings
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -24,6 +26,7 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_NPY_SIGNATURE = b"\x93NUMPY"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
@@ -32,19 +35,23 @@ class CorruptImage(ValueError):
     """Bytes that are not an image, or not a complete one, or an image that is refused. The message is the reason."""
 
 
-def decode_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """The image in RGB, upright (EXIF orientation applied), 8 bits per channel; the first frame of an animation.
+def decode_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS, channels: int = 3) -> Picture:
+    """The image upright (EXIF orientation applied), 8 bits per channel; the first frame of an animation.
 
-    Grey, palette and CMYK images are converted, and an alpha channel is dropped. 16-bit greys are scaled from
-    [0, 65535], 32-bit integers from [0, 255] or, if a value is larger, from [0, 65535]. Floats are scaled from [0, 1]
-    or, if a value is larger than 2, from [0, 255]; values a little outside are clipped. Integers and floats far outside
-    these ranges, and floats that are not finite, are refused.
+    With three channels it is RGB: grey, palette and CMYK images are converted, and an alpha channel is dropped. With
+    one it is grey. Images of other numbers of channels are taken as they are stored: LA and RGBA images of PIL, or
+    arrays of NumPy (`.npy`) [H,W,C] or [C,H,W].
+
+    16-bit values are scaled from [0, 65535], 32-bit integers from [0, 255] or, if a value is larger, from [0, 65535].
+    Floats are scaled from [0, 1] or, if a value is larger than 2, from [0, 255]; values a little outside are clipped.
+    Integers and floats far outside these ranges, and floats that are not finite, are refused.
 
     Args:
         max_megapixels: larger images, by the size that they declare, are refused before they are decoded.
+        channels: of the image that is returned.
 
     Raises:
-        CorruptImage: the bytes are not a complete image, or the image is too large.
+        CorruptImage: the bytes are not a complete image, or the image is too large or has other channels.
         DataError: there is not enough memory for an image within the limit.
     """
     if not data:
@@ -52,6 +59,8 @@ def decode_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.I
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata and many pixels: nothing to report for each image
+            if data.startswith(_NPY_SIGNATURE):
+                return _convert(_load_array(data, max_megapixels, channels), channels)
             try:
                 image = _load(data, max_megapixels)
             except CorruptImage:
@@ -60,7 +69,7 @@ def decode_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.I
                 if not data.startswith(_PNG_SIGNATURE):
                     raise
                 image = _load(_remove_png_metadata(data), max_megapixels)
-            return to_rgb(image)
+            return convert_channels(image, channels)
     except CorruptImage:
         raise
     except Exception as error:  # the plugins of PIL raise nearly every type on damaged input
@@ -69,12 +78,86 @@ def decode_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.I
         raise CorruptImage(f"{type(error).__name__}: {reason}"[:200].strip()) from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image as `decode_image` returns it. Raises CorruptImage for values that are out of range."""
+def convert_channels(image: Image.Image, channels: int = 3) -> Picture:
+    """A decoded image as `decode_image` returns it.
+
+    Raises:
+        CorruptImage: values are out of range, or the image has another number of channels than is asked for.
+    """
     image = _turn_upright(image)
     if image.mode.startswith("I") or image.mode == "F":
-        image = _to_eight_bits(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+        image = Image.fromarray(_to_eight_bits(np.asarray(image), wide=image.mode != "I"))
+    if channels in (1, 3):
+        mode = "RGB" if channels == 3 else "L"
+        return image if image.mode == mode else image.convert(mode)
+    return _convert(np.asarray(image), channels)
+
+
+def _convert(values: np.ndarray, channels: int) -> Picture:
+    """Pixels uint8 [H,W] or [H,W,C] as a picture of this number of channels."""
+    values = values[..., None] if values.ndim == 2 else values
+    if values.shape[2] != channels:
+        raise CorruptImage(f"{values.shape[2]} channels, not data.channels = {channels}")
+    if channels in (1, 3):
+        return Image.fromarray(values[..., 0] if channels == 1 else values)
+    return Bands([Image.fromarray(np.ascontiguousarray(values[..., channel])) for channel in range(channels)])
+
+
+def _load_array(data: bytes, max_megapixels: float, channels: int) -> np.ndarray:
+    """A `.npy` file of numbers [H,W], [H,W,C] or [C,H,W] as uint8 [H,W,C]. No code in it is run."""
+    file = io.BytesIO(data)
+    shape, fortran_order, dtype = _read_array_header(file)
+    if dtype.kind not in "uif":
+        raise CorruptImage(f"an array of {dtype}, not of numbers")
+    sides = (*shape, 1) if len(shape) == 2 else shape
+    if len(sides) != 3 or channels not in (sides[0], sides[2]) or 0 in sides:
+        raise CorruptImage(f"an array of shape {list(shape)}, not [H, W, {channels}] or [{channels}, H, W]")
+    last = sides[2] == channels
+    height, width = sides[:2] if last else sides[1:]
+    if height * width > max_megapixels * 1e6:
+        raise CorruptImage(f"{width}x{height} pixels exceed data.max_megapixels = {max_megapixels:g}")
+    if len(data) - file.tell() < dtype.itemsize * math.prod(shape):
+        raise CorruptImage("truncated array")
+    values = np.frombuffer(data, dtype, math.prod(shape), file.tell())
+    values = values.reshape(shape, order="F" if fortran_order else "C").reshape(sides)
+    values = values if last else values.transpose(1, 2, 0)
+    return values if dtype == np.uint8 else _to_eight_bits(values, wide=dtype.itemsize == 2)
+
+
+def _read_array_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether it is in Fortran's order, and dtype."""
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in read:
+        raise CorruptImage(f"an array of the format version {version}")
+    return read[version](file)
+
+
+class Bands:
+    """A picture of any number of channels, as one grey image of PIL for each, with PIL's methods of the same names.
+
+    PIL's own LA and RGBA images are not used, because PIL weights their other channels with the last one in resizing.
+    """
+
+    def __init__(self, bands: list[Image.Image]) -> None:
+        self._bands = bands
+        self.size = self.width, self.height = bands[0].size
+
+    def crop(self, box: tuple[int, int, int, int]) -> Bands:
+        return Bands([band.crop(box) for band in self._bands])
+
+    def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Bands:
+        return Bands([band.resize(size, resample) for band in self._bands])
+
+    def histogram(self) -> list[int]:
+        return [count for band in self._bands for count in band.histogram()]
+
+    def to_array(self) -> np.ndarray:
+        """Its pixels, uint8 [H,W,C]."""
+        return np.stack([np.asarray(band) for band in self._bands], axis=2)
+
+
+Picture: TypeAlias = Image.Image | Bands
 
 
 def _load(data: bytes, max_megapixels: float) -> Image.Image:
@@ -99,6 +182,14 @@ def read_header(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data))
     except ValueError:  # metadata that are too large for PIL
         return Image.open(io.BytesIO(_remove_png_metadata(data)))
+
+
+def read_kind(data: bytes) -> tuple[str, str]:
+    """Format and mode of an image as PIL names them; `NPY` and the type of its numbers for an array."""
+    if data.startswith(_NPY_SIGNATURE):
+        return "NPY", _read_array_header(io.BytesIO(data))[2].name
+    image = read_header(data)
+    return image.format or "", image.mode
 
 
 def tell_reason(error: CorruptImage | OSError) -> str:
@@ -132,20 +223,23 @@ def _turn_upright(image: Image.Image) -> Image.Image:
     return image if transposition is None else image.transpose(transposition)
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit integers, 32-bit integers and floats to 8 bits. The conversion of PIL clips all above 255 to white."""
-    values = np.asarray(image)
+def _to_eight_bits(values: np.ndarray, *, wide: bool) -> np.ndarray:
+    """Integers and floats to 8 bits. The conversion of PIL clips all above 255 to white.
+
+    Args:
+        wide: integers are scaled from [0, 65535] even where all are below 256.
+    """
     low, high = values.min(initial=0), values.max(initial=0)
-    if image.mode == "F":
+    if values.dtype.kind == "f":
         if not (np.isfinite(low) and np.isfinite(high)):
             raise CorruptImage("floats that are not finite")
         white = 1 if high <= 2 else 255  # values above 1 are common: reflectances, ringing after a resize
         if low < -white or high > 2 * white:
             raise CorruptImage(f"floats from {low:g} to {high:g}; only [0, 1] and [0, 255] are supported")
-        return Image.fromarray(np.clip(np.rint(values * np.float32(255 / white)), 0, 255).astype(np.uint8))
+        return np.clip(np.rint(values * np.float32(255 / white)), 0, 255).astype(np.uint8)
     if low < 0 or high > 65535:
         raise CorruptImage(f"integers from {low} to {high}; only [0, 255] and [0, 65535] are supported")
-    if high <= 255 and image.mode == "I":
-        return Image.fromarray(values.astype(np.uint8))
+    if high <= 255 and not wide:
+        return values.astype(np.uint8)
     table = np.rint(np.arange(65536) / 257).astype(np.uint8)  # saves a copy of the image in floats
-    return Image.fromarray(table[values])
+    return table[values]

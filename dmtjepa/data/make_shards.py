@@ -21,8 +21,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dmtjepa.data import DataError, ImageSource
-from dmtjepa.data.decode import read_header, tell_reason
-from dmtjepa.data.sources.base import IMAGE_EXTENSIONS
+from dmtjepa.data.decode import read_kind, tell_reason
+from dmtjepa.data.sources.base import ARRAY_EXTENSION, IMAGE_EXTENSIONS
 from dmtjepa.data.sources.tar_index import read_members, write_index
 from dmtjepa.files import WRITING, open_atomically, write_atomically, write_json
 
@@ -106,7 +106,9 @@ def _write_shard(
 def _name_member(source: ImageSource, image: int, data: bytes) -> str:
     """<class>/<number>-<file name without dots>.<extension>: shows the original name, and unpacks as a folder."""
     stem, extension = os.path.splitext(os.path.basename(source.name(image)))
-    extension = extension.lower() if extension.lower() in IMAGE_EXTENSIONS else _guess_extension(data)
+    extension = (
+        extension.lower() if extension.lower() in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION) else _guess_extension(data)
+    )
     folder = f"{source.class_names[source.labels[image]]}/" if source.labels is not None else ""
     stem = re.sub(r"[^\w-]", "_", stem)
     return f"{folder}{image:09d}-{stem}{extension}"
@@ -115,10 +117,10 @@ def _name_member(source: ImageSource, image: int, data: bytes) -> str:
 def _guess_extension(data: bytes) -> str:
     """The extension of an image whose name has none; `.jpg` if its bytes do not tell."""
     try:
-        extension = f".{(read_header(data).format or '').lower()}"
+        extension = f".{read_kind(data)[0].lower()}"
     except (OSError, ValueError):
         return ".jpg"
-    return extension if extension in IMAGE_EXTENSIONS else ".jpg"
+    return extension if extension in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION) else ".jpg"
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dmtjepa.config import Config, parse_config
 from dmtjepa.evaluation.errors import EvaluationError
-from dmtjepa.interop import describe_encoder, get_part, read_checkpoint
+from dmtjepa.interop import describe_encoder, find_normalization, get_part, read_checkpoint
 from dmtjepa.masks import MaskError, check_masks
 
 
@@ -20,13 +20,20 @@ def settings_of_weights(path: Path) -> Config:
         EvaluationError: its encoder is of no architecture known here, its images are not square, or its grid is too
             small for masks.
     """
-    shape = describe_encoder(get_part(read_checkpoint(path), "target_encoder", path))
+    checkpoint = read_checkpoint(path)
+    shape = describe_encoder(get_part(checkpoint, "target_encoder", path))
+    mean, std = find_normalization(checkpoint)
     side = round(shape.num_patches**0.5)
     if shape.model_name is None or side**2 != shape.num_patches:
         raise EvaluationError(f"{path} holds {shape}: give the run folder, whose settings describe it")
     config = parse_config(
         {
-            "data": {"crop_size": side * shape.patch_size},
+            "data": {
+                "crop_size": side * shape.patch_size,
+                "channels": shape.num_channels,
+                "mean": mean,
+                "std": std,
+            },
             "mask": {"patch_size": shape.patch_size, "min_keep": 1},
             "meta": {"model_name": shape.model_name},
             "patch": {"local_agg_head": False},

@@ -43,8 +43,10 @@ class EvaluationContext:
 
     def build_loader(self, source: ImageSource) -> EvaluationLoader:
         """A loader of all images of `source`, cropped as the settings say."""
-        batch_size = self.config.evaluation.batch_size
-        return build_eval_loader(source, self.config.data.image_size, batch_size, num_workers=self.num_workers)
+        data, batch_size = self.config.data, self.config.evaluation.batch_size
+        return build_eval_loader(
+            source, data.image_size, batch_size, num_workers=self.num_workers, channels=data.channels
+        )
 
 
 def load_encoders(

@@ -86,9 +86,15 @@ def draw_accuracy(axes: Axes, accuracy: Mapping[str, Mapping[int, float]], chanc
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def to_colors(image: Tensor) -> np.ndarray:
+    """An image uint8 [C,H,W] as RGB [H,W,3]: its first three channels, or its first one in grey if it has fewer."""
+    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return shown.permute(1, 2, 0).numpy()
+
+
 def draw_image(axes: Axes, image: Tensor) -> None:
-    """A uint8 image [3,H,W], without ticks."""
-    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    """A uint8 image [C,H,W], without ticks."""
+    axes.imshow(to_colors(image), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
 

@@ -223,7 +223,11 @@ class Evaluator:
         part, config = _Part(), self._config
         mine = self._ranks.take_part(source)
         loader = build_eval_loader(
-            mine, config.data.image_size, config.evaluation.batch_size, num_workers=self._num_workers
+            mine,
+            config.data.image_size,
+            config.evaluation.batch_size,
+            num_workers=self._num_workers,
+            channels=config.data.channels,
         )
         for images, labels, names in loader if len(mine) else ():
             self._on_progress()

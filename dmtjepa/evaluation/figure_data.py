@@ -84,8 +84,8 @@ def load_shown(context: EvaluationContext) -> tuple[Tensor, Tensor | None, list[
 
     Those that are corrupt are left out.
     """
-    source = subsample(context.splits.validation, NUM_SHOWN)
-    batches = list(build_eval_loader(source, context.config.data.image_size, NUM_SHOWN))
+    source, data = subsample(context.splits.validation, NUM_SHOWN), context.config.data
+    batches = list(build_eval_loader(source, data.image_size, NUM_SHOWN, channels=data.channels))
     if not batches:
         return torch.empty(0), None, []
     images, labels, names = batches[0]

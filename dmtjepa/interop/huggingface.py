@@ -8,7 +8,6 @@ from dmtjepa.interop.huggingface_names import to_huggingface
 from dmtjepa.interop.model_folder import hidden_dim, image_size, resized_side, write_model_folder
 from dmtjepa.models import VisionTransformer
 from dmtjepa.models.layers import LAYER_NORM_EPS
-from dmtjepa.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 PIL_BILINEAR = 2
 
@@ -32,7 +31,7 @@ def export_huggingface(encoder: VisionTransformer, folder: Path) -> None:
         "layer_norm_eps": LAYER_NORM_EPS,
         "image_size": height if square else [height, width],
         "patch_size": encoder.patch_size,
-        "num_channels": 3,
+        "num_channels": encoder.num_channels,
         "qkv_bias": True,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -41,7 +40,7 @@ def export_huggingface(encoder: VisionTransformer, folder: Path) -> None:
     }
     preprocessor = {
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": encoder.num_channels == 3,
         "do_resize": True,
         "size": {"shortest_edge": resized_side(encoder)},
         "resample": PIL_BILINEAR,
@@ -50,8 +49,8 @@ def export_huggingface(encoder: VisionTransformer, folder: Path) -> None:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
+        "image_mean": list(encoder.mean),
+        "image_std": list(encoder.std),
     }
     descriptions = {"preprocessor_config.json": preprocessor, "config.json": config}
     write_model_folder(folder, to_huggingface(encoder.state_dict()), descriptions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ import yaml
 import dmtjepa
 from dmtjepa.checkpoint_format import is_checkpoint
 from dmtjepa.config import Config, ConfigError, load_config, parse_config
+from dmtjepa.interop.model_folder import describe_channels
+from dmtjepa.interop.normalization import Normalization
 from dmtjepa.interop.weights import EncoderShape
+from dmtjepa.models.vit import IMAGENET_MEAN, IMAGENET_STD, default_normalization
 from dmtjepa.run_folder import RunFolder
 
 PARTS = {"target_encoder": "teacher", "encoder": "student"}
@@ -92,6 +95,7 @@ def format_card(
     parts: tuple[str, ...],
     loading: str,
     library: str | None = None,
+    normalization: Normalization = (None, None),
 ) -> str:
     """The card as Markdown.
 
@@ -102,6 +106,7 @@ def format_card(
         parts: what the file holds, such as `target_encoder`.
         loading: Python code that loads it.
         library: which Hugging Face's hub shall offer for it.
+        normalization: of the pixels, see `find_normalization`.
     """
     if image_size is None and origin.config is not None:
         image_size = origin.config.data.image_size
@@ -113,12 +118,25 @@ def format_card(
     lines += [_describe(shape, image_size, origin, parts), ""]
     lines += ["## Load", "", "```python", loading, "```", ""]
     lines += [
-        "Images: RGB, the shorter side resized to 256/224 of the crop (bilinear), central crop, divided by 255, "
-        "normalised by ImageNet's mean and standard deviation. Features of an image: the average over its patches.",
+        f"Images: {describe_channels(shape.num_channels)}, the shorter side resized to 256/224 of the crop (bilinear), "
+        f"central crop, divided by 255, normalised by {_describe_normalization(shape, normalization)}. Features of an "
+        "image: the average over its patches.",
         "",
     ]
     lines += ["## Training", "", *_format_training(origin), "", "## Evaluation", "", *_format_evaluation(origin)]
     return "\n".join(lines) + "\n"
+
+
+def _describe_normalization(shape: EncoderShape, normalization: Normalization) -> str:
+    default = default_normalization(shape.num_channels)
+    mean, std = (given or usual for given, usual in zip(normalization, default, strict=True))
+    if (mean, std) == (IMAGENET_MEAN, IMAGENET_STD):
+        return "ImageNet's mean and standard deviation"
+    return f"the mean {_list(mean)} and the standard deviation {_list(std)}"
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def _describe(shape: EncoderShape, image_size: tuple[int, int] | None, origin: Origin, parts: tuple[str, ...]) -> str:

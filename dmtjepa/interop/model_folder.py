@@ -14,7 +14,6 @@ from dmtjepa.files import write_atomically, write_json
 from dmtjepa.interop.errors import WeightsError
 from dmtjepa.interop.weights import check_finite
 from dmtjepa.models import VisionTransformer
-from dmtjepa.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 RESIZED_SHARE = 256 / 224
 """Shorter side of the resized image over that of the central crop, as in this project's evaluation."""
@@ -37,10 +36,14 @@ def describe_preprocessing(encoder: VisionTransformer) -> dict[str, Any]:
         "interpolation": "bilinear, antialiased",
         "center_crop": list(image_size(encoder)),
         "divide_by": 255,
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-        "layout": "RGB, [batch, channel, row, column]",
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
+        "layout": f"{describe_channels(encoder.num_channels)}, [batch, channel, row, column]",
     }
+
+
+def describe_channels(num_channels: int) -> str:
+    return {1: "grey", 3: "RGB"}.get(num_channels, f"{num_channels} channels")
 
 
 def hidden_dim(encoder: VisionTransformer) -> int:

@@ -3,7 +3,8 @@
 It is a dictionary: `encoder`, `predictor` and `target_encoder` are state dictionaries whose names begin with the
 `module.` of DistributedDataParallel; `opt` and `scaler` are the optimizer's and the gradient scaler's states; `epoch`
 (finished epochs), `loss`, `batch_size`, `world_size` and `lr` are numbers. This project adds `head` and `target_head`,
-which official files lack, and `step`; readers that do not know them ignore them.
+which official files lack, `step`, and `pixel_mean` and `pixel_std` if they are set; readers that do not know them
+ignore them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dmtjepa.checkpoint_format import load_full, read_meta
 from dmtjepa.files import open_atomically
+from dmtjepa.interop.normalization import list_normalization
 from dmtjepa.interop.weights import MODULES, WeightsError, check_finite, select_module
 
 NUMBERS = ("epoch", "loss", "batch_size", "world_size", "lr", "step")
@@ -35,7 +37,7 @@ def write_official(
     Args:
         path: the file; it is replaced if it exists, and its folder is created.
         weights: state dictionaries by official name (`encoder`, `predictor`, `target_encoder`, `head`, `target_head`).
-        numbers: values beside them; those in `NUMBERS` are written.
+        numbers: values beside them; those in `NUMBERS` and the normalisation of pixels are written.
         optimizer: a state dictionary of AdamW, see `official_optimizer`; None leaves out `opt` and `scaler`.
 
     Raises:
@@ -48,7 +50,7 @@ def write_official(
     }
     if optimizer is not None:
         contents |= {"opt": optimizer, "scaler": None}  # bfloat16 needs no gradient scaler
-    contents |= {name: numbers[name] for name in NUMBERS if name in numbers}
+    contents |= {name: numbers[name] for name in NUMBERS if name in numbers} | list_normalization(numbers)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_atomically(path) as file:
         try:

@@ -1,7 +1,7 @@
 """Writing an encoder as a program that runs without this project: ONNX, and PyTorch's `.pt2`.
 
-A program takes `images`, float32 [B,3,H,W] normalised by ImageNet's mean and standard deviation, and returns `patches`
-[B,N,D] in raster order and `pooled` [B,D], their average. B is free. H and W are those that the encoder is built for.
+A program takes `images`, float32 [B,C,H,W] normalised by the mean and standard deviation of the encoder, and returns
+`patches` [B,N,D] in raster order and `pooled` [B,D], their average. B is free. C, H and W are those of the encoder.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _trace(encoder: VisionTransformer) -> torch.export.ExportedProgram:
     """The program, in float32 on the CPU. Nothing in it says where the source of this project was."""
     check_finite(encoder.state_dict(), "the encoder")
     module = _Features(encoder.cpu().float()).eval().requires_grad_(False)
-    images = torch.zeros(2, 3, *image_size(encoder))  # a batch of 1 would be taken for a constant
+    images = torch.zeros(2, encoder.num_channels, *image_size(encoder))  # a batch of 1 would be taken for a constant
     batch: dict[str, Any] = {INPUT: {0: torch.export.Dim("batch")}}
     with torch.no_grad(), _without_warnings():
         program = torch.export.export(module, (images,), dynamic_shapes=batch)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from dmtjepa.interop.model_folder import hidden_dim, image_size, resized_side, write_model_folder
 from dmtjepa.models import VisionTransformer
-from dmtjepa.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 
 def export_timm(encoder: VisionTransformer, folder: Path) -> None:
@@ -24,6 +23,7 @@ def export_timm(encoder: VisionTransformer, folder: Path) -> None:
         "model_args": {
             "img_size": [height, width],
             "patch_size": encoder.patch_size,
+            "in_chans": encoder.num_channels,
             "embed_dim": encoder.embed_dim,
             "depth": len(encoder.blocks),
             "num_heads": encoder.num_heads,
@@ -33,13 +33,13 @@ def export_timm(encoder: VisionTransformer, folder: Path) -> None:
             "fc_norm": False,
         },
         "pretrained_cfg": {
-            "input_size": [3, height, width],
+            "input_size": [encoder.num_channels, height, width],
             "fixed_input_size": True,
             "interpolation": "bilinear",
             "crop_pct": crop_share(encoder),
             "crop_mode": "center",
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
+            "mean": list(encoder.mean),
+            "std": list(encoder.std),
             "num_classes": 0,
             "first_conv": "patch_embed.proj",
             "classifier": "head",

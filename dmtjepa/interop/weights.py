@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dmtjepa.checkpoint_format import is_checkpoint, load_full, read_meta
 from dmtjepa.interop.encoder_file import is_encoder_file, read_encoder_file
 from dmtjepa.interop.errors import WeightsError
+from dmtjepa.interop.normalization import Normalization, read_normalization
 from dmtjepa.models import ARCHITECTURES, VisionTransformer
 from dmtjepa.models.layers import resample_position_embedding
 from dmtjepa.objective import DMTJEPA
@@ -38,7 +39,7 @@ MODULES = {
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """What an encoder's weights say about it. num_patches is N of the position embedding."""
+    """What an encoder's weights say about it. num_patches is N of the position embedding, num_channels C of images."""
 
     model_name: str | None
     embed_dim: int
@@ -46,6 +47,7 @@ class EncoderShape:
     hidden_dim: int
     patch_size: int
     num_patches: int
+    num_channels: int = 3
 
     def __str__(self) -> str:
         side = round(self.num_patches**0.5)
@@ -53,7 +55,8 @@ class EncoderShape:
         size = (
             f"{side * self.patch_size}x{side * self.patch_size} pixels" if side**2 == self.num_patches else "not square"
         )
-        return f"{name} with patches of {self.patch_size} pixels and {self.num_patches} positions ({size})"
+        channels = "" if self.num_channels == 3 else f", for images of {self.num_channels} channels"
+        return f"{name} with patches of {self.patch_size} pixels and {self.num_patches} positions ({size}){channels}"
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise WeightsError(f"there is no checkpoint {path}; {hint}. A run writes its first one after its first epoch")
     if is_encoder_file(path):
         encoder = read_encoder_file(path)
-        return {"encoder": encoder, "target_encoder": encoder}
+        return {"encoder": encoder, "target_encoder": encoder} | read_normalization(path)
     try:
         # Files of PyTorch before 1.6 are not zip archives; they are read at once.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -185,7 +188,10 @@ def _describe_misfit(
     if "patch_embed.proj.weight" in own and _is_encoder(weights):
         faults.append(f"  the file holds {describe_encoder(weights)}")
         faults.append(f"  the model is {describe_encoder(own)}")
-        faults.append("  set meta.model_name, mask.patch_size and data.crop_size to the file's, or choose another file")
+        faults.append(
+            "  set meta.model_name, mask.patch_size, data.crop_size and data.channels to the file's, or choose another "
+            "file"
+        )
     shapes = [f"{name} is {list(weights[name].shape)}, the model's is {list(own[name].shape)}" for name in unlike]
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
         if names:
@@ -232,7 +238,7 @@ def describe_encoder(weights: Mapping[str, Tensor]) -> EncoderShape:
     """
     if not _is_encoder(weights):
         raise WeightsError(f"these are not an encoder's weights: {', '.join(list(weights)[:MAX_LISTED])}")
-    embed_dim, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    embed_dim, num_channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     hidden_dim = weights["blocks.0.mlp.fc1.weight"].shape[0]
     names = [
@@ -242,7 +248,13 @@ def describe_encoder(weights: Mapping[str, Tensor]) -> EncoderShape:
         == (embed_dim, depth, hidden_dim)
     ]
     return EncoderShape(
-        names[0] if names else None, embed_dim, depth, hidden_dim, patch_size, weights["pos_embed"].shape[1]
+        names[0] if names else None,
+        embed_dim,
+        depth,
+        hidden_dim,
+        patch_size,
+        weights["pos_embed"].shape[1],
+        num_channels,
     )
 
 
@@ -251,6 +263,7 @@ def build_encoder(
     source: str | os.PathLike[str],
     *,
     image_size: int | tuple[int, int] | None = None,
+    normalization: Normalization = (None, None),
     attention: str = "auto",
     device_type: str = "cpu",
 ) -> VisionTransformer:
@@ -259,6 +272,7 @@ def build_encoder(
     Args:
         image_size: height and width, or the side of a square, to make the encoder for. None takes the square that
             the position embedding is made for; it is resampled to any other size, see `load_weights`.
+        normalization: mean and standard deviation of each channel, see `find_normalization`.
 
     Raises:
         WeightsError: the weights are of no architecture known here, the grid is not square and no size is given, or
@@ -273,7 +287,8 @@ def build_encoder(
         if side**2 != shape.num_patches:
             raise WeightsError(f"{source} holds {shape}: give the image size it was trained on")
         image_size = side * shape.patch_size
-    size: dict[str, Any] = dict(ARCHITECTURES[shape.model_name])
+    size: dict[str, Any] = dict(ARCHITECTURES[shape.model_name], num_channels=shape.num_channels)
+    size |= dict(zip(("mean", "std"), normalization, strict=True))
     try:
         encoder = VisionTransformer(image_size, shape.patch_size, **size, attention=attention, device_type=device_type)
     except ValueError as error:

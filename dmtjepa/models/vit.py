@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
@@ -47,15 +48,20 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+def default_normalization(num_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel: ImageNet's for three channels, 0.5 and 0.25 for others."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if num_channels == 3 else ((0.5,) * num_channels, (0.25,) * num_channels)
+
+
 class PatchEmbed(nn.Module):
     """Projects patches of pixels to tokens. The weight has the shape of the convolution in official checkpoints."""
 
-    def __init__(self, patch_size: int, embed_dim: int) -> None:
+    def __init__(self, patch_size: int, embed_dim: int, num_channels: int = 3) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(num_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Project [..., 3*p*p] pixels of patches in (channel, row, column) order -> [..., D]."""
+        """Project [..., C*p*p] pixels of patches in (channel, row, column) order -> [..., D]."""
         return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -70,6 +76,8 @@ class VisionTransformer(nn.Module):
         depth: number of transformer blocks.
         num_heads: number of attention heads.
         mlp_ratio: hidden width of the MLPs divided by D.
+        num_channels: channels C of the images.
+        mean, std: of each channel, of pixels in [0, 1]; None: see `default_normalization`.
         init_std: standard deviation of the initial weights.
         residual_dtype: dtype of the residual stream where it is wider than that of the weights; None: the same.
         attention: backend, see `choose_attention`.
@@ -79,7 +87,8 @@ class VisionTransformer(nn.Module):
     `ARCHITECTURES` lists the sizes by name.
 
     Raises:
-        ValueError: the image size is not a multiple of the patch size, or D is not a multiple of `num_heads` or of 4.
+        ValueError: the image size is not a multiple of the patch size, `mean` or `std` has another length, or D is not
+            a multiple of `num_heads` or of 4.
     """
 
     pos_embed: Tensor  # [1, N, D], a buffer
@@ -93,6 +102,9 @@ class VisionTransformer(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         *,
+        num_channels: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         init_std: float = 0.02,
         residual_dtype: torch.dtype | None = None,
         attention: str = "auto",
@@ -112,7 +124,13 @@ class VisionTransformer(nn.Module):
         self.num_heads = num_heads
         self.residual_dtype = residual_dtype
         self.grid_size = (height // patch_size, width // patch_size)
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        default_mean, default_std = default_normalization(num_channels)
+        self.num_channels = num_channels
+        self.mean = default_mean if mean is None else tuple(mean)
+        self.std = default_std if std is None else tuple(std)
+        if not len(self.mean) == len(self.std) == num_channels:
+            raise ValueError(f"mean and std must be {num_channels} numbers each, got {self.mean} and {self.std}")
+        self.patch_embed = PatchEmbed(patch_size, embed_dim, num_channels)
         self.register_buffer("pos_embed", sincos_position_embedding(self.grid_size, embed_dim)[None])
         attend = choose_attention(attention, device_type, embed_dim // num_heads)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, attend) for _ in range(depth))
@@ -123,7 +141,7 @@ class VisionTransformer(nn.Module):
         """Encode the patches in `index`, or all patches.
 
         Args:
-            images: [B, 3, H, W], uint8, or float normalised by ImageNet's mean and standard deviation.
+            images: [B, C, H, W], uint8, or float normalised by `mean` and `std`.
             index: [B, C] int64 patches to encode, numbered in raster order; None for all. Other patches are not read.
                 With a packing, [1, L] flat numbers b*N + n.
             packing: the sequences in `index`, if images have different numbers of patches.
@@ -152,9 +170,7 @@ class VisionTransformer(nn.Module):
             # Stack the images to one tall image, in which patch n of image b has the number b*N + n.
             images = images.transpose(0, 1).flatten(1, 2)[None]
         if images.dtype == torch.uint8:
-            pixels = self._embed_patches(
-                images, self.patch_size, index, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype
-            )
+            pixels = self._embed_patches(images, self.patch_size, index, mean=self.mean, std=self.std, dtype=dtype)
         else:
             pixels = patchify(images.to(dtype), self.patch_size)
             if index is not None:
@@ -165,7 +181,7 @@ class VisionTransformer(nn.Module):
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Split images [B, 3, H, W] into patches [B, N, 3*p*p] in raster order, pixels in (channel, row, column) order."""
+    """Split images [B, C, H, W] into patches [B, N, C*p*p] in raster order, pixels in (channel, row, column) order."""
     batch, channels, height, width = images.shape
     x = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch_size**2)

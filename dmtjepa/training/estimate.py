@@ -65,7 +65,7 @@ def step_flops(config: Config, shapes: MaskShapes) -> dict[str, float]:
     dim, depth = architecture["embed_dim"], architecture["depth"]
     heads, ratio = architecture["num_heads"], architecture["mlp_ratio"]
     num_patches = config.grid_size[0] * config.grid_size[1]
-    pixels = 3 * config.mask.patch_size**2
+    pixels = config.data.channels * config.mask.patch_size**2
     narrow, blocks = config.meta.pred_emb_dim, config.mask.num_pred_masks
 
     def encoder(count: float) -> float:

@@ -21,9 +21,7 @@ def start_fork_server(modules: Sequence[str] = ()) -> None:
         modules: imported by the server, besides those that train.
     """
     shorten_socket_names()
-    multiprocessing.forkserver.set_forkserver_preload(
-        ["dmtjepa.training.launch", "dmtjepa.training.fork_server_start", *modules]
-    )
+    multiprocessing.forkserver.set_forkserver_preload(["dmtjepa.training.fork_server_start", *modules])
     # Both processes inherit the mask. One block for each: the resource tracker's start resets a part of the mask.
     with blocked_signals():
         multiprocessing.resource_tracker.ensure_running()

@@ -5,6 +5,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -409,3 +410,21 @@ def test_better_and_worse_are_beyond_two_standard_errors():
     )
     miou["start"]["mean_iou"] = 0.55
     assert "mIoU -5.0 +- 4.2 points (not clearly different)" in format_verdict(report)[-1]
+
+
+@pytest.mark.slow
+def test_a_run_on_four_channels_is_measured_and_shown(tmp_path, data):
+    """The fourth channel alone tells the classes apart."""
+    rng = np.random.default_rng(0)
+    for path in data.glob("*/class*/*.png"):
+        pixels = rng.integers(0, 256, (32, 32, 4), dtype=np.uint8)
+        pixels[..., 3] = 100 * int(path.parent.name[-1]) + pixels[..., 3] // 8
+        out = tmp_path / "four" / path.relative_to(data)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(out)
+    settings = {"channels": 4, "root_path": str(tmp_path), "image_folder": "four", "mean": [0.5] * 4, "std": [0.3] * 4}
+    run = write_run(tmp_path / "tiny", tmp_path / "four", data=settings)
+    assert main([str(run), "--device", "cpu", "--quick"]) == 0
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert report["linear"]["untrained"] > 0.9
+    assert {"masks.png", "nearest.png", "report.html"} <= {path.name for path in (run / "report").iterdir()}

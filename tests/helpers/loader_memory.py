@@ -33,7 +33,7 @@ def written_memory() -> int:
 
 
 def main(folder: str, loader_name: str) -> None:
-    settings = DataSettings(root_path=folder, batch_size=5, crop_size=32, num_workers=2, loader=loader_name)
+    settings = DataSettings(root_path=folder, batch_size=2, crop_size=32, num_workers=2, loader=loader_name)
     gc.collect()
     gc.freeze()  # else a collection in a worker writes to every page that it shares with this process
     loader = build_loader(settings, seed=0)

@@ -24,11 +24,13 @@ class Case(NamedTuple):
     num_heads: int = 4
     min_keep: int = 2
     query: str = "image"
+    channels: int = 3
 
     def __str__(self):
         size = f"B{self.batch}-{self.grid[0]}x{self.grid[1]}"
         rest = "" if self.head else "-ijepa"
         rest += "" if self.query == "image" else f"-{self.query}"
+        rest += "" if self.channels == 3 else f"-{self.channels}channels"
         return f"{size}-k{self.num_neighbors}-w{self.window}-{self.border}{rest}"
 
 
@@ -36,7 +38,9 @@ def make_model(case: Case, dtype: torch.dtype, seed: int = 0) -> DMTJEPA:
     """A model in which nothing is at its initial value, so that no bias, norm or difference of weights can hide."""
     torch.manual_seed(seed)
     size = (case.grid[0] * PATCH, case.grid[1] * PATCH)
-    encoder = VisionTransformer(size, PATCH, case.embed_dim, depth=2, num_heads=case.num_heads)
+    encoder = VisionTransformer(
+        size, PATCH, case.embed_dim, depth=2, num_heads=case.num_heads, num_channels=case.channels
+    )
     predictor = Predictor(case.grid, case.embed_dim, predictor_dim=16, depth=2, num_heads=2)
     head = None
     if case.head:
@@ -56,9 +60,9 @@ def make_masks(case: Case, step: int = 0) -> MaskBatch:
 
 def make_images(case: Case, dtype: torch.dtype) -> torch.Tensor:
     """Normalised images; smooth, so that neighbouring patches resemble each other."""
-    noise = torch.randn(case.batch, 3, case.grid[0], case.grid[1], dtype=torch.float64)
+    noise = torch.randn(case.batch, case.channels, case.grid[0], case.grid[1], dtype=torch.float64)
     images = F.interpolate(noise, scale_factor=PATCH, mode="bilinear") + 0.3 * torch.randn(
-        case.batch, 3, case.grid[0] * PATCH, case.grid[1] * PATCH, dtype=torch.float64
+        case.batch, case.channels, case.grid[0] * PATCH, case.grid[1] * PATCH, dtype=torch.float64
     )
     return images.to(dtype)
 

@@ -67,7 +67,7 @@ class Program:
             try:
                 os.setsid()
                 die_with_parent(harness)
-                _run(main, arguments, log)
+                run_program(main, arguments, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
             finally:
                 os._exit(1)
         while os.getsid(self.pid) != self.pid:
@@ -147,15 +147,14 @@ def _close(descriptor: int) -> None:
         os.close(descriptor)
 
 
-def _run(main: Callable[[], int], arguments: Sequence[str], log: Path) -> NoReturn:
-    """Run a program as the interpreter does, and end this process."""
+def run_program(main: Callable[[], int], arguments: Sequence[str], output: int) -> NoReturn:
+    """Run a program as the interpreter does, its output going to a file descriptor, and end this process."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
     sys.argv = list(arguments)
     code: int | str | None = 1
     try:

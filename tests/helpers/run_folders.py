@@ -38,7 +38,7 @@ def write_masks(data: Path) -> None:
         Image.fromarray(mask).save(path)
 
 
-def write_run(folder: Path, data: Path, **sections) -> Path:
+def write_run(folder: Path, data: Path, /, **sections) -> Path:
     """A run folder with settings, a loss CSV, and a checkpoint of untrained weights of another seed than the run's."""
     values = {
         "data": {"root_path": str(data.parent), "image_folder": data.name, "crop_size": 32, "batch_size": 4},

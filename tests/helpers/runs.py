@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import importlib
 import logging
-import os
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +20,9 @@ from dmtjepa.models import ARCHITECTURES
 from dmtjepa.training.fork_server import start_fork_server
 from dmtjepa.training.launch import launch
 from dmtjepa.training.step import TrainStep
+from tests.helpers.program_server import ForkedProgram, ProgramServer
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -107,25 +105,29 @@ def plain(settings_in, tmp_path_factory, _tiny_architecture, _one_thread) -> Con
     return config
 
 
+@pytest.fixture(scope="session")
+def _program_server() -> Iterator[ProgramServer]:
+    server = ProgramServer()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def start(tmp_path) -> Callable[..., subprocess.Popen]:
-    """start(config, "cpu", "cpu") -> main.py as a process of its own, in a process group of its own."""
+def start(_program_server, tmp_path) -> Iterator[Callable[..., ForkedProgram]]:
+    """start(config, "cpu", "cpu") -> main.py as a process of its own, in a session of its own."""
     started = []
 
-    def run(config: Config, *devices: str, **popen) -> subprocess.Popen:
+    def run(config: Config, *devices: str, **options) -> ForkedProgram:
         path = tmp_path / f"settings-{len(started)}.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        command = [sys.executable, str(HERE / "tiny_main.py"), "--fname", str(path), "--devices", *(devices or ["cpu"])]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | popen
-        process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-        started.append(process)
-        return process
+        arguments = ["main.py", "--fname", str(path), "--devices", *(devices or ["cpu"])]
+        started.append(_program_server.start(arguments, **options))
+        return started[-1]
 
     yield run
     for process in started:
         if process.poll() is None:
-            os.killpg(process.pid, 9)
+            process.kill()
         process.wait()
 
 

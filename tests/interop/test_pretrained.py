@@ -15,8 +15,10 @@ import dmtjepa
 from dmtjepa.cli.weights import main
 from dmtjepa.config import parse_config
 from dmtjepa.data.crop import crop_center
-from dmtjepa.interop import WeightsError, load_model, read_checkpoint
+from dmtjepa.data.decode import CorruptImage
+from dmtjepa.interop import WeightsError, load_model, read_checkpoint, write_official
 from dmtjepa.interop.sources import find_initial_weights
+from dmtjepa.interop.weights import MODULES
 from dmtjepa.objective import build_model
 from dmtjepa.run_folder import RunFolder
 
@@ -84,6 +86,36 @@ def test_what_was_exported_comes_back_equal(run, tmp_path, format):
     assert own.keys() == again.keys()
     assert all(torch.equal(own[name], again[name]) for name in own)
     assert main(["show", str(tmp_path / format)]) == 0
+
+
+@pytest.mark.slow
+def test_four_channels_and_their_normalization_go_out_and_come_back(tmp_path, capsys):
+    data = {"crop_size": 32, "channels": 4, "mean": [0.1, 0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7, 0.8]}
+    config = parse_config(SETTINGS | {"data": data})
+    model = build_model(config)
+    names = ("encoder", "predictor", "target_encoder")
+    weights = {name: getattr(model, MODULES[name]).state_dict() for name in names}
+    write_official(tmp_path / "run.pth.tar", weights, {"config": config.model_dump(mode="json")})
+    encoder = dmtjepa.load(tmp_path / "run.pth.tar")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    images = encoder.preprocess(Image.fromarray(pixels))[None]
+    assert torch.equal(images[0].permute(1, 2, 0), torch.from_numpy(pixels))
+    normalised = (images / 255 - torch.tensor(data["mean"])[:, None, None]) / torch.tensor(data["std"])[:, None, None]
+    expected = encoder.features(images).patches
+    torch.testing.assert_close(encoder.features(normalised).patches, expected, atol=1e-5, rtol=0)
+    for format, name in (("timm", "timm"), ("hf", "hf"), ("official", "o.pth.tar"), ("safetensors", "w.safetensors")):
+        again = dmtjepa.load(export(tmp_path / "run.pth.tar", tmp_path / name, format))
+        assert (again.model.mean, again.model.std) == (tuple(data["mean"]), tuple(data["std"])), format
+        assert torch.equal(again.features(images).patches, expected), format
+    assert "mean 0.1, 0.2, 0.3, 0.4 and the standard deviation" in (tmp_path / "timm" / "README.md").read_text()
+    theirs = pytest.importorskip("timm").create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    torch.testing.assert_close(theirs.forward_features(normalised), expected, atol=1e-5, rtol=0)
+    theirs = pytest.importorskip("transformers").IJepaModel.from_pretrained(tmp_path / "hf").eval()
+    torch.testing.assert_close(theirs(normalised).last_hidden_state, expected, atol=1e-5, rtol=0)
+    with pytest.raises(WeightsError, match=r"for images of 4 channels[\s\S]*data\.channels to the file's"):
+        load_model(build_model(parse_config(SETTINGS)), tmp_path / "timm" / "model.safetensors")
+    with pytest.raises(CorruptImage, match=r"3 channels, not data\.channels = 4"):
+        encoder.preprocess(Image.new("RGB", (40, 40)))
 
 
 @pytest.mark.slow

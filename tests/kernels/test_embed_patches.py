@@ -99,6 +99,19 @@ def test_offsets_beyond_32_bits(device):
     torch.testing.assert_close(output[:, 0, 5].cpu() * 255, torch.arange(3.0))
 
 
+@pytest.mark.parametrize("num_channels", [1, 5])
+@pytest.mark.parametrize("num_kept", [3, None])
+def test_other_numbers_of_channels(device, num_channels, num_kept):
+    images, patch_size, index = draw((2, 8, 12, 4, num_kept), device)
+    images = images.repeat(1, 2, 1, 1)[:, :num_channels]
+    mean, std = [0.1 * c for c in range(num_channels)], [0.2 + 0.1 * c for c in range(num_channels)]
+    reference = embed_patches_reference(images, patch_size, index, mean=mean, std=std)
+    output = embed_patches(images, patch_size, index, mean=mean, std=std)
+    torch.testing.assert_close(output, reference, rtol=0, atol=1e-5)
+    torch.testing.assert_close(plain.embed_patches(images, patch_size, index, mean=mean, std=std), output)
+    torch.library.opcheck(embed_patches_op, (images, patch_size, index, mean, std, torch.float32))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -108,7 +121,7 @@ def test_offsets_beyond_32_bits(device):
         ({"images": torch.zeros(1, 3, 8, 10, dtype=torch.uint8)}, ValueError, "8 x 10 pixels does not divide"),
         ({"patch_size": 0}, ValueError, "does not divide into patches of 0"),
         ({"std": (1, 0, 1)}, ValueError, "std positive"),
-        ({"mean": (1, 1)}, ValueError, "three numbers each"),
+        ({"mean": (1, 1)}, ValueError, "a number for each channel"),
         ({"dtype": torch.int32}, TypeError, "dtype must be"),
         ({"index": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, "index has 2 rows but there are 1 images"),
         ({"index": torch.zeros(1, 1)}, TypeError, "index must be one of"),

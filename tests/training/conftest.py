@@ -8,6 +8,7 @@ from tests.helpers.one_thread import _one_thread
 from tests.helpers.run_folders import write_images, write_masks
 from tests.helpers.runs import (
     _fork_server,
+    _program_server,
     _quiet,
     _tiny_architecture,
     image_folder,

@@ -1,10 +1,12 @@
 """Joining, agreeing, failing and hanging."""
 
+import gc
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -32,6 +34,19 @@ CPU = torch.device("cpu")
 
 def join():
     return process_group(CPU, start_timeout=600, hang_timeout=3600)
+
+
+def check_start_of_rank():
+    """FSDP2 imports torch._dynamo, which takes a second."""
+    assert "torch._dynamo" in sys.modules
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 100_000
+
+
+@pytest.mark.slow
+def test_the_server_has_imported_what_a_rank_needs(tmp_path):
+    """No collection in a rank writes to the memory that it shares with the server."""
+    assert run_ranks(check_start_of_rank, 1, tmp_path) == [(0, "")]
 
 
 @pytest.mark.slow

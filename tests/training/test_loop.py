@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -274,10 +273,7 @@ def test_full_disk_leaves_the_last_checkpoint_and_says_so(settings, start):
     before = checkpoint_format.newest_whole(checkpoints)
     assert before.name == "step-00000008"
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
-
-    process = start(config, "cpu", preexec_fn=limit)
+    process = start(config, "cpu", largest_file=60_000)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "could not be written" in output

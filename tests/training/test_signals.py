@@ -14,6 +14,7 @@ import pytest
 from dmtjepa import checkpoint_format
 from dmtjepa.training import signals as signals_module
 from dmtjepa.training.signals import StopSignals
+from tests.helpers.program_server import ForkedProgram
 
 TIMEOUT = 240  # only ends a hang
 LONG = {"optimization.epochs": 200, "runtime.keep_every_epochs": 1000, "runtime.save_every_epochs": 1000}
@@ -38,7 +39,7 @@ def start_long(settings, start, losses):
     return run
 
 
-def read_to_the_end(process: subprocess.Popen) -> str:
+def read_to_the_end(process: ForkedProgram) -> str:
     """What a run prints. All processes of a run hold its output: the end shows that none of them is left."""
     output = process.communicate(timeout=TIMEOUT)[0]
     deadline = time.monotonic() + TIMEOUT

@@ -21,7 +21,7 @@ _POLL_SECONDS = 1  # how often a waiting loader checks that its workers make pro
 
 
 class Loader(ABC):
-    """Batches of random crops, uint8 [B,3,H,W], in the order of SampleOrder."""
+    """Batches of random crops, uint8 [B,C,H,W], in the order of SampleOrder."""
 
     name: str  # in data.loader
 

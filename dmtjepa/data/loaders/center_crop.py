@@ -20,17 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class _CenterCrops(Dataset[Any]):
-    """Image number -> (uint8 [3,H,W] or None if it is corrupt, the number, the reason or an error to raise)."""
+    """Image number -> (uint8 [C,H,W] or None if it is corrupt, the number, the reason or an error to raise)."""
 
-    def __init__(self, source: ImageSource, image_size: tuple[int, int]) -> None:
-        self._source, self._size = source, image_size
+    def __init__(self, source: ImageSource, image_size: tuple[int, int], channels: int) -> None:
+        self._source, self._size, self._channels = source, image_size, channels
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, image: int) -> tuple[torch.Tensor | None, int, str | DataError]:
         try:
-            decoded = decode_image(self._source.read(image))
+            decoded = decode_image(self._source.read(image), channels=self._channels)
         except DataError as error:  # an error that a worker raises would arrive as a traceback
             return None, image, error
         except (CorruptImage, OSError) as error:
@@ -49,20 +49,26 @@ def _collate(samples: list[Any]) -> tuple[torch.Tensor, list[int], list[tuple[in
 
 
 class EvaluationLoader:
-    """Iterates over (images uint8 [B,3,H,W], labels [B] int64 or None, names [B]). The last batch may be smaller.
+    """Iterates over (images uint8 [B,C,H,W], labels [B] int64 or None, names [B]). The last batch may be smaller.
 
     Corrupt images are left out, named in the log, and listed in `corrupt` as (name, reason).
     """
 
     def __init__(
-        self, source: ImageSource, image_size: tuple[int, int], batch_size: int, *, num_workers: int = 0
+        self,
+        source: ImageSource,
+        image_size: tuple[int, int],
+        batch_size: int,
+        *,
+        num_workers: int = 0,
+        channels: int = 3,
     ) -> None:
         self.source = source
         self.corrupt: list[tuple[str, str]] = []
         self.class_names = source.class_names
         parent = os.getpid()
         self._loader = DataLoader(
-            _CenterCrops(source, image_size),
+            _CenterCrops(source, image_size, channels),
             batch_size,
             num_workers=num_workers,
             collate_fn=_collate,

@@ -30,7 +30,7 @@ types: Any = _types
 
 
 class Decoder:
-    """A DALI pipeline from encoded bytes and boxes to [B,3,H,W] uint8, `in_flight` batches deep.
+    """A DALI pipeline from encoded bytes and boxes to [B,C,H,W] uint8, C of 3 or 1, `in_flight` batches deep.
 
     On a GPU, DALI does all of it, and its buffer becomes the tensor. On a CPU, DALI decodes and PyTorch resizes: the
     vectorised uint8 kernel of PyTorch, which torchvision uses too, is four times as fast as DALI's. `dali_resize` makes
@@ -70,7 +70,7 @@ class Decoder:
                 start=start,
                 shape=shape,
                 axes=[0, 1],
-                output_type=types.RGB,
+                output_type=types.RGB if settings.channels == 3 else types.GRAY,
                 adjust_orientation=False,
                 **options,
             )
@@ -95,7 +95,7 @@ class Decoder:
             self._pipeline.schedule_run()
 
     def take(self) -> torch.Tensor:
-        """The oldest batch, [B,3,H,W] uint8.
+        """The oldest batch, [B,C,H,W] uint8.
 
         Raises:
             RuntimeError: DALI refused one of its images. Call `build` before the next `feed`.
@@ -108,7 +108,7 @@ class Decoder:
             return torch.from_dlpack(self._pipeline.outputs()[0].as_tensor())
         images, mirror = self._pipeline.outputs()
         flips = mirror.as_array()
-        batch = torch.empty(len(images), 3, *self._settings.image_size, dtype=torch.uint8)
+        batch = torch.empty(len(images), self._settings.channels, *self._settings.image_size, dtype=torch.uint8)
         list(self._resizers.map(lambda row: _resize(images[row], batch[row], bool(flips[row])), range(len(images))))
         return batch
 
@@ -119,7 +119,7 @@ class Decoder:
 
 
 def _resize(image: Any, out: torch.Tensor, flip: bool) -> None:
-    """A DALI image [h,w,3] on the CPU -> out [3,H,W], bilinear with antialiasing."""
+    """A DALI image [h,w,C] on the CPU -> out [C,H,W], bilinear with antialiasing."""
     pixels = torch.from_dlpack(image).permute(2, 0, 1)[None]
     if pixels.shape[2:] != out.shape[1:]:
         pixels = F.interpolate(pixels, size=out.shape[1:], mode="bilinear", antialias=True)

@@ -116,7 +116,7 @@ class Reader:
                 if plain is not None and plain[0] * plain[1] <= self._settings.max_megapixels * 1e6:
                     left, top, width, height = choose_crop(*plain, batch.uniforms[row], scale)
                     return Sample(candidate, np.frombuffer(data, np.uint8), (top, left), (height, width))
-                decoded = decode_image(data, self._settings.max_megapixels)
+                decoded = decode_image(data, self._settings.max_megapixels, self._settings.channels)
                 box = choose_crop(*decoded.size, batch.uniforms[row], scale)
                 return _wrap(candidate, crop_and_resize(decoded, box, size))
             except (CorruptImage, OSError) as error:
@@ -128,7 +128,7 @@ class Reader:
 
 
 def _wrap(image: int, pixels: np.ndarray) -> Sample:
-    """Pixels [H,W,3] as a PPM file, which DALI decodes by copying."""
-    height, width, _ = pixels.shape
-    header = f"P6\n{width} {height}\n255\n".encode()
+    """Pixels [H,W,3] as a PPM file, or [H,W,1] as a PGM file, which DALI decodes by copying."""
+    height, width, channels = pixels.shape
+    header = f"{'P6' if channels == 3 else 'P5'}\n{width} {height}\n255\n".encode()
     return Sample(image, np.frombuffer(header + pixels.tobytes(), np.uint8), (0, 0), (height, width), by_pil=True)

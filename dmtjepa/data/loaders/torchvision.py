@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data.augment import augment
 from dmtjepa.data.crop import crop_and_resize
-from dmtjepa.data.decode import CorruptImage, decode_image, tell_reason
+from dmtjepa.data.decode import CorruptImage, Picture, decode_image, tell_reason
 from dmtjepa.data.loaders.base import Loader, start_workers, wait_for_progress
 from dmtjepa.data.resources import check_resources
 from dmtjepa.data.sampling import FLIP_DRAW, BatchRequest, SampleOrder, candidate_images, choose_crop, draw_uniforms
@@ -29,7 +28,7 @@ _PREFETCH = 2  # batches that each worker loads ahead
 
 
 class BatchMaker(Dataset[Any]):
-    """Turns a BatchRequest into (uint8 [B,3,H,W], [(corrupt image, reason), ...]).
+    """Turns a BatchRequest into (uint8 [B,C,H,W], [(corrupt image, reason), ...]).
 
     Instead of the images there is None where a place has no readable candidate, or a DataError.
     """
@@ -54,7 +53,7 @@ class BatchMaker(Dataset[Any]):
 
     def _make(self, request: BatchRequest, corrupt: list[tuple[int, str]]) -> torch.Tensor | None:
         settings = self._settings
-        batch = np.empty((len(request.images), 3, *settings.image_size), dtype=np.uint8)
+        batch = np.empty((len(request.images), settings.channels, *settings.image_size), dtype=np.uint8)
         uniforms = np.stack([draw_uniforms(self._seed, request.epoch, int(p)) for p in request.positions])
         for row, (position, number) in enumerate(zip(request.positions.tolist(), request.images.tolist(), strict=True)):
             image = self._decode(request.epoch, position, number, corrupt)
@@ -78,7 +77,7 @@ class BatchMaker(Dataset[Any]):
                 f"--shm-size=16g), lower data.num_workers, or set data.loader: dali, which needs none"
             ) from error
 
-    def _decode(self, epoch: int, position: int, image: int, corrupt: list[tuple[int, str]]) -> Image.Image | None:
+    def _decode(self, epoch: int, position: int, image: int, corrupt: list[tuple[int, str]]) -> Picture | None:
         """The decoded image or, if it is corrupt, its replacement; None if no candidate can be decoded."""
         worker = torch.utils.data.get_worker_info()
         for candidate in candidate_images(image, self._seed, epoch, position, len(self._source)):
@@ -86,7 +85,9 @@ class BatchMaker(Dataset[Any]):
                 self.progress[worker.id, 1] = candidate
                 self.progress[worker.id, 0] += 1
             try:
-                return decode_image(self._source.read(candidate), self._settings.max_megapixels)
+                return decode_image(
+                    self._source.read(candidate), self._settings.max_megapixels, self._settings.channels
+                )
             except (CorruptImage, OSError) as error:
                 corrupt.append((candidate, tell_reason(error)))
         return None

@@ -17,6 +17,8 @@ IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
     ".jp2", ".avif",
 )  # fmt: skip
+ARRAY_EXTENSION = ".npy"
+"""Of arrays of pixels, which are images where there are no others."""
 IMAGE_EXTENSIONS_BYTES = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 LIST_EXTENSIONS = (".txt", ".tsv", ".lst")
 _MAX_CLASSES = 1_000_000  # larger numbers are names (1440764 of ImageNet), not class indices

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dmtjepa.data.sources.base import (
+    ARRAY_EXTENSION,
     IMAGE_EXTENSIONS,
     IMAGE_EXTENSIONS_BYTES,
     LIST_EXTENSIONS,
@@ -28,8 +29,8 @@ _OTHER_SPLITS = {"val", "valid", "validation", "test", "testing", "dev", "eval"}
 _NOT_CLASSES = {"annotations", "devkit", "labels", "lost+found", "masks", "unlabeled", "unlabelled"}
 
 
-def list_images(folder: Path) -> list[bytes]:
-    """The paths of all image files below a folder, relative to it, sorted by their bytes.
+def list_images(folder: Path, extensions: tuple[bytes, ...] = IMAGE_EXTENSIONS_BYTES) -> list[bytes]:
+    """The paths of all files with these extensions below a folder, relative to it, sorted by their bytes.
 
     Links are followed, but each folder is listed once: under its own path if it is below `folder`, otherwise under the
     first of the links to it.
@@ -41,7 +42,7 @@ def list_images(folder: Path) -> list[bytes]:
     while links:  # first the folder itself, then what the links in it lead to, and so on
         found: list[tuple[bytes, bytes]] = []
         for link in links:
-            num_repeated += _walk(link, visited, names, found)
+            num_repeated += _walk(link, extensions, visited, names, found)
         links = sorted(found)
     if num_repeated:
         logger.warning("%s: %d links to folders that are listed already are ignored", folder, num_repeated)
@@ -49,7 +50,11 @@ def list_images(folder: Path) -> list[bytes]:
 
 
 def _walk(
-    root: tuple[bytes, bytes], visited: set[tuple[int, int]], names: list[bytes], links: list[tuple[bytes, bytes]]
+    root: tuple[bytes, bytes],
+    extensions: tuple[bytes, ...],
+    visited: set[tuple[int, int]],
+    names: list[bytes],
+    links: list[tuple[bytes, bytes]],
 ) -> int:
     """Add the images below a folder to `names`, and the links to folders below it to `links`.
 
@@ -72,7 +77,7 @@ def _walk(
                 if not link_target_gone and entry.is_dir():
                     (links if entry.is_symlink() else folders).append((entry.path, prefix + entry.name + b"/"))
                 # A dangling link is reported as corrupt later. Pipes and devices are left out.
-                elif entry.name.lower().endswith(IMAGE_EXTENSIONS_BYTES) and (link_target_gone or entry.is_file()):
+                elif entry.name.lower().endswith(extensions) and (link_target_gone or entry.is_file()):
                     names.append(prefix + entry.name)
     return num_repeated
 
@@ -113,13 +118,13 @@ class FolderSource:
             )
         self.folder = find_images(path)
         try:
-            names = list_images(self.folder)
+            names = list_images(self.folder) or list_images(self.folder, (ARRAY_EXTENSION.encode(),))
         except OSError as error:
             raise DataError(f"cannot list the images of {self.folder}: {error}") from error
         if not names:
             raise DataError(
                 f"no images below {self.folder}; files with these extensions, in any case, are looked for: "
-                f"{' '.join(IMAGE_EXTENSIONS)}"
+                f"{' '.join(IMAGE_EXTENSIONS)}, or else {ARRAY_EXTENSION}"
             )
         self.class_names: list[str] = []
         self.labels: np.ndarray | None = None

@@ -22,7 +22,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dmtjepa.data.sources.base import IMAGE_EXTENSIONS, DataError, Names, label_names, make_printable, number_labels
+from dmtjepa.data.sources.base import (
+    ARRAY_EXTENSION,
+    IMAGE_EXTENSIONS,
+    DataError,
+    Names,
+    label_names,
+    make_printable,
+    number_labels,
+)
 from dmtjepa.data.sources.tar_index import Member, list_members
 
 logger = logging.getLogger(__name__)
@@ -126,6 +134,7 @@ class ShardImages(NamedTuple):
 
 def _list_images(shard: str) -> ShardImages:
     images: defaultdict[tuple[bytes, int], list[Member]] = defaultdict(list)  # by sample
+    arrays: dict[tuple[bytes, int], list[Member]] = {}
     labels: dict[tuple[bytes, int], int] = {}
     tar_files: list[str] = []
     seen: Counter[tuple[bytes, bytes]] = Counter()
@@ -139,10 +148,12 @@ def _list_images(shard: str) -> ShardImages:
             labels[sample] = member.offset
         elif member.extension.lower().rpartition(b".")[2] in _EXTENSIONS:
             images[sample].append(member)
+        elif member.extension == ARRAY_EXTENSION[1:].encode():
+            arrays[sample] = [member]
         elif member.extension.lower().endswith(_TAR_EXTENSIONS):
             tar_files.append(os.fsdecode(member.key + b"." + member.extension))
     place, names = [], []
-    for sample, group in images.items():
+    for sample, group in (images or arrays).items():
         # File names can contain dots: neither a.1.jpg nor a.2.jpg has a plain extension, and both are images.
         for image in [member for member in group if b"." not in member.extension][:1] or group:
             place.append((image.offset, image.size, labels.get(sample, -1)))

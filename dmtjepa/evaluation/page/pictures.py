@@ -169,8 +169,10 @@ def _show_segmentation(data: FigureData) -> Gallery | None:
 
 
 def show_image(image: Tensor, alt: str, caption: str = "", tone: str = "") -> Picture:
-    """An image uint8 [3,H,W] as it is."""
-    pixels = image.permute(1, 2, 0).numpy()
+    """An image uint8 [C,H,W], see `to_colors`."""
+    from dmtjepa.evaluation.drawing import to_colors
+
+    pixels = to_colors(image)
     small = max(pixels.shape[:2]) <= SMALL
     return Picture(_encode(pixels, lossless=small), alt, caption, tone, pixelated=small)
 
