@@ -39,7 +39,14 @@ setup(
     ],
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.4"],
-        "export": ["timm>=1.0", "transformers>=5.0", "onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
+        "export": [
+            "timm>=1.0",
+            "transformers>=5.0",
+            "huggingface_hub",
+            "onnx>=1.19",
+            "onnxscript>=0.5",
+            "onnxruntime>=1.22",
+        ],
         "hf": ["datasets>=3.0"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "loggers": ["wandb", "mlflow-skinny"],

@@ -94,7 +94,8 @@ def evaluate(
     print(report.linear["trained"], report.linear["untrained"])
 
     Args:
-        source: a run folder; or a file of weights or a folder of Hugging Face or timm, for which `data` is needed.
+        source: a run folder; or weights by themselves, for which `data` is needed: a file, a folder of Hugging Face or
+            timm, or the name of a repository of Hugging Face.
         data: images to measure on: a folder, a file list or tar shards. None takes those of the run.
         train: labelled images to compare with, instead of `data`; needs `validation`.
         validation: labelled images to classify; needs `train`.

@@ -38,8 +38,13 @@ class Encoder:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images that it takes."""
-        rows, columns = self.model.grid_size
+        rows, columns = self.grid_size
         return rows * self.model.patch_size, columns * self.model.patch_size
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches: their product is N."""
+        return self.model.grid_size
 
     @property
     def device(self) -> torch.device:
@@ -84,8 +89,9 @@ def load(
 
     Args:
         source: a run folder (its latest export), a `checkpoints/step-N` folder, a `.pth.tar` file of this project or of
-            the official I-JEPA or DMT-JEPA code, or a folder of Hugging Face's `IJepaModel` or of timm.
-        part: `target_encoder`, the teacher, or `encoder`, the student. A folder of Hugging Face or timm holds one.
+            the official I-JEPA or DMT-JEPA code, a folder of Hugging Face's `IJepaModel` or of timm, or the name of a
+            repository of Hugging Face, such as `facebook/ijepa_vith14_1k`, which is downloaded once.
+        part: `target_encoder`, the teacher, or `encoder`, the student. Weights of Hugging Face or timm hold one.
         image_size: height and width, or the side of a square. None takes that of the training. The position
             embedding is resampled to any other size.
         device: where it computes.

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOP = "benchmarks|configs|dmtjepa|docs|experiments|kernels|tests|tools"
+TOP = "benchmarks|configs|dmtjepa|docs|examples|experiments|kernels|tests|tools"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.md")])
 # Code names files too, in comments, docstrings and messages.
 SOURCES = sorted(path for top in TOP.split("|") for path in (ROOT / top).rglob("*.py")) + [ROOT / "Makefile"]
 
 # `path/file.py`, `file.py::test_name`, `::test_name` of the file named before; a placeholder is no name.
-FILE = re.compile(rf"(?<![\w/.<])((?:{TOP})/[\w./-]+\.(?:py|md|yaml|json|c|h|png))(?![\w*{{<])")
+FILE = re.compile(rf"(?<![\w/.<])((?:{TOP})/[\w./-]+\.(?:py|md|yaml|json|ipynb|c|h|png))(?![\w*{{<])")
 TEST = re.compile(r"([\w/]*test_\w+\.py)?::(test_\w+)")
 BARE_TEST = re.compile(r"(?<![\w/])(test_\w+\.py)")
 MODULE = re.compile(r"python -m ([\w.]+)")
@@ -104,7 +104,7 @@ def test_the_site_has_every_page_and_no_broken_link(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     pages = {path.with_suffix("").name for path in (tmp_path / "site").glob("*.html")} - {"404"}
-    assert pages == {path.stem for path in ROOT.glob("docs/*.md")}
+    assert pages == {path.stem for path in [*ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.ipynb")]}
     reference = (tmp_path / "site/reference.html").read_text()
     for name in re.findall(r"^::: (\S+)", (ROOT / "docs/reference.md").read_text(), re.MULTILINE):
         assert f'id="{name}"' in reference

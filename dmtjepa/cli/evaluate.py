@@ -40,6 +40,7 @@ def measure(options: argparse.Namespace) -> int:
     import torch
 
     from dmtjepa.evaluation.formatting import format_table, format_verdict
+    from dmtjepa.evaluation.option_names import COMMAND_LINE
     from dmtjepa.evaluation.report import evaluate
     from dmtjepa.evaluation.splits import find_splits
     from dmtjepa.evaluation.subject import find_subject
@@ -52,9 +53,15 @@ def measure(options: argparse.Namespace) -> int:
         has_images=options.data is not None or options.train is not None,
         checkpoint=options.checkpoint,
         out=options.out,
+        options=COMMAND_LINE,
     )
     splits = find_splits(
-        config.data, data=options.data, train=options.train, validation=options.val, max_images=options.max_images
+        config.data,
+        data=options.data,
+        train=options.train,
+        validation=options.val,
+        max_images=options.max_images,
+        options=COMMAND_LINE,
     )
     print(
         f"measuring {checkpoint} on {device}: {len(splits.train)} training and "
@@ -62,7 +69,15 @@ def measure(options: argparse.Namespace) -> int:
         flush=True,
     )
     report = evaluate(
-        run, config, checkpoint, splits, out, device=device, num_workers=options.num_workers, quick=options.quick
+        run,
+        config,
+        checkpoint,
+        splits,
+        out,
+        device=device,
+        num_workers=options.num_workers,
+        quick=options.quick,
+        options=COMMAND_LINE,
     )
     table = format_table(report)
     print(f"\n{table}\n" if table else "")

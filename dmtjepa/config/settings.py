@@ -96,7 +96,7 @@ class MetaSettings(Section):
     read_checkpoint: Free[str | None] = Field(
         None,
         description="a run folder, a .pth.tar file or a checkpoint, by itself or below logging.folder, or a folder of "
-        "Hugging Face or timm",
+        "Hugging Face or timm, or a name of Hugging Face such as facebook/ijepa_vith14_1k",
     )
     use_bfloat16: bool = Field(True, description="compute in bfloat16 on CUDA; see runtime.precision")
     init_std: float = Field(0.02, gt=0, le=1, description="standard deviation of the initial weights (official: 0.02)")

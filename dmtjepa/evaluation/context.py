@@ -13,6 +13,7 @@ from dmtjepa.data import EvaluationLoader, build_eval_loader
 from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.errors import UserError
 from dmtjepa.evaluation.errors import NotMeasuredError
+from dmtjepa.evaluation.option_names import KEYWORDS, OptionNames
 from dmtjepa.evaluation.splits import Splits
 from dmtjepa.interop import WeightsError, check_finite, get_part, load_weights, read_checkpoint
 from dmtjepa.interop.sources import find_initial_weights
@@ -28,6 +29,7 @@ class EvaluationContext:
     encoders: name -> frozen encoder on `device`: `trained` (the teacher), `student` if the checkpoint has it, `start`
         if the run started from weights, and `untrained`.
     quick: leave out what takes long: low-shot and attentive probes, and the last four blocks.
+    options: what messages call the options.
     """
 
     config: Config
@@ -37,6 +39,7 @@ class EvaluationContext:
     num_workers: int = 0
     progress: bool = True
     quick: bool = False
+    options: OptionNames = KEYWORDS
 
     def build_loader(self, source: ImageSource) -> EvaluationLoader:
         """A loader of all images of `source`, cropped as the settings say."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -18,13 +19,17 @@ from dmtjepa.config import Config, expand_path
 from dmtjepa.data import DataError, build_eval_loader
 from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.data.sources.huggingface import is_reference
-from dmtjepa.evaluation.errors import EvaluationError
+from dmtjepa.evaluation.context import EvaluationContext
+from dmtjepa.evaluation.errors import EvaluationError, NotMeasuredError
 from dmtjepa.evaluation.features import autocast, average_fields, average_patches, last_layers
+from dmtjepa.evaluation.figure_data import add_nearest, collect_figure_data
 from dmtjepa.evaluation.knn import DINO_NEIGHBORS, knn_accuracy, standardize
 from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
+from dmtjepa.evaluation.page.sheets import make_sheets
 from dmtjepa.evaluation.ranks import Ranks
+from dmtjepa.evaluation.retrieval import FeaturedImages
 from dmtjepa.evaluation.segmentation import find_mask, find_masked, read_mask, segment
-from dmtjepa.evaluation.splits import Splits, find_splits
+from dmtjepa.evaluation.splits import Splits, Subset, find_splits
 from dmtjepa.models import VisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -33,6 +38,8 @@ NUM_BLOCKS = 4
 """Blocks of an encoder that are measured, counted from the last."""
 LAYOUT_DECAYS, LAYOUT_ITERATIONS = (1e-1, 1e-2, 1e-3), 30
 """Of linear probes of features with layout, which have up to 16 times as many dimensions: training waits for them."""
+MAX_GALLERY = 20_000
+"""Training images among which pictures show the nearest ones."""
 
 Encoders: TypeAlias = Mapping[str, VisionTransformer]
 """`teacher` and `student`, frozen."""
@@ -121,6 +128,7 @@ class Evaluator:
     ) -> None:
         self._config, self._splits, self._ranks = config, splits, ranks
         self._device, self._num_workers, self._on_progress = device, num_workers, on_progress
+        self._gallery: FeaturedImages | None = None
         self._masked = [find_masked(source) for source in (splits.train, splits.validation)]
 
     def describe_images(self) -> list[tuple[str, int, str]]:
@@ -151,12 +159,43 @@ class Evaluator:
             numbers |= result
         return numbers
 
+    def draw(self, teacher: VisionTransformer, *, masks: bool) -> dict[str, bytes]:
+        """Draw what the teacher sees in some validation images. Rank 0 calls this, after `measure`.
+
+        Args:
+            masks: draw the masks, too, which are the same each time.
+
+        Returns:
+            JPEG files by name: `masks`, `neighbors`, `pca`, `nearest`. Nearest images are sought in the training
+            images, and are left out if these have no labels.
+        """
+        context = EvaluationContext(
+            self._config, {"trained": teacher}, self._splits, self._device, self._num_workers, progress=False
+        )
+        data = collect_figure_data(context, loss=None, accuracy={}, chance=None)
+        gallery, self._gallery = self._gallery, None
+        if gallery is not None:
+            with contextlib.suppress(NotMeasuredError):
+                data = add_nearest(data, context, gallery)
+        return make_sheets(data if masks else replace(data, target_index=None))
+
+    def _keep_gallery(self, train: _Part, teacher: VisionTransformer) -> None:
+        """Keep features of training images on rank 0, for `draw`."""
+        depth, source = len(teacher.blocks), self._splits.train
+        key = FeatureKey("pooled", depth, depth, "teacher")
+        features = self._ranks.gather_on(0, train.features.get(key, []))
+        if len(features) == len(source):  # an image that cannot be read would shift the others
+            chosen = np.linspace(0, len(source) - 1, min(len(source), MAX_GALLERY), dtype=np.int64)
+            self._gallery = FeaturedImages(Subset(source, chosen), features[chosen])
+
     def _add_classification(self, encoders: Encoders, tasks: list[Task]) -> dict[str, float]:
         """Add k-NN and linear probes to `tasks`. Returns the numbers of images."""
         parts = [self._read(encoders, source, dense=False) for source in (self._splits.train, self._splits.validation)]
         labels = [self._ranks.gather(part.labels) for part in parts]
         if not all(map(len, labels)):
             raise EvaluationError("no images of a split could be read; check the images that are evaluated")
+        if "teacher" in encoders:
+            self._keep_gallery(parts[0], encoders["teacher"])
         for key in _keys(encoders, ("layout", "pooled")):  # what takes longest first
             owner = self._ranks.owner(len(tasks))
             train, validation = (self._ranks.gather_on(owner, part.features.get(key, [])) for part in parts)

@@ -68,7 +68,7 @@ def collect_figure_data(
         neighbor_index=neighbor_index,
         window=config.patch.patch_k_size,
         patches=centered["trained"],
-        untrained_patches=centered["untrained"],
+        untrained_patches=centered.get("untrained"),
         loss=loss,
         accuracy=accuracy or None,
         chance=chance,

@@ -74,7 +74,9 @@ def extract_split(context: EvaluationContext, source: ImageSource, split: str, *
         sets[name] = Features(pooled, features.labels, features.layout, blocks)
     for name, features in sets.items():
         if not features.pooled.isfinite().all():
-            raise EvaluationError(f"features of the {name} encoder are not finite; measure an earlier --checkpoint")
+            raise EvaluationError(
+                f"features of the {name} encoder are not finite; give {context.options.checkpoint} an earlier file"
+            )
     return sets
 
 

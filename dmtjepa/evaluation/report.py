@@ -21,6 +21,7 @@ from dmtjepa.evaluation.errors import NotMeasuredError
 from dmtjepa.evaluation.figure_data import NUM_SHOWN, add_nearest, collect_figure_data
 from dmtjepa.evaluation.figures import FigureData, save_figures
 from dmtjepa.evaluation.formatting import Report
+from dmtjepa.evaluation.option_names import KEYWORDS, OptionNames
 from dmtjepa.evaluation.page.report_page import make_report_page
 from dmtjepa.evaluation.retrieval import FeaturedImages
 from dmtjepa.evaluation.splits import Splits
@@ -43,18 +44,20 @@ def evaluate(
     num_workers: int = 0,
     progress: bool = True,
     quick: bool = False,
+    options: OptionNames = KEYWORDS,
 ) -> Report:
     """Measure the teacher and the student of a run, and the weights it started from; write the report into `out`.
 
     Args:
         quick: leave out low-shot and attentive probes, and the probe of the last four layers.
+        options: what messages call the options.
 
     Raises:
         WeightsError: the checkpoint has no teacher, or the teacher does not fit the settings or is not finite.
         EvaluationError: a split has no readable image, or features are not finite.
     """
     encoders = load_encoders(config, checkpoint_path, device)
-    context = EvaluationContext(config, encoders, splits, device, num_workers, progress, quick)
+    context = EvaluationContext(config, encoders, splits, device, num_workers, progress, quick, options)
     report = Report(describe_run(run.path, context, checkpoint_path), describe_data(splits), notes=list(splits.notes))
     with skipping(report):
         start = load_start(config, run, encoders["untrained"])
@@ -136,7 +139,7 @@ def measure_features(report: Report, context: EvaluationContext) -> FeaturedImag
     if not layout:
         report.skipped.append(
             f"k-NN with layout: its features would take {num_bytes / 2**30:.0f} GiB; the limit is "
-            f"{measurements.LAYOUT_BYTES / 2**30:.0f} GiB. Use --max-images"
+            f"{measurements.LAYOUT_BYTES / 2**30:.0f} GiB. Use {context.options.max_images}"
         )
     with skipping(report):
         report.linear = measurements.measure_linear(train, validation, device=device)
@@ -158,7 +161,7 @@ def measure_papers(
     encoded = {name: features for name, features in validation.items() if name != "pixels"}
     report.protocols = measurements.measure_protocols(train, encoded, report.linear, device=context.device)
     if context.quick:
-        report.skipped.append("low-shot and attentive probes, and the last four layers (--quick)")
+        report.skipped.append(f"low-shot and attentive probes, and the last four layers ({context.options.quick})")
         return
     report.low_shot = measurements.measure_few_labels(train, validation, device=context.device)
     with skipping(report):

@@ -12,6 +12,7 @@ from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, open_images, open_source
 from dmtjepa.data.sources.base import LIST_EXTENSIONS, ImageSource, Names
 from dmtjepa.data.sources.huggingface import find_split_pair, is_reference
+from dmtjepa.evaluation.option_names import KEYWORDS, OptionNames
 
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
 HELD_OUT = 5
@@ -70,6 +71,7 @@ def find_splits(
     train: Path | None = None,
     validation: Path | None = None,
     max_images: int | None = None,
+    options: OptionNames = KEYWORDS,
 ) -> Splits:
     """Find the two splits to measure on.
 
@@ -80,14 +82,15 @@ def find_splits(
 
     Args:
         max_images: upper limit for the images of each split, which are drawn with a fixed seed.
+        options: what messages call the options.
 
     Raises:
         DataError: images are missing, or the validation split has a class that the training split does not have.
     """
     if max_images is not None and max_images < 1:
-        raise DataError(f"--max-images must be at least 1, not {max_images}")
+        raise DataError(f"{options.max_images} must be at least 1, not {max_images}")
     if (train is None) != (validation is None):
-        raise DataError("give both --train and --val, or neither")
+        raise DataError(f"give both {options.train} and {options.validation}, or neither")
     unlabelled = None
     if train is not None and validation is not None:
         pair: tuple[str | Path, str | Path] | None = train, validation

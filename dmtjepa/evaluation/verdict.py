@@ -50,7 +50,7 @@ class Finding:
 
     Args:
         name: `collapse`, `position`, `image_constant`, `small_steps`, `large_steps`, `no_learning`, `slow_teacher`,
-            `fast_teacher`, `over_training`.
+            `fast_teacher`, `over_training`, `worse_than_start`.
         text: what is seen, with figures.
         remedy: what to change.
     """
@@ -244,7 +244,8 @@ def find_teacher(rows: Sequence[Row]) -> Finding | None:
 def find_over_training(rows: Sequence[Row]) -> Finding | None:
     """A score of the evaluations during training that fell after its best while the loss went on falling.
 
-    The last two evaluations are both below the best by more than two standard errors of a difference.
+    The last two evaluations are both below the best by more than two standard errors of a difference. If the best are
+    the weights that the run started from, whatever the loss does, it makes them worse.
     """
     for name in SCORES:
         evaluations = [row for row in rows if row.get(name) is not None]
@@ -256,6 +257,14 @@ def find_over_training(rows: Sequence[Row]) -> Finding | None:
         count = evaluations[best].get("eval/images") or 1000
         if best >= len(scores) - 2 or drop <= 2 * math.sqrt(2 * scores[best] * (1 - scores[best]) / count):
             continue
+        if evaluations[best]["step"] < 0:
+            return Finding(
+                "worse_than_start",
+                f"Worse than its start: {name} of the weights that the run started from was {scores[best]:.1%} and is "
+                f"{scores[-1]:.1%} now",
+                "Keep those weights, or start from them again with a lower optimization.lr and a higher first value of "
+                "optimization.ema",
+            )
         then, now = (_loss_before(rows, evaluations[place]["step"]) for place in (best, -1))
         if then is not None and now is not None and now < then:
             return Finding(

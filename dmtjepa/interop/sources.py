@@ -7,6 +7,7 @@ from pathlib import Path
 from dmtjepa.checkpoint_format import CheckpointError, find_fault, is_checkpoint, read_meta
 from dmtjepa.config import Config, ConfigError, expand_path, parse_config
 from dmtjepa.interop.encoder_file import find_encoder_file
+from dmtjepa.interop.hub import download, find_hub_name
 from dmtjepa.run_folder import RunFolder, RunFolderError, open_run
 
 
@@ -14,12 +15,16 @@ def find_source(source: Path) -> Path:
     """What to read: a `.pth.tar` or `model.safetensors` file, or a checkpoint folder.
 
     Args:
-        source: one of these, a run folder (its latest export), or a folder of Hugging Face or timm.
+        source: one of these, a run folder (its latest export), a folder of Hugging Face or timm, or the name of a
+            repository of Hugging Face.
 
     Raises:
+        WeightsError: the repository cannot be downloaded.
         CheckpointError: the checkpoint folder is damaged.
         RunFolderError: the folder is none of these.
     """
+    if not source.exists() and (name := find_hub_name(source)) is not None:
+        return download(name)
     if not source.is_dir():
         return source
     if not is_checkpoint(source):
@@ -49,14 +54,20 @@ def find_image_size(source: Path) -> tuple[int, int] | None:
 def find_initial_weights(config: Config, folder: RunFolder) -> Path | None:
     """The file that a new run starts from: `meta.read_checkpoint` by itself or below the run folder.
 
-    For a run folder its latest export, and for a folder of Hugging Face or timm the file of weights in it.
+    For a run folder its latest export, for a folder of Hugging Face or timm the file of weights in it, and for the name
+    of a repository of Hugging Face that file from there.
 
     Raises:
+        WeightsError: the repository cannot be downloaded.
         ConfigError: it is a folder of none of these.
     """
     if not config.meta.load_checkpoint or config.meta.read_checkpoint is None:
         return None
     path = Path(expand_path(config.meta.read_checkpoint, "meta.read_checkpoint"))
+    if not path.exists() and not (folder.path / path).exists():
+        name = find_hub_name(path, (Path(), folder.path))
+        if name is not None:
+            return download(name)
     path = path if path.exists() else folder.path / path
     if not path.is_dir() or is_checkpoint(path):
         return path

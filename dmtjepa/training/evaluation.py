@@ -17,6 +17,7 @@ from dmtjepa.evaluation.ranks import Ranks
 from dmtjepa.evaluation.verdict import find_over_training
 from dmtjepa.interop import write_official
 from dmtjepa.metrics_file import read_metrics
+from dmtjepa.models import VisionTransformer
 from dmtjepa.objective import build_frozen_encoder
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.tensors import whole_tensors
@@ -30,7 +31,7 @@ from dmtjepa.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "eval/"
+PREFIX, PICTURE_PREFIX = "eval/", "figures/"
 SCORES = ("eval/linear", "eval/miou")
 """What decides which evaluation is the best: the first of them that is measured."""
 COUNTS = ("eval/train_images", "eval/images")
@@ -41,7 +42,9 @@ SUMMARY = {"knn_20": "k-NN", "linear": "linear", "miou": "mIoU"}
 class PeriodicEvaluation:
     """Measures student and teacher every `evaluation.every_epochs` epochs, and after the last.
 
-    Training waits meanwhile. Its random numbers are not touched: the losses are those of a run without evaluation.
+    A run that starts from weights (`meta.read_checkpoint`) is measured before its first step, too: that row of figures
+    has step -1. Training waits meanwhile. Its random numbers are not touched: the losses are those of a run without
+    evaluation.
 
     Args:
         config, world, folder, schedules, state, metrics, watchdog: of the run.
@@ -61,6 +64,7 @@ class PeriodicEvaluation:
         self._schedules, self._state, self._metrics, self._watchdog = schedules, state, metrics, watchdog
         self._every_epochs = config.evaluation.every_epochs
         self._evaluator: Evaluator | None = None
+        self._has_drawn = False
         if self._every_epochs:
             group = new_gloo_group(world) if world.world_size > 1 else None
             self._evaluator = Evaluator(
@@ -74,14 +78,16 @@ class PeriodicEvaluation:
             check_evaluation_agrees(self._evaluator, world)
 
     def is_due(self) -> bool:
-        """Whether the settings ask for an evaluation after the current step."""
-        step = self._state.step
-        if not self._every_epochs or step == 0:
+        """Whether the settings ask for an evaluation after the steps that are done."""
+        step, meta = self._state.step, self._config.meta
+        if not self._every_epochs:
             return False
+        if step == 0:
+            return meta.load_checkpoint and meta.read_checkpoint is not None
         return step % (self._schedules.steps_per_epoch * self._every_epochs) == 0 or step == self._schedules.num_steps
 
     def run_missing(self) -> None:
-        """Evaluate now, if that is due at the step that a start resumes from and was not done before a kill."""
+        """Evaluate now, if that is due at the step that a start begins at and was not done by an earlier start."""
         if not self.is_due():
             return
         last = self._state.step - 1
@@ -108,16 +114,30 @@ class PeriodicEvaluation:
                 if self._world.rank == 0:
                     logger.warning("not evaluated after step %d: %s", self._state.step, error)
                 return
+            pictures = self._draw(encoders["teacher"]) if self._world.rank == 0 else {}
         if self._world.rank == 0:
             values = {PREFIX + name: value for name, value in numbers.items()}
             if self._config.evaluation.keep_best:
                 self._keep_if_best(values, weights)
             values["eval/seconds"] = time.perf_counter() - start
             self._metrics.write_values(self._state.step - 1, values)
+            self._metrics.write_pictures(self._state.step - 1, pictures)
             logger.info("%s", self._describe(values))
             over_training = find_over_training(self._folder.read_metrics())
             if over_training is not None:
                 logger.warning("%s", over_training)
+
+    def _draw(self, teacher: VisionTransformer) -> dict[str, bytes]:
+        """Pictures of what the teacher sees, by name. Empty if they cannot be drawn, which a run survives."""
+        assert self._evaluator is not None
+        self._watchdog.on_phase(Phase.EVALUATION)
+        try:
+            pictures = self._evaluator.draw(teacher, masks=not self._has_drawn)
+        except Exception as error:  # whatever images, fonts or memory make of it
+            logger.warning("no pictures after step %d: %s: %s", self._state.step, type(error).__name__, error)
+            return {}
+        self._has_drawn = True
+        return {PICTURE_PREFIX + name: picture for name, picture in pictures.items()}
 
     def _keep_if_best(self, values: Mapping[str, float], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write `{tag}-best.pth.tar`, before the row of metrics: if a kill comes between, both are made again."""
@@ -148,7 +168,8 @@ class PeriodicEvaluation:
                 teacher, student = (100 * values[f"{PREFIX}{part}{name}"] for part in ("", "student/"))
                 parts.append(f"{title} {teacher:.1f} (student {student:.1f})")
         epoch, seconds = self._state.step / self._schedules.steps_per_epoch, values["eval/seconds"]
-        return f"evaluation after epoch {epoch:g} ({seconds:.1f} s): {', '.join(parts) or 'nothing could be measured'}"
+        when = f"after epoch {epoch:g}" if epoch else "before the first step"
+        return f"evaluation {when} ({seconds:.1f} s): {', '.join(parts) or 'nothing could be measured'}"
 
 
 def _same_counts(row: Mapping[str, float], values: Mapping[str, float]) -> bool:

@@ -1,12 +1,15 @@
-"""Scalars for TensorBoard."""
+"""Scalars and pictures for TensorBoard."""
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import struct
 import time
 from pathlib import Path
+
+from PIL import Image
 
 from dmtjepa.log_file import LogFile
 
@@ -36,6 +39,17 @@ class EventFile:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def add_picture(self, tag: str, data: bytes, step: int) -> None:
+        """Note a picture in color, the bytes of a JPEG or PNG file, to be written by the next `flush`."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        with Image.open(io.BytesIO(data)) as opened:
+            width, height = opened.size
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self) -> None:

@@ -178,6 +178,15 @@ class Metrics:
         """
         self._write_values(step, values, on_board=values)
 
+    def write_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        """Write pictures, JPEG files by name, into TensorBoard and other loggers. Does nothing on ranks but 0."""
+        if self._board is not None:
+            for name, picture in pictures.items():
+                self._board.add_picture(name, picture, step)
+            self._board.flush()
+        for tracker in self._trackers:
+            tracker.log_pictures(step, pictures)
+
     def _write_values(self, step: int, values: Mapping[str, float], on_board: Mapping[str, float]) -> None:
         if self._file is not None:
             self._file.write(step, values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import logging
 import math
 import queue
@@ -15,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
+
+from PIL import Image
 
 from dmtjepa.config import Config, ConfigError
 from dmtjepa.run_folder import RunFolder
@@ -35,6 +38,8 @@ class Tracker(Protocol):
     identifier: str
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def log_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -73,23 +78,39 @@ class TrackerThread:
     """
 
     def __init__(self, name: str, open_tracker: OpenTracker, config: Config, folder: RunFolder) -> None:
-        self._name, self._failed = name, False
-        self._rows: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(MAX_WAITING)
+        self._name, self._failed, self._takes_pictures = name, False, True
+        self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(MAX_WAITING)
         arguments = (open_tracker, config, folder)
         self._thread = threading.Thread(target=self._work, args=arguments, name=f"logger {name}", daemon=True)
         self._thread.start()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Hand over a row, without waiting. Values that are not finite numbers are left out."""
-        if self._failed:
-            return
         numbers = {
             name: float(value)
             for name, value in values.items()
             if isinstance(value, (int, float)) and math.isfinite(value)
         }
+        self._hand_over(lambda tracker: tracker.log(step, numbers))
+
+    def log_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        """Hand over pictures, JPEG files by name, without waiting."""
+        if pictures and self._takes_pictures:
+            self._hand_over(lambda tracker: self._send_pictures(tracker, step, pictures))
+
+    def _send_pictures(self, tracker: Tracker, step: int, pictures: Mapping[str, bytes]) -> None:
+        """A server that has no place for files still gets the figures."""
         try:
-            self._rows.put_nowait((step, numbers))
+            tracker.log_pictures(step, pictures)
+        except Exception as error:
+            self._takes_pictures = False
+            logger.warning("%s gets no more pictures: %s: %s", self._name, type(error).__name__, error)
+
+    def _hand_over(self, call: Callable[[Tracker], None]) -> None:
+        if self._failed:
+            return
+        try:
+            self._calls.put_nowait(call)
         except queue.Full:
             self._fail(f"it is behind by {MAX_WAITING} rows")
 
@@ -98,7 +119,7 @@ class TrackerThread:
         if self._failed:
             return
         with contextlib.suppress(queue.Full):
-            self._rows.put(None, timeout=CLOSE_SECONDS)
+            self._calls.put(None, timeout=CLOSE_SECONDS)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             self._fail(f"it took more than {CLOSE_SECONDS:.0f} seconds at the end")
@@ -108,8 +129,8 @@ class TrackerThread:
             tracker = open_tracker(config, folder, folder.read_logger_ids().get(self._name))
             with _IDENTIFIERS:
                 folder.write_logger_ids(folder.read_logger_ids() | {self._name: tracker.identifier})
-            while (row := self._rows.get()) is not None:
-                tracker.log(*row)
+            while (call := self._calls.get()) is not None:
+                call(tracker)
             tracker.close()
         except BaseException as error:  # they raise errors of many kinds, also SystemExit
             self._fail(f"{type(error).__name__}: {error}")
@@ -142,6 +163,12 @@ class WandbTracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
+
+    def log_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        import wandb
+
+        images = {name: wandb.Image(Image.open(io.BytesIO(data)), file_type="jpg") for name, data in pictures.items()}
+        self._run.log({**images, "step": step})
 
     def close(self) -> None:
         self._run.finish()
@@ -176,6 +203,12 @@ class MlflowTracker:
         self._client.log_batch(
             self.identifier, metrics=[self._metric(name, value, now, step) for name, value in values.items()]
         )
+
+    def log_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        for name, data in pictures.items():
+            image = Image.open(io.BytesIO(data))
+            # Names of its files hold the step, of which its pages expect a number from 0.
+            self._client.log_image(self.identifier, image, key=name, step=max(step, 0), synchronous=True)
 
     def close(self) -> None:
         self._client.set_terminated(self.identifier)

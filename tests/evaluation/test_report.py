@@ -181,7 +181,7 @@ def test_the_untrained_network_is_the_one_the_run_started_from(run):
         (lambda run: replace(run / LATEST, "not a checkpoint"), [], "cannot be read as a checkpoint"),
         (lambda run: None, ["--data", "no/such/folder"], "does not exist"),
         (lambda run: None, ["--train", "no/such/folder"], "both --train and --val"),
-        (lambda run: None, ["--max-images", "0"], "at least 1"),
+        (lambda run: None, ["--max-images", "0"], "--max-images must be at least 1"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_explained(run, capsys, spoil, arguments, message):
@@ -350,7 +350,7 @@ def test_weights_alone_are_measured_as_in_their_run(run, data, tmp_path, capsys,
     else:
         shutil.copy(run / LATEST, weights)
     assert main([str(weights), "--device", "cpu"]) == 1
-    assert "has no run folder beside it, and so no images: give --data FOLDER" in capsys.readouterr().err
+    assert "has no run folder beside it, and so no images: give --data a folder" in capsys.readouterr().err
     assert main([str(weights), *options]) == 0
     found = json.loads((weights.parent / f"{weights.name.removesuffix('.pth.tar')}-report/report.json").read_text())
     assert found["knn"]["trained"] == expected["knn"]["trained"]

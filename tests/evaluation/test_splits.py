@@ -3,9 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dmtjepa
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, open_images
 from dmtjepa.data.make_shards import make_shards
+from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.splits import find_splits, subsample
 from tests.helpers.run_folders import write_images
 
@@ -169,3 +171,14 @@ def test_numbered_classes_that_no_image_has_are_not_missed(tmp_path):
     splits = find_splits(DataSettings(), data=tmp_path / "train.txt")
     assert splits.validation.labels.tolist() == [0, 0, 2, 2]
     assert splits.notes == []
+
+
+def test_messages_name_the_keywords_of_python(tmp_path):
+    """Those of the command line are in test_report.py."""
+    with pytest.raises(DataError, match=r"^give both train and validation, or neither"):
+        find_splits(DataSettings(), train=tmp_path)
+    with pytest.raises(DataError, match=r"^max_images must be at least 1, not 0"):
+        find_splits(DataSettings(), data=tmp_path, max_images=0)
+    (tmp_path / "weights.pth.tar").touch()
+    with pytest.raises(EvaluationError, match="and so no images: give data a folder"):
+        dmtjepa.evaluate(tmp_path / "weights.pth.tar", device="cpu")

@@ -100,6 +100,15 @@ def test_over_training_is_a_score_that_falls_while_the_loss_does(scores, losses,
         assert "keep_best" in findings[0].remedy
 
 
+def test_a_run_that_never_reaches_its_start_is_told_so():
+    start = {"step": -1, "eval/linear": 0.6, "eval/images": 2000}
+    assert judge([start, *evaluations((0.5, 0.5), (1, 2))]) == []  # too few
+    (finding,) = judge([start, *evaluations((0.4, 0.5, 0.5), (1, 2, 3))])
+    assert finding.name == "worse_than_start"
+    assert "eval/linear of the weights that the run started from was 60.0% and is 50.0% now" in finding.text
+    assert judge([start, *evaluations((0.4, 0.5, 0.59), (1, 2, 3))]) == []
+
+
 def test_nothing_measured_nothing_said():
     assert judge([]) == describe([]) == []
     assert describe([{"step": 9, "train/loss": 0.5}]) == []

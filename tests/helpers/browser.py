@@ -27,6 +27,8 @@ addEventListener("load", () => {{
       charts: page.querySelectorAll("figure.chart svg[role=img]").length,
       background: getComputedStyle(page.body).backgroundColor,
       text: page.body.innerText,
+      tallest: Math.max(...[...page.querySelectorAll("figure, tr, .verdict")].map((part) => part.offsetHeight)),
+      folded: [...page.querySelectorAll("details > :not(summary)")].map((part) => part.offsetHeight),
       loaded: frame.contentWindow.performance.getEntriesByType("resource").map((entry) => entry.name),
     }};
   }});
@@ -78,26 +80,36 @@ def open_page(program: str, page: Path, folder: Path, widths: tuple[int, ...], *
     frames = "\n".join(f'<iframe src="{page.as_uri()}" width="{width}" height="900"></iframe>' for width in widths)
     harness = folder / "frames.html"
     harness.write_text(HARNESS.format(frames=frames))
-    done = subprocess.run(
-        [
-            program,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--allow-file-access-from-files",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            "--enable-logging=stderr",
-            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            f"--user-data-dir={folder / 'profile'}",
-            "--dump-dom",
-            harness.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
+    done = _run(program, folder, "--dump-dom", harness.as_uri(), dark=dark)
     found = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
     assert found, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return Opened(json.loads(html.unescape(found[1])), console)
+
+
+def print_page(program: str, page: Path, folder: Path, *, dark: bool = False) -> bytes:
+    """The page as it is printed, a PDF file of letter paper.
+
+    Args:
+        folder: for the files of the browser.
+    """
+    printed = folder / "printed.pdf"
+    done = _run(program, folder, "--no-pdf-header-footer", f"--print-to-pdf={printed}", page.as_uri(), dark=dark)
+    assert printed.is_file(), done.stderr[-4000:]
+    return printed.read_bytes()
+
+
+def _run(program: str, folder: Path, *arguments: str, dark: bool) -> subprocess.CompletedProcess[str]:
+    command = [
+        program,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--allow-file-access-from-files",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        f"--user-data-dir={folder / 'profile'}",
+    ]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=1200)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dmtjepa import checkpoint_format
 from dmtjepa.config import ConfigError
@@ -21,17 +24,7 @@ from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.check import check_start
 from dmtjepa.training.evaluation import PeriodicEvaluation
 from dmtjepa.training.launch import launch
-from tests.helpers.run_folders import write_images, write_masks
-
-
-@pytest.fixture(scope="package")
-def labelled(tmp_path_factory) -> Path:
-    """train/ and val/ of 3 classes, 10 and 4 images each, and masks."""
-    folder = tmp_path_factory.mktemp("labelled")
-    write_images(folder / "train", 10, seed=0)
-    write_images(folder / "val", 4, seed=1)
-    write_masks(folder)
-    return folder
+from dmtjepa.training.step import TrainStep
 
 
 @pytest.fixture(scope="package")
@@ -92,6 +85,21 @@ def test_the_rows_are_what_the_report_measures(evaluated, labelled):
 
 
 @pytest.mark.slow
+def test_tensorboard_has_pictures_of_each_evaluation(evaluated):
+    board = EventAccumulator(str(RunFolder.from_config(evaluated).tensorboard)).Reload()
+    steps = {tag: [event.step for event in board.Images(tag)] for tag in board.Tags()["images"]}
+    each = [7, 15, 23]  # but masks are the same each time
+    names = "figures/masks", "figures/neighbors", "figures/pca", "figures/nearest"
+    assert steps == dict(zip(names, ([7], each, each, each), strict=True))
+    first, *_, last = board.Images("figures/pca")
+    assert first.encoded_image_string != last.encoded_image_string
+    with Image.open(io.BytesIO(last.encoded_image_string)) as picture:
+        picture.load()
+        assert picture.size == (last.width, last.height)
+        assert picture.width > picture.height > 100
+
+
+@pytest.mark.slow
 def test_the_best_encoders_are_kept(evaluated):
     rows = read_rows(evaluated)
     best = max(rows, key=lambda row: row["eval/linear"])  # the first of equals
@@ -124,6 +132,32 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(evaluated, labelled,
     assert losses(config) == losses(evaluated)
     kept = [read_checkpoint(RunFolder.from_config(c).best_export) for c in (config, evaluated)]
     torch.testing.assert_close(kept[0]["target_encoder"], kept[1]["target_encoder"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_weights_that_a_run_starts_from_are_measured_before_its_first_step(evaluated, labelled, settings, monkeypatch):
+    given = RunFolder.from_config(evaluated).latest_export
+    changes = {"optimization.epochs": 1, "optimization.warmup": 0}
+    changes |= {"meta.load_checkpoint": True, "meta.read_checkpoint": str(given)}
+    config = settings(**every_epoch(labelled) | changes)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            launch(config, ["cpu"])
+    first = read_rows(config)
+    assert without_seconds(first) == [without_seconds(read_rows(evaluated))[-1] | {"step": -1}]
+    assert read_checkpoint(RunFolder.from_config(config).best_export)["step"] == 0
+
+    assert launch(config, ["cpu"]) == 0
+    rows = read_rows(config)
+    assert rows[:1] == first  # and not measured again
+    assert [row["step"] for row in rows] == [-1, 7]
+    board = EventAccumulator(str(RunFolder.from_config(config).tensorboard)).Reload()
+    assert [event.step for event in board.Scalars("eval/linear")] == [-1, 7]
 
 
 @pytest.mark.slow

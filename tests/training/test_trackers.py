@@ -48,6 +48,18 @@ def test_a_folder_of_earlier_runs_is_not_taken_for_the_package(tmp_path, monkeyp
         check_loggers(CONFIG)
 
 
+def test_a_logger_that_takes_no_pictures_still_gets_rows(tmp_path, caplog):
+    recorder = Recorder()
+    recorder.log_pictures = lambda step, pictures: 1 / 0
+    thread = TrackerThread("mlflow", lambda *_: recorder, CONFIG, RunFolder(tmp_path, "jepa"))
+    for step in range(3):
+        thread.log_pictures(step, {"figures/pca": b""})
+        thread.log(step, {"train/loss": 1.0})
+    thread.close()
+    assert [step for step, _ in recorder.rows] == [0, 1, 2]
+    assert "mlflow gets no more pictures: ZeroDivisionError: division by zero" in caplog.text
+
+
 def test_rows_arrive_in_their_order_and_without_what_is_no_number(tmp_path):
     recorder = Recorder()
     thread = TrackerThread("wandb", lambda *_: recorder, CONFIG, RunFolder(tmp_path, "jepa"))
@@ -117,14 +129,15 @@ def test_a_later_start_continues_the_run_of_wandb(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_wandb_and_mlflow_get_what_the_metrics_get(settings, monkeypatch, tmp_path):
+def test_wandb_and_mlflow_get_what_the_metrics_get(settings, labelled, monkeypatch, tmp_path):
     """The real ones, without a network, in a run and in a second start of it."""
     pytest.importorskip("wandb")
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    config = settings(**{"optimization.epochs": 1, "optimization.warmup": 0, "logging.loggers": ["wandb", "mlflow"]})
+    changes = {"optimization.epochs": 1, "optimization.warmup": 0, "logging.loggers": ["wandb", "mlflow"]}
+    config = settings(**changes | {"evaluation.every_epochs": 1, "evaluation.data": str(labelled)})
     folder = RunFolder.from_config(config)
     assert launch(config, ["cpu"]) == 0
     identifiers = folder.read_logger_ids()
@@ -135,10 +148,15 @@ def test_wandb_and_mlflow_get_what_the_metrics_get(settings, monkeypatch, tmp_pa
     expected = [(row["step"], row["train/loss"]) for row in folder.read_metrics() if "train/loss" in row]
     history = client.get_metric_history(identifiers["mlflow"], "train/loss")
     assert sorted((metric.step, metric.value) for metric in history) == expected
+    pictures = [file.path for file in client.list_artifacts(identifiers["mlflow"], "images")]
+    names = "masks", "neighbors", "pca", "nearest"
+    assert all(any(f"figures~{name}" in path and path.endswith(".png") for path in pictures) for name in names)
     run = client.get_run(identifiers["mlflow"])
     assert run.info.status == "FINISHED"
     assert run.data.params["optimization.lr"] == "0.002"
     files = list((folder.path / "wandb").glob("offline-run-*/*.wandb"))
     assert files
     assert all(identifiers["wandb"] in path.name for path in files)
+    pictures = (folder.path / "wandb").glob("offline-run-*/files/media/images/figures/*.jpg")
+    assert {path.name.split("_")[0] for path in pictures} == set(names)
     assert b"targets/explained_variance" in b"".join(path.read_bytes() for path in files)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import zlib
 from html.parser import HTMLParser
 
 import pytest
@@ -13,7 +14,7 @@ from dmtjepa.config import parse_config
 from dmtjepa.evaluation.figures import FigureData
 from dmtjepa.evaluation.page.report_page import make_report_page
 from dmtjepa.run_folder import RunFolder
-from tests.helpers.browser import install, open_page
+from tests.helpers.browser import install, open_page, print_page
 from tests.helpers.reports import HOSTILE, make_report, write_metrics
 
 CONFIG = parse_config({"optimization": {"lr": 0.00123}, "logging": {"folder": f"/runs/{HOSTILE}"}})
@@ -120,3 +121,39 @@ def test_a_browser_shows_it(page, browser, tmp_path):
         assert all(name.startswith("data:") for name in frame["loaded"])
         red, green, blue = map(int, re.findall(r"\d+", frame["background"]))
         assert max(red, green, blue) < 60, "the page is not dark"
+
+
+PRINTED = 695, 935
+"""Width and height of what fits on letter paper within the margins of the page, in pixels."""
+
+
+@pytest.mark.slow
+def test_on_paper_it_is_light_and_whole(page, browser, tmp_path):
+    """Also where the reader's screen is dark."""
+    assert page.count("@media print") == 1
+    (tmp_path / "as_printed.html").write_text(page.replace("@media print", "@media all"))
+    (frame,) = open_page(browser, tmp_path / "as_printed.html", tmp_path, PRINTED[:1], dark=True).frames
+    assert frame["background"] == "rgb(255, 255, 255)"
+    assert frame["needed"] <= frame["width"], "something is cut off at the right"
+    assert 0 < frame["tallest"] <= PRINTED[1], "a figure does not fit on a sheet"
+    assert all(frame["folded"]), "the settings are folded away"
+
+    (tmp_path / "report.html").write_text(page)
+    printed = print_page(browser, tmp_path / "report.html", tmp_path, dark=True)
+    assert 3 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 20
+    assert len(re.findall(rb"/Subtype\s*/Image\b", printed)) >= 20
+    colors = find_colors(printed)
+    assert {"0 0 0", "1 1 1"} <= colors  # text and paper
+    assert ".0627 .0745 .0902" not in colors, "the paper is dark"  # that of the dark screen, #101317
+
+
+def find_colors(pdf: bytes) -> set[str]:
+    """The colors with which a PDF file fills areas and text: red, green and blue from 0 to 1."""
+    found = set()
+    for stream in re.findall(rb"stream\r?\n(.*?)endstream", pdf, re.DOTALL):
+        try:
+            text = zlib.decompressobj().decompress(stream)
+        except zlib.error:  # an image
+            continue
+        found |= {color.decode() for color in re.findall(rb"([\d.]+ [\d.]+ [\d.]+) rg\b", text)}
+    return found
