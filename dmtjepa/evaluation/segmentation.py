@@ -104,7 +104,7 @@ def read_mask(path: Path, image_size: tuple[int, int]) -> Tensor:
             values = values // (255 // (2 ** _bit_depth(path) - 1))  # Pillow scales 2 and 4 bits to 0...255
         # Pillow resizes palette images to the nearest pixel, so no class is mixed of two others.
         indexed = Image.fromarray(values.astype(np.uint8)).convert("P")
-    return torch.from_numpy(crop_center(indexed, image_size))
+    return torch.from_numpy(crop_center(indexed, image_size)[..., 0])
 
 
 def label_patches(masks: Tensor, grid_size: tuple[int, int], num_classes: int) -> Tensor:
