@@ -89,7 +89,7 @@ def read_losses(path: Path) -> LossCurve:
 
 
 def _without_nul(lines: Iterable[str]) -> Iterator[str]:
-    """Lines whose NUL characters are replaced, as those of a file that a power failure has cut: Python 3.10 refuses them."""
+    """Replace NUL characters, which a power failure can leave in a file, and which Python 3.10 refuses."""
     return (line.replace("\0", "\ufffd") for line in lines)
 
 

@@ -203,8 +203,8 @@ def cast_at_once(model: nn.Module) -> None:
     """
     if not torch.__version__.startswith(CASTING_VERSIONS):
         logger.info(
-            "torch %s: FSDP2 casts each parameter by itself, which takes more of the host's time. Casting all at once is "
-            "tested with torch %s only",
+            "torch %s: FSDP2 casts each parameter by itself, which takes more of the host's time; casting all at once "
+            "was tested with torch %s only",
             torch.__version__,
             ", ".join(f"{version}*" for version in CASTING_VERSIONS),
         )
