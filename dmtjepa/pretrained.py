@@ -13,7 +13,7 @@ from torch import Tensor
 from dmtjepa.config import expand_path
 from dmtjepa.data.crop import crop_center
 from dmtjepa.data.decode import convert_channels
-from dmtjepa.interop import build_encoder, find_normalization, get_part, read_checkpoint
+from dmtjepa.interop import build_encoder, find_max_value, find_normalization, get_part, read_checkpoint
 from dmtjepa.interop.sources import find_image_size, find_source
 from dmtjepa.models import VisionTransformer
 
@@ -30,9 +30,11 @@ class Encoder:
 
     Args:
         model: its weights; it is put into evaluation mode.
+        max_value: what counts as 1 in images of more than 8 bits; None: see `data.max_value`.
     """
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: VisionTransformer, max_value: float | None = None) -> None:
+        self.max_value = max_value
         self.model = model.eval().requires_grad_(False)
 
     @property
@@ -62,7 +64,7 @@ class Encoder:
         Raises:
             CorruptImage: it has other than C channels, and C is neither 3 nor 1.
         """
-        converted = convert_channels(image, self.model.num_channels)
+        converted = convert_channels(image, self.model.num_channels, self.max_value)
         return torch.from_numpy(crop_center(converted, self.image_size)).permute(2, 0, 1)
 
     @torch.no_grad()
@@ -105,4 +107,4 @@ def load(
     weights = get_part(checkpoint, part, path)
     size = find_image_size(given) if image_size is None else image_size
     encoder = build_encoder(weights, path, image_size=size, normalization=find_normalization(checkpoint))
-    return Encoder(encoder).to(device)
+    return Encoder(encoder, find_max_value(checkpoint)).to(device)

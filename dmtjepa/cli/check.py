@@ -21,10 +21,13 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "dmtjepa check")
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (%(default)s)"
     )
     parser.add_argument("--channels", type=int, default=3, help="channels, as data.channels (%(default)s)")
+    parser.add_argument("--max-value", type=float, help="as data.max_value: what counts as 1, of more than 8 bits")
     parser.add_argument(
         "--measured", type=int, default=2000, help="images whose mean and standard deviation are measured (%(default)s)"
     )
     options = parser.parse_args(arguments)
+    if options.max_value is not None and options.max_value <= 0:
+        parser.error("--max-value must be larger than 0")
     if options.workers < 1 or options.channels < 1 or options.measured < 0:
         parser.error("--workers and --channels must be at least 1, --measured at least 0")
     return run_command(lambda: report(options))
@@ -37,7 +40,11 @@ def report(options: argparse.Namespace) -> int:
 
     try:
         found = check(
-            open_images(options.source), options.workers, channels=options.channels, max_measured=options.measured
+            open_images(options.source),
+            options.workers,
+            channels=options.channels,
+            max_value=options.max_value,
+            max_measured=options.measured,
         )
     except DataError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

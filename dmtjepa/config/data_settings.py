@@ -40,6 +40,12 @@ class DataSettings(Section):
         description="standard deviation of each channel, which divides; null: ImageNet's for 3 channels, 0.25 for "
         "others",
     )
+    max_value: float | None = Field(
+        None,
+        gt=0,
+        description="value that counts as 1 in images of more than 8 bits, such as 4095 for 12 bits; null: that of "
+        "their type, see docs/data.md",
+    )
     dataset: Literal["folder", "shapes"] = Field("folder", description="a folder of images, or the drawn set `shapes`")
     loader: Literal["auto", "torchvision", "dali"] = Field("auto", description="auto: DALI when it is installed")
     max_broken: Free[float] = Field(0.01, ge=0, le=1, description="share of unreadable images above which a run stops")

@@ -98,7 +98,7 @@ _Loader.add_implicit_resolver(
 
 def _apply_all(values: dict[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> None:
     """Set values in the tree."""
-    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
+    pairs = list(overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides))
     for key, value in pairs:
         node, parts = values, str(key).split(".")
         if not all(parts):
@@ -108,6 +108,9 @@ def _apply_all(values: dict[str, Any], overrides: Iterable[str] | Mapping[str, A
             if not isinstance(node, dict):
                 raise ConfigError(f"override {key!r}: {part} is a value, not a section")
         node[parts[-1]] = value
+    given = dict(pairs)
+    if given.get("data.root_path") and "data.dataset" not in given and values["data"].get("dataset") == "shapes":
+        values["data"]["dataset"] = "folder"  # whoever names images does not want the drawn ones of the file
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

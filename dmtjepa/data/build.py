@@ -129,15 +129,16 @@ def build_eval_loader(
     *,
     num_workers: int = 0,
     channels: int = 3,
+    max_value: float | None = None,
 ) -> EvaluationLoader:
     """Build a loader that gives every image once, in order, cropped at the centre.
 
     Args:
         source: a path as in `open_images`, or an open source.
         image_size: of the crop in pixels, one side or (height, width).
-        channels: of the images, see `decode_image`.
+        channels, max_value: of the images, see `decode_image`.
     """
     if isinstance(source, (str, os.PathLike)):
         source = open_images(source)
     size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-    return EvaluationLoader(source, size, batch_size, num_workers=num_workers, channels=channels)
+    return EvaluationLoader(source, size, batch_size, num_workers=num_workers, channels=channels, max_value=max_value)

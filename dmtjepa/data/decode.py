@@ -35,7 +35,9 @@ class CorruptImage(ValueError):
     """Bytes that are not an image, or not a complete one, or an image that is refused. The message is the reason."""
 
 
-def decode_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS, channels: int = 3) -> Picture:
+def decode_image(
+    data: bytes, max_megapixels: float = MAX_MEGAPIXELS, channels: int = 3, max_value: float | None = None
+) -> Picture:
     """The image upright (EXIF orientation applied), 8 bits per channel; the first frame of an animation.
 
     With three channels it is RGB: grey, palette and CMYK images are converted, and an alpha channel is dropped. With
@@ -49,6 +51,8 @@ def decode_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS, channels: 
     Args:
         max_megapixels: larger images, by the size that they declare, are refused before they are decoded.
         channels: of the image that is returned.
+        max_value: from 0 to which values of more than 8 bits are scaled, instead of the ranges above; larger ones
+            are clipped.
 
     Raises:
         CorruptImage: the bytes are not a complete image, or the image is too large or has other channels.
@@ -60,7 +64,7 @@ def decode_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS, channels: 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata and many pixels: nothing to report for each image
             if data.startswith(_NPY_SIGNATURE):
-                return _convert(_load_array(data, max_megapixels, channels), channels)
+                return _convert(_load_array(data, max_megapixels, channels, max_value), channels)
             try:
                 image = _load(data, max_megapixels)
             except CorruptImage:
@@ -69,7 +73,7 @@ def decode_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS, channels: 
                 if not data.startswith(_PNG_SIGNATURE):
                     raise
                 image = _load(_remove_png_metadata(data), max_megapixels)
-            return convert_channels(image, channels)
+            return convert_channels(image, channels, max_value)
     except CorruptImage:
         raise
     except Exception as error:  # the plugins of PIL raise nearly every type on damaged input
@@ -78,7 +82,7 @@ def decode_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS, channels: 
         raise CorruptImage(f"{type(error).__name__}: {reason}"[:200].strip()) from error
 
 
-def convert_channels(image: Image.Image, channels: int = 3) -> Picture:
+def convert_channels(image: Image.Image, channels: int = 3, max_value: float | None = None) -> Picture:
     """A decoded image as `decode_image` returns it.
 
     Raises:
@@ -86,7 +90,7 @@ def convert_channels(image: Image.Image, channels: int = 3) -> Picture:
     """
     image = _turn_upright(image)
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_eight_bits(np.asarray(image), wide=image.mode != "I"))
+        image = Image.fromarray(_to_eight_bits(np.asarray(image), max_value, wide=image.mode != "I"))
     if channels in (1, 3):
         mode = "RGB" if channels == 3 else "L"
         return image if image.mode == mode else image.convert(mode)
@@ -103,7 +107,7 @@ def _convert(values: np.ndarray, channels: int) -> Picture:
     return Bands([Image.fromarray(np.ascontiguousarray(values[..., channel])) for channel in range(channels)])
 
 
-def _load_array(data: bytes, max_megapixels: float, channels: int) -> np.ndarray:
+def _load_array(data: bytes, max_megapixels: float, channels: int, max_value: float | None) -> np.ndarray:
     """A `.npy` file of numbers [H,W], [H,W,C] or [C,H,W] as uint8 [H,W,C]. No code in it is run."""
     file = io.BytesIO(data)
     shape, fortran_order, dtype = _read_array_header(file)
@@ -121,7 +125,7 @@ def _load_array(data: bytes, max_megapixels: float, channels: int) -> np.ndarray
     values = np.frombuffer(data, dtype, math.prod(shape), file.tell())
     values = values.reshape(shape, order="F" if fortran_order else "C").reshape(sides)
     values = values if last else values.transpose(1, 2, 0)
-    return values if dtype == np.uint8 else _to_eight_bits(values, wide=dtype.itemsize == 2)
+    return values if dtype == np.uint8 else _to_eight_bits(values, max_value, wide=dtype.itemsize == 2)
 
 
 def _read_array_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -223,16 +227,19 @@ def _turn_upright(image: Image.Image) -> Image.Image:
     return image if transposition is None else image.transpose(transposition)
 
 
-def _to_eight_bits(values: np.ndarray, *, wide: bool) -> np.ndarray:
+def _to_eight_bits(values: np.ndarray, max_value: float | None, *, wide: bool) -> np.ndarray:
     """Integers and floats to 8 bits. The conversion of PIL clips all above 255 to white.
 
     Args:
+        max_value: scale from [0, max_value], instead of what the type and the values tell.
         wide: integers are scaled from [0, 65535] even where all are below 256.
     """
     low, high = values.min(initial=0), values.max(initial=0)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise CorruptImage("floats that are not finite")
+    if max_value is not None:
+        return np.rint(np.clip(values * np.float32(255 / max_value), 0, 255)).astype(np.uint8)
     if values.dtype.kind == "f":
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise CorruptImage("floats that are not finite")
         white = 1 if high <= 2 else 255  # values above 1 are common: reflectances, ringing after a resize
         if low < -white or high > 2 * white:
             raise CorruptImage(f"floats from {low:g} to {high:g}; only [0, 1] and [0, 255] are supported")

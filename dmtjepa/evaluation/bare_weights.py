@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dmtjepa.config import Config, parse_config
 from dmtjepa.evaluation.errors import EvaluationError
-from dmtjepa.interop import describe_encoder, find_normalization, get_part, read_checkpoint
+from dmtjepa.interop import describe_encoder, find_max_value, find_normalization, get_part, read_checkpoint
 from dmtjepa.masks import MaskError, check_masks
 
 
@@ -33,6 +33,7 @@ def settings_of_weights(path: Path) -> Config:
                 "channels": shape.num_channels,
                 "mean": mean,
                 "std": std,
+                "max_value": find_max_value(checkpoint),
             },
             "mask": {"patch_size": shape.patch_size, "min_keep": 1},
             "meta": {"model_name": shape.model_name},

@@ -45,7 +45,12 @@ class EvaluationContext:
         """A loader of all images of `source`, cropped as the settings say."""
         data, batch_size = self.config.data, self.config.evaluation.batch_size
         return build_eval_loader(
-            source, data.image_size, batch_size, num_workers=self.num_workers, channels=data.channels
+            source,
+            data.image_size,
+            batch_size,
+            num_workers=self.num_workers,
+            channels=data.channels,
+            max_value=data.max_value,
         )
 
 

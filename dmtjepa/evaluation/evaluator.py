@@ -228,6 +228,7 @@ class Evaluator:
             config.evaluation.batch_size,
             num_workers=self._num_workers,
             channels=config.data.channels,
+            max_value=config.data.max_value,
         )
         for images, labels, names in loader if len(mine) else ():
             self._on_progress()

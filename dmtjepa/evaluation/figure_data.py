@@ -85,7 +85,9 @@ def load_shown(context: EvaluationContext) -> tuple[Tensor, Tensor | None, list[
     Those that are corrupt are left out.
     """
     source, data = subsample(context.splits.validation, NUM_SHOWN), context.config.data
-    batches = list(build_eval_loader(source, data.image_size, NUM_SHOWN, channels=data.channels))
+    batches = list(
+        build_eval_loader(source, data.image_size, NUM_SHOWN, channels=data.channels, max_value=data.max_value)
+    )
     if not batches:
         return torch.empty(0), None, []
     images, labels, names = batches[0]

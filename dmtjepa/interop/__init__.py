@@ -3,7 +3,7 @@
 from dmtjepa.interop.huggingface import export_huggingface
 from dmtjepa.interop.model_card import find_origin, format_card
 from dmtjepa.interop.model_folder import export_safetensors
-from dmtjepa.interop.normalization import find_normalization
+from dmtjepa.interop.normalization import find_max_value, find_normalization
 from dmtjepa.interop.official import export_checkpoint, export_official, write_official
 from dmtjepa.interop.programs import export_onnx, export_program
 from dmtjepa.interop.timm import export_timm
@@ -32,6 +32,7 @@ __all__ = [
     "export_program",
     "export_safetensors",
     "export_timm",
+    "find_max_value",
     "find_normalization",
     "find_origin",
     "format_card",

@@ -18,22 +18,37 @@ Normalization = tuple[Values, Values]
 """Mean and standard deviation of each channel of pixels in [0, 1]; None where the default is meant."""
 
 KEYS = ("pixel_mean", "pixel_std")
+MAX_VALUE = "pixel_max_value"
 
 
 def find_normalization(checkpoint: Mapping[str, Any]) -> Normalization:
     """The normalisation that belongs to what `read_checkpoint` has returned."""
-    settings = checkpoint.get("config")
-    data = settings.get("data", {}) if isinstance(settings, Mapping) else {}
+    data = _settings_of(checkpoint)
     mean, std = (
         _to_numbers(checkpoint.get(key, data.get(name))) for key, name in zip(KEYS, ("mean", "std"), strict=True)
     )
     return mean, std
 
 
-def list_normalization(checkpoint: Mapping[str, Any]) -> dict[str, list[float]]:
-    """`pixel_mean` and `pixel_std` for a file of the official layout; what has its default is left out."""
+def list_normalization(checkpoint: Mapping[str, Any]) -> dict[str, list[float] | float]:
+    """What a file of the official layout says about pixels; what has its default is left out."""
     found = zip(KEYS, find_normalization(checkpoint), strict=True)
-    return {key: list(values) for key, values in found if values is not None}
+    max_value = find_max_value(checkpoint)
+    return {key: list(values) for key, values in found if values is not None} | (
+        {} if max_value is None else {MAX_VALUE: max_value}
+    )
+
+
+def find_max_value(checkpoint: Mapping[str, Any]) -> float | None:
+    """The value of images of more than 8 bits that counted as 1 in training (`data.max_value`); None: by their type."""
+    value = checkpoint.get(MAX_VALUE, _settings_of(checkpoint).get("max_value"))
+    return None if value is None else float(value)
+
+
+def _settings_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section `data` of the settings in a checkpoint folder; empty for files."""
+    settings = checkpoint.get("config")
+    return settings.get("data", {}) if isinstance(settings, Mapping) else {}
 
 
 def read_normalization(path: Path) -> dict[str, Any]:

@@ -77,7 +77,8 @@ class VisionTransformer(nn.Module):
         num_heads: number of attention heads.
         mlp_ratio: hidden width of the MLPs divided by D.
         num_channels: channels C of the images.
-        mean, std: of each channel, of pixels in [0, 1]; None: see `default_normalization`.
+        mean: of each channel, of pixels in [0, 1]; None: see `default_normalization`.
+        std: likewise, the standard deviation.
         init_std: standard deviation of the initial weights.
         residual_dtype: dtype of the residual stream where it is wider than that of the weights; None: the same.
         attention: backend, see `choose_attention`.

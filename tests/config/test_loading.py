@@ -15,6 +15,15 @@ def test_overrides(official):
     assert rectangle.grid_size == (9, 14)
 
 
+def test_images_on_the_command_line_take_the_place_of_drawn_ones(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("data: {dataset: shapes}\n")
+    assert load_config(path, ["data.root_path=photos"]).data.dataset == "folder"
+    assert load_config(path, ["data.root_path=''"]).data.dataset == "shapes"
+    with pytest.raises(ConfigError, match=r"no effect with data\.dataset: shapes"):
+        load_config(path, ["data.root_path=photos", "data.dataset=shapes"])
+
+
 @pytest.mark.parametrize("value", ["on", "off", "auto"])
 def test_compile_is_written_plainly_in_yaml(value):
     config = parse_config(yaml.safe_load(f"runtime: {{compile: {value}}}"))

@@ -69,6 +69,25 @@ def test_channels_are_taken_as_they_are_stored():
     assert decode_image(encode(color), channels=1).tobytes() == color.convert("L").tobytes()
 
 
+def test_max_value_scales_what_has_more_than_eight_bits(tmp_path: Path):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 65  # up to 4095: 12 bits
+    expected = np.rint(values / np.float32(4095) * 255).astype(int)
+    for data in (encode(Image.fromarray(values)), save(values), save(values.astype(np.float32))):
+        found = to_array(decode_image(data, channels=1, max_value=4095))[..., 0].astype(int)
+        assert np.abs(found - expected).max() <= 1
+        assert decode_image(data, channels=1, max_value=2000).getextrema()[1] == 255
+    eight = encode(Image.fromarray(np.full((8, 8), 7, np.uint8)))
+    assert decode_image(eight, channels=1, max_value=4095).getextrema() == (7, 7)
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(encode(Image.fromarray(np.full((16, 16), 4095, np.uint16))))
+    settings = DataSettings(root_path=str(tmp_path), batch_size=4, crop_size=8, num_workers=0, channels=1)
+    for loader in ("torchvision", "auto"):  # auto: DALI where it is installed
+        assert batches(settings, loader=loader, max_value=4095).unique().tolist() == [255]
+        assert batches(settings, loader=loader).unique().tolist() == [16]
+    images, _, _ = next(iter(build_eval_loader(tmp_path, 8, 4, channels=1, max_value=4095)))
+    assert images.unique().tolist() == [255]
+
+
 def test_other_images_count_as_corrupt():
     array = save(np.zeros((8, 8, 5), np.uint16))
     for data, channels, reason in (

@@ -90,13 +90,20 @@ def test_what_was_exported_comes_back_equal(run, tmp_path, format):
 
 @pytest.mark.slow
 def test_four_channels_and_their_normalization_go_out_and_come_back(tmp_path, capsys):
-    data = {"crop_size": 32, "channels": 4, "mean": [0.1, 0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7, 0.8]}
+    data = {
+        "crop_size": 32,
+        "channels": 4,
+        "mean": [0.1, 0.2, 0.3, 0.4],
+        "std": [0.5, 0.6, 0.7, 0.8],
+        "max_value": 4095,
+    }
     config = parse_config(SETTINGS | {"data": data})
     model = build_model(config)
     names = ("encoder", "predictor", "target_encoder")
     weights = {name: getattr(model, MODULES[name]).state_dict() for name in names}
     write_official(tmp_path / "run.pth.tar", weights, {"config": config.model_dump(mode="json")})
     encoder = dmtjepa.load(tmp_path / "run.pth.tar")
+    assert encoder.max_value == 4095
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
     images = encoder.preprocess(Image.fromarray(pixels))[None]
     assert torch.equal(images[0].permute(1, 2, 0), torch.from_numpy(pixels))

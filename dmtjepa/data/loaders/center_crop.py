@@ -22,15 +22,17 @@ logger = logging.getLogger(__name__)
 class _CenterCrops(Dataset[Any]):
     """Image number -> (uint8 [C,H,W] or None if it is corrupt, the number, the reason or an error to raise)."""
 
-    def __init__(self, source: ImageSource, image_size: tuple[int, int], channels: int) -> None:
-        self._source, self._size, self._channels = source, image_size, channels
+    def __init__(
+        self, source: ImageSource, image_size: tuple[int, int], channels: int, max_value: float | None
+    ) -> None:
+        self._source, self._size, self._channels, self._max_value = source, image_size, channels, max_value
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, image: int) -> tuple[torch.Tensor | None, int, str | DataError]:
         try:
-            decoded = decode_image(self._source.read(image), channels=self._channels)
+            decoded = decode_image(self._source.read(image), channels=self._channels, max_value=self._max_value)
         except DataError as error:  # an error that a worker raises would arrive as a traceback
             return None, image, error
         except (CorruptImage, OSError) as error:
@@ -62,13 +64,14 @@ class EvaluationLoader:
         *,
         num_workers: int = 0,
         channels: int = 3,
+        max_value: float | None = None,
     ) -> None:
         self.source = source
         self.corrupt: list[tuple[str, str]] = []
         self.class_names = source.class_names
         parent = os.getpid()
         self._loader = DataLoader(
-            _CenterCrops(source, image_size, channels),
+            _CenterCrops(source, image_size, channels, max_value),
             batch_size,
             num_workers=num_workers,
             collate_fn=_collate,

@@ -116,7 +116,9 @@ class Reader:
                 if plain is not None and plain[0] * plain[1] <= self._settings.max_megapixels * 1e6:
                     left, top, width, height = choose_crop(*plain, batch.uniforms[row], scale)
                     return Sample(candidate, np.frombuffer(data, np.uint8), (top, left), (height, width))
-                decoded = decode_image(data, self._settings.max_megapixels, self._settings.channels)
+                decoded = decode_image(
+                    data, self._settings.max_megapixels, self._settings.channels, self._settings.max_value
+                )
                 box = choose_crop(*decoded.size, batch.uniforms[row], scale)
                 return _wrap(candidate, crop_and_resize(decoded, box, size))
             except (CorruptImage, OSError) as error:

@@ -86,7 +86,10 @@ class BatchMaker(Dataset[Any]):
                 self.progress[worker.id, 0] += 1
             try:
                 return decode_image(
-                    self._source.read(candidate), self._settings.max_megapixels, self._settings.channels
+                    self._source.read(candidate),
+                    self._settings.max_megapixels,
+                    self._settings.channels,
+                    self._settings.max_value,
                 )
             except (CorruptImage, OSError) as error:
                 corrupt.append((candidate, tell_reason(error)))
