@@ -1,8 +1,11 @@
-# Everything runs in a virtual environment inside the checkout. Another Python: make PYTHON=python3.12 ...
+# Everything runs in a virtual environment inside the checkout. Another Python, or other versions:
+# make PYTHON=python3.13 CONSTRAINTS=constraints-newest.txt ... Each combination has an environment of its own.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 # Processes that run tests at a time, with one thread each: one more than two cores, because some tests only wait.
 JOBS ?= 3
-VENV := .venv
+# .venv; .venv-newest-python3.13 for the example above.
+VENV := .venv$(patsubst constraints%.txt,%,$(notdir $(CONSTRAINTS)))$(patsubst -python3,,-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
 # Tests start many programs, which start sooner from cached bytecode.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
@@ -11,9 +14,10 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest --numproce
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,dali,docs,export,hf]"
+	$(VENV)/bin/pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable ".[dev,dali,docs,export,hf]"
+	-$(RUN) -m compileall -qq -j 0 $(VENV)/lib  # on all cores; pip would do it on one
 	touch $@
 
 quickstart: venv
@@ -55,4 +59,4 @@ gpu-check: venv
 		$(if $(IMAGES),--images $(IMAGES))
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

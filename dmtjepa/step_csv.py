@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def read_losses(path: Path) -> LossCurve:
     """
     try:
         with path.open(newline="", errors="replace") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(_without_nul(file))
             missing = set(COLUMNS[:3]) - set(reader.fieldnames or ())
             if missing:
                 raise CsvError(f"{path} has no column {', '.join(sorted(missing))}; its header is {reader.fieldnames}")
@@ -85,6 +86,11 @@ def read_losses(path: Path) -> LossCurve:
     steps_per_epoch = step.max() + 1 if len(step) else 1
     first = epoch.min() if len(epoch) else 0
     return LossCurve(epoch - first + step / steps_per_epoch, loss)
+
+
+def _without_nul(lines: Iterable[str]) -> Iterator[str]:
+    """Replace NUL characters, which a power failure can leave in a file, and which Python 3.10 refuses."""
+    return (line.replace("\0", "\ufffd") for line in lines)
 
 
 def _to_number(text: str | None) -> float | None:
@@ -100,7 +106,7 @@ def _read_rows_before(path: Path, first_step: int, steps_per_epoch: int) -> list
         return []
     kept = []
     with path.open(newline="", errors="replace") as file:  # after a power failure a line can hold anything
-        for row in csv.reader(file):
+        for row in csv.reader(_without_nul(file)):
             # A killed process can leave half a row at the end.
             if len(row) != len(COLUMNS) or not (row[0].isdigit() and row[1].isdigit()):
                 continue

@@ -214,6 +214,21 @@ def test_flops_of_packed_attention(backend):
     assert counter.get_total_flops() == (4 + 10) * 2 * 8 * 11 * 7
 
 
+def test_packed_attention_never_runs_on_cudnn(monkeypatch):
+    """Newer versions of `varlen_attn` choose cuDNN unless it is switched off."""
+    enabled = []
+
+    def attend(query, *_arguments):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return query
+
+    monkeypatch.setattr("dmtjepa.models.attention.varlen_attn", attend)
+    inputs = torch.zeros(3, 1, 11, 2, 8, dtype=torch.bfloat16)
+    packing = Packing(*pack(torch.tensor([3, 7, 1]).numpy()))
+    assert torch.equal(flash_attention(*inputs, packing), inputs[0])
+    assert enabled == [False]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [24, 32, 64, 80, 88])
 def test_xformers_equals_sdpa(head_dim):

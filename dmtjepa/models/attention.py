@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from dmtjepa.packing import Packing
 
@@ -94,11 +94,11 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing 
     float32 has no flash kernel and uses the memory-efficient one. A packing needs no padding in bfloat16 and float16 if
     the head size is a multiple of 8.
     """
-    if packing is not None and query.dtype in HALF and query.shape[-1] % HEAD_SIZE_MULTIPLE == 0:
-        longest = packing.padded.shape[1]
-        out = varlen_attn(query[0], key[0], value[0], packing.start, packing.start, longest, longest)
-        return cast(Tensor, out)[None]  # not the tuple of other options
-    with sdpa_kernel(SDPA_KERNELS):
+    with sdpa_kernel(SDPA_KERNELS):  # newer versions of varlen_attn choose cuDNN, too
+        if packing is not None and query.dtype in HALF and query.shape[-1] % HEAD_SIZE_MULTIPLE == 0:
+            longest = packing.padded.shape[1]
+            out = varlen_attn(query[0], key[0], value[0], packing.start, packing.start, longest, longest)
+            return cast(Tensor, out)[None]  # not the tuple of other options
         return sdpa_attention(query, key, value, packing)
 
 
@@ -142,8 +142,14 @@ def xformers_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packi
 
 @functools.cache
 def _count_varlen_flops() -> None:
-    """Register the FLOPs of `varlen_attn` with PyTorch's counter."""
+    """Register the FLOPs of `varlen_attn` with PyTorch's counter.
+
+    Newer versions of PyTorch have formulas of their own. On tensors without values, these take each sequence to be as
+    long as the longest one, for queries, too.
+    """
     operators = torch.ops.torch_attn
+    for operator in (operators._varlen_attn, operators._varlen_attn_backward):
+        flop_registry.pop(operator, None)
     register_flop_formula(operators._varlen_attn)(
         lambda query, key, value, starts, key_starts, most_queries, most_keys, *_, **__: (
             4 * math.prod(query) * most_keys

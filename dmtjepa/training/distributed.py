@@ -181,7 +181,14 @@ def _init_process_group(world: World, timeout: timedelta) -> None:
     dist.all_reduce(total)
     if int(total) != world.world_size:
         raise DistributedError(f"the first sum over all ranks is {int(total)}")
-    dist.distributed_c10d._set_pg_timeout(world.timeout)
+    set_timeout(world.timeout)
+
+
+def set_timeout(timeout: timedelta, group: dist.ProcessGroup | None = None) -> None:
+    """Set the timeout of the collectives of a group, by default of the group of all ranks."""
+    # Public in newer versions of PyTorch, which warn of the private name.
+    change = getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    change(timeout, group)
 
 
 def new_gloo_group(world: World) -> dist.ProcessGroup:

@@ -24,6 +24,10 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.names: set[str] = set()
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True  # newer versions of PyTorch compile nothing under other modes
+
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if "attention" in function.name() or "flash" in function.name() or "attn" in function.name():
             self.names.add(function.name())

@@ -99,7 +99,7 @@ def test_another_model_is_explained_and_nothing_is_changed(encoder):
     text = str(caught.value)
     assert re.search(r"the file holds vit_tiny with patches of 8 pixels and 16 positions \(.*32x32", text)
     assert re.search(r"the model is vit_small with patches of 16 pixels and 4 positions", text)
-    assert "meta.model_name, mask.patch_size and data.crop_size" in text
+    assert "meta.model_name, mask.patch_size, data.crop_size and data.channels" in text
     assert "patch_embed.proj.weight is [192, 3, 8, 8], the model's is [384, 3, 16, 16]" in text
     assert re.search(r"and \d+ more", text)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())

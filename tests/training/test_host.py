@@ -65,7 +65,8 @@ WAITS = {
     "numpy": lambda x: x.numpy(),
     "nonzero": lambda x: x.nonzero(),
     "mask": lambda x: x[x > 0],
-    "mask assignment": lambda x: x.clone().__setitem__(x > 0, 1.0),
+    # The assignment of a number is a masked_fill_ in newer versions of PyTorch, which does not wait.
+    "mask assignment": lambda x: x.clone().__setitem__(x > 0, torch.ones(1)),
     "unique": lambda x: x.unique(),
 }
 

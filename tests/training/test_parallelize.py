@@ -21,6 +21,7 @@ from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import process_group
 from dmtjepa.training.optimizer import build_optimizer
 from dmtjepa.training.parallelize import (
+    CASTING_VERSIONS,
     build_mesh,
     checkpoint_blocks,
     compile_blocks,
@@ -168,7 +169,7 @@ class _Called(TorchDispatchMode):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.__version__.startswith("2.11."), reason="another PyTorch keeps its own way")
+@pytest.mark.skipif(not torch.__version__.startswith(CASTING_VERSIONS), reason="another PyTorch keeps its own way")
 @pytest.mark.parametrize(("reshard", "recompute"), [(True, "none"), (False, "none"), (True, "blocks")])
 def test_weights_that_are_cast_at_once_are_those_that_are_cast_one_by_one(tmp_path, reshard, recompute):
     results = []
@@ -180,6 +181,13 @@ def test_weights_that_are_cast_at_once_are_those_that_are_cast_one_by_one(tmp_pa
     assert few < many / 2
     for actual, expected in zip(at_once, one_by_one, strict=True):
         assert torch.equal(actual, expected)
+
+
+def test_a_version_whose_casts_are_not_replaced_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "__version__", "2.12.0")
+    with caplog.at_level("INFO"):
+        dmtjepa.training.parallelize.cast_at_once(torch.nn.Linear(1, 1))
+    assert "torch 2.12.0: FSDP2 casts each parameter by itself" in caplog.text
 
 
 @pytest.mark.slow

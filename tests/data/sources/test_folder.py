@@ -145,7 +145,11 @@ def test_a_locale_that_is_ascii(tmp_path: Path):
 def test_a_user_without_home_has_a_cache(monkeypatch):
     for name in ("DMTJEPA_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does without $HOME and passwd entry
+
+    def raise_without_home(_path):
+        raise RuntimeError("Could not determine home directory.")  # as without $HOME and passwd entry
+
+    monkeypatch.setattr(Path, "expanduser", raise_without_home)
     assert cache_folder() == Path(tempfile.gettempdir()) / f"dmtjepa-{os.getuid()}"
 
 
