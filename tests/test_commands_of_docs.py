@@ -63,7 +63,8 @@ def read(command: str) -> None:
         _, name, *arguments = arguments
         package = {"dmtjepa.evaluation": "dmtjepa.cli.evaluate", "dmtjepa.interop": "dmtjepa.cli.weights"}
         name = "experiments.__main__" if name == "experiments" else package.get(name, name)
-        if name not in FOREIGN:
+        # Those of tests/ change networks for the whole process, which other tests share.
+        if name not in FOREIGN and not name.startswith("tests."):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", [name, *arguments])
                 importlib.import_module(name).main()
