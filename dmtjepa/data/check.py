@@ -34,9 +34,7 @@ class Finding(NamedTuple):
     height: int = 0
     digest: bytes = b""
     reason: str = ""
-    moments: np.ndarray | None = (
-        None  # [2, C]: mean of the pixels in [0, 1], and of their squares, if they are measured
-    )
+    moments: np.ndarray | None = None  # [2, C]: means of the pixels in [0, 1] and of their squares; None: not measured
 
 
 @dataclass

@@ -6,7 +6,9 @@ import errno
 import hashlib
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -76,6 +78,26 @@ class StoredSource(ImageSource, Protocol):
     def describe(self) -> str:
         """How many images there are, and where they are stored."""
         ...
+
+
+class LazyLabels(ABC):
+    """A source whose labels are read at the first use, because training needs none."""
+
+    @abstractmethod
+    def _read_labels(self) -> tuple[np.ndarray | None, list[str]]:
+        """Labels, [num_images] int64 or None, and the names of the classes."""
+
+    @cached_property
+    def _labelled(self) -> tuple[np.ndarray | None, list[str]]:
+        return self._read_labels()
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self._labelled[0]
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._labelled[1]
 
 
 class Names:

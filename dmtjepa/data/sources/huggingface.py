@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from dmtjepa.data.sources.base import (
     DataError,
+    LazyLabels,
     Names,
     describe_classes,
     file_size,
@@ -125,7 +125,7 @@ def _open_splits(reference: Reference) -> Mapping[str, Any]:
     return found if isinstance(found, datasets.DatasetDict) else {"": found}
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(LazyLabels):
     """The rows of a split of a Hugging Face data set, in their order.
 
     The images are the one column of the type `Image`, or of encoded bytes; the labels are the one column of the type
@@ -182,9 +182,7 @@ class HuggingFaceSource:
         """The image of a row as a scalar of Arrow, which refers to the mapped file."""
         return self._rows[image].column(self._image_column)[0]
 
-    @cached_property
-    def _labelled(self) -> tuple[np.ndarray | None, list[str]]:
-        """Read at the first use, because training needs no labels."""
+    def _read_labels(self) -> tuple[np.ndarray | None, list[str]]:
         if self._label_column is None:
             return None, []
         column = self._rows.select_columns([self._label_column])
@@ -196,14 +194,6 @@ class HuggingFaceSource:
             return np.array(values, np.int64), list(names)
         numbered = all(isinstance(value, int) for value in values)
         return (number_labels if numbered else label_names)([str(value).encode() for value in values])
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        return self._labelled[0]
-
-    @property
-    def class_names(self) -> list[str]:
-        return self._labelled[1]
 
 
 def _choose_split(reference: Reference, splits: Mapping[str, Any]) -> str:

@@ -16,7 +16,6 @@ import resource
 import threading
 from collections import Counter, OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from dmtjepa.data.sources.base import (
     ARRAY_EXTENSION,
     IMAGE_EXTENSIONS,
     DataError,
+    LazyLabels,
     Names,
     label_names,
     make_printable,
@@ -161,7 +161,7 @@ def _list_images(shard: str) -> ShardImages:
     return ShardImages(np.array(place, np.int64).reshape(-1, 3), Names(names), tar_files)
 
 
-class ShardSource:
+class ShardSource(LazyLabels):
     """The images of tar shards, in the order of the shards."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -213,9 +213,8 @@ class ShardSource:
     def read(self, image: int) -> bytes:
         return self._pread(int(self._shard[image]), *self._place[image, :2].tolist())
 
-    @cached_property
-    def _labelled(self) -> tuple[np.ndarray | None, list[str]]:
-        """Read at the first use, because training needs no labels, and they are all over the shards."""
+    def _read_labels(self) -> tuple[np.ndarray | None, list[str]]:
+        """Those of the `.cls` members, which are all over the shards, or of the folders in the names."""
         label_offset = self._place[:, 2]
         if (label_offset >= 0).all():
             texts = [
@@ -234,14 +233,6 @@ class ShardSource:
         path = Path(self._shards[0]).parent / "classes.txt"
         names = os.fsdecode(path.read_bytes()).split("\n")[:-1] if path.is_file() else []
         return names if len(names) >= len(numbers) else numbers
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        return self._labelled[0]
-
-    @property
-    def class_names(self) -> list[str]:
-        return self._labelled[1]
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         """Read without a file position: threads and worker processes share the descriptors."""
