@@ -8,11 +8,9 @@ import gc
 from dmtjepa.processes import die_with_parent
 
 die_with_parent()
-gc.disable()  # hundreds of thousands of new objects live on: to look for garbage among them takes a sixth of the time
 
 import torch._dynamo  # noqa: E402, F401  # by FSDP2 and AdamW, at their first use
 
 import dmtjepa.training.launch  # noqa: E402, F401
 
 gc.freeze()  # a collection in a rank would write to every page that it shares with the server
-gc.enable()
