@@ -12,12 +12,13 @@ import torch
 from dmtjepa.config import parse_config
 from dmtjepa.evaluation.evaluator import Evaluator, open_splits
 from dmtjepa.evaluation.ranks import Ranks
+from dmtjepa.models import VisionTransformer
 from dmtjepa.objective import build_model
 from dmtjepa.training.distributed import new_gloo_group, process_group
 from tests.helpers.ranks import run_ranks
 
 
-def measure(data: Path, ranks: Ranks) -> dict[str, float]:
+def build(data: Path, ranks: Ranks) -> tuple[Evaluator, dict[str, VisionTransformer]]:
     config = parse_config(
         {
             "data": {"root_path": str(data), "crop_size": 32},
@@ -29,7 +30,12 @@ def measure(data: Path, ranks: Ranks) -> dict[str, float]:
     torch.manual_seed(0)
     model = build_model(config)
     encoders = {"teacher": model.teacher_encoder, "student": build_model(config).encoder}
-    return Evaluator(config, open_splits(config), ranks).measure(encoders)
+    return Evaluator(config, open_splits(config), ranks), encoders
+
+
+def measure(data: Path, ranks: Ranks) -> dict[str, float]:
+    evaluator, encoders = build(data, ranks)
+    return evaluator.measure(encoders)
 
 
 def measure_on_ranks(data: Path, out: Path) -> None:
@@ -54,6 +60,17 @@ def test_shared_by_ranks_equals_alone(data, tmp_path):
         shared = json.loads((tmp_path / f"{rank}.json").read_text())
         assert shared == pytest.approx(alone)
         assert list(shared) == list(alone)
+
+
+@pytest.mark.slow
+def test_no_nearest_images_are_shown_if_one_cannot_be_read(data, tmp_path):
+    """Features have no place for it, and would belong to the images after it."""
+    images = Path(shutil.copytree(data, tmp_path / "images"))
+    for expected in (True, False):
+        evaluator, encoders = build(images, Ranks())
+        evaluator.measure({"teacher": encoders["teacher"]})
+        assert ("nearest" in evaluator.draw(encoders["teacher"], masks=False)) == expected
+        (images / "train" / "class0" / "0.png").write_bytes(b"no image")
 
 
 def test_parts_of_a_source_are_the_source(data):
