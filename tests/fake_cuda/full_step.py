@@ -13,7 +13,7 @@ from benchmarks.step.runs import Run
 from benchmarks.workloads import Workload
 from dmtjepa.training.distributed import check_device, process_group
 from dmtjepa.training.estimate import memory_bytes
-from tests.fake_cuda import no_machine_code  # noqa: F401
+from tests.helpers import no_machine_code  # noqa: F401
 
 STEPS = 12  # of different masks
 

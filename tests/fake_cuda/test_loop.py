@@ -21,7 +21,7 @@ def test_no_step_between_two_logged_ones_waits_for_the_device(start_on):
         "-p",
         "no:logging",
         "-p",
-        "tests.fake_cuda.no_machine_code",
+        "tests.helpers.no_machine_code",
         "-k",
         "waits_for_the_device",
     )
