@@ -13,12 +13,15 @@ from torch import Tensor
 # Elements of a block on the CPU: a few float32 arrays of this size stay within a core's L2 cache.
 CPU_BLOCK_ELEMENTS = 2**16
 
+# `a * b + c` is rounded once (FMA), whatever Triton's default is: it changes with Triton 3.10, and 3.9 warns of that.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 def launch(kernel: triton.JITFunction, num_programs: int, *arguments, **constants) -> None:
     """Runs `num_programs` programs of `kernel` on the device of its first argument; does nothing for 0 programs."""
     if num_programs > 0:
         with torch.cuda.device_of(arguments[0]):
-            kernel[(num_programs,)](*arguments, **constants)
+            kernel[(num_programs,)](*arguments, **OPTIONS, **constants)
 
 
 def contiguous_rows(tensor: Tensor) -> Tensor:

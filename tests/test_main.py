@@ -270,6 +270,11 @@ def test_dry_run_of_a_started_run(run, copy_of_run, tmp_path, monkeypatch):
     for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
         manifest.write_text("{")
     refuse_alike(run, small, "are damaged")
+    for file in copy_of_run.iterdir():
+        file.write_bytes(b"bad")
+    code, error = run("--dry-run", *small)
+    assert code == 1
+    assert "images that were tried cannot be decoded" in error
     assert before.keys() == contents(tmp_path / "run").keys()
 
 

@@ -24,10 +24,12 @@ from unittest.mock import patch
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 from benchmarks.machine import environment
 from benchmarks.operators import OPERATORS
 from benchmarks.workloads import OFFICIAL_WORKLOADS, Workload, add_workloads, chosen_workloads
+from dmtjepa.kernels.launch import OPTIONS
 
 # What a program may use on an A100, the smallest of the three.
 SHARED_MEMORY_LIMIT = 163 * 1024
@@ -51,8 +53,7 @@ class OfflineDriver:
 
 def resources(kernel: triton.compiler.CompiledKernel, architecture: int) -> dict:
     """Registers, spills, shared memory and widths of global loads and stores of a compiled kernel."""
-    tools = triton.knobs.nvidia
-    ptxas = tools.ptxas_blackwell if architecture >= 100 else tools.ptxas
+    ptxas = get_ptxas(architecture)  # the one that compiled the kernel: Triton has two, which know different PTX
     name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
@@ -60,7 +61,7 @@ def resources(kernel: triton.compiler.CompiledKernel, architecture: int) -> dict
         cubin.write_bytes(kernel.asm["cubin"])
         command = [ptxas.path, "-v", f"--gpu-name={name}", ptx, "-o", Path(folder) / "again.cubin"]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        command = [tools.cuobjdump.path, "-sass", cubin]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", cubin]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def number(pattern: str) -> int:
@@ -92,7 +93,7 @@ def compile_kernels(workload: Workload, architecture: int, dtype: torch.dtype) -
     launched = []
 
     def compile_instead(kernel, num_programs, *arguments, **constants):
-        launched.append(kernel.warmup(*arguments, grid=(num_programs,), **constants))
+        launched.append(kernel.warmup(*arguments, grid=(num_programs,), **OPTIONS, **constants))
 
     rows = []
     with ExitStack() as stack:

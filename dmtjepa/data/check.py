@@ -6,6 +6,7 @@ Reads and decodes every image in parallel, and reports counts, sizes, formats, c
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -16,13 +17,18 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, ImageSource
 from dmtjepa.data.decode import CorruptImage, Picture, decode_image, read_kind, tell_reason
+from dmtjepa.data.sources.base import make_printable
 from dmtjepa.processes import enter_worker
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 64
 _MAX_GROUPS = 20  # groups of duplicates that are listed
 _MAX_NAMES = 4  # names in a group that are listed
+_NUM_SAMPLED = 8  # images that `check_sample` decodes
 
 
 class Finding(NamedTuple):
@@ -110,6 +116,29 @@ def _measure(picture: Picture) -> np.ndarray:
     counts = np.array(picture.histogram(), np.float64).reshape(-1, 256) / (picture.width * picture.height)
     values = np.arange(256) / 255
     return np.stack([counts @ values, counts @ values**2])
+
+
+def check_sample(source: ImageSource, settings: DataSettings) -> None:
+    """Read and decode a few images, evenly spaced. Warns of those that are corrupt.
+
+    Raises:
+        DataError: all of them are.
+    """
+    images = np.unique(np.linspace(0, len(source) - 1, _NUM_SAMPLED).astype(int)).tolist()
+    corrupt = []
+    for image in images:
+        try:
+            decode_image(source.read(image), settings.max_megapixels, settings.channels, settings.max_value)
+        except (CorruptImage, OSError) as error:
+            corrupt.append(f"  {make_printable(source.name(image))}: {tell_reason(error)}")
+    if not corrupt:
+        return
+    found = f"{len(corrupt)} of {len(images)} images that were tried cannot be decoded"
+    listed = "\n".join(["`dmtjepa check SOURCE` tries all:", *corrupt])
+    if len(corrupt) == len(images):
+        raise DataError(f"{found}. {listed}")
+    limit = f"A run stops when more than {settings.max_broken:.3g} of its images are corrupt (data.max_broken)"
+    logger.warning("%s. %s. %s", found, limit, listed)
 
 
 # Of this worker process: images, channels, max_value, and every how many images are measured.

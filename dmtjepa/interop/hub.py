@@ -11,6 +11,8 @@ from dmtjepa.interop.errors import WeightsError
 
 PREFIX = "hf-hub:"
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Models of timm have a tag, which names their weights.
+_TIMM_NAME = re.compile(r"vit_\w+\.\w*ijepa\w*")
 _FILES = (".tar", ".pth", ".pt", ".safetensors", ".yaml")
 
 
@@ -18,10 +20,12 @@ def find_hub_name(source: Path, roots: Sequence[Path] = (Path(),)) -> str | None
     """The repository that is named, `owner/name`, or None if a path is: of something that exists, or might.
 
     Args:
-        source: `owner/name` or `hf-hub:owner/name`.
+        source: `owner/name` or `hf-hub:owner/name`, or the name of an I-JEPA model of timm, which is `timm/name` there.
         roots: folders that a path is relative to. With a folder `owner` in one of them, it is a path.
     """
     text = source.as_posix()
+    if _TIMM_NAME.fullmatch(text):
+        return f"timm/{text}"
     name = text.removeprefix(PREFIX)
     if not _NAME.fullmatch(name):
         return None

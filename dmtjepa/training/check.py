@@ -11,6 +11,7 @@ import torch
 from dmtjepa.checkpoint_format import check_fits, list_checkpoints, newest_whole, read_meta, step_of
 from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import StoredSource, build_loader, check_batch_fits, check_loader, open_source
+from dmtjepa.data.check import check_sample
 from dmtjepa.data.fingerprint import Fingerprint
 from dmtjepa.evaluation.evaluator import open_splits
 from dmtjepa.interop import load_model
@@ -102,15 +103,18 @@ def check_checkpoint(
 
 
 def check_dry_run(config: Config, world_size: int, device_type: str) -> str:
-    """All that a start checks before its first step, on this machine.
+    """All that a start checks before its first step, on this machine, and whether a few images can be decoded.
 
     Returns:
         What the start would say (`describe_start`).
 
     Raises:
-        CheckpointError: see `check_checkpoint`; and what `check_start` raises.
+        CheckpointError: see `check_checkpoint`; and what `check_start` and `check_sample` raise.
     """
     source = check_start(config, world_size, device_type)
+    check_sample(source, config.data)
+    if config.evaluation.every_epochs:
+        check_sample(open_splits(config).validation, config.data)
     folder = RunFolder.from_config(config)
     folder.check_unlocked()
     device = device_type if torch.cuda.is_available() else "cpu"  # a login node may have no GPU

@@ -5,7 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from dmtjepa.cli import check
+from dmtjepa.config import parse_config
+from dmtjepa.data import DataError, open_images
+from dmtjepa.data.check import check_sample
 
 
 def test_check_counts_sizes_duplicates_and_corrupt_files(image_folder: Path, tmp_path: Path, capsys):
@@ -29,3 +34,21 @@ def test_check_counts_sizes_duplicates_and_corrupt_files(image_folder: Path, tmp
     assert "copies of 1 images (same bytes)\n" in (text := capsys.readouterr().out)
     assert text.count("copy") == 3
     assert " = 6 more\n" in text
+
+
+def test_a_sample_tells_broken_data_before_a_run(image_folder: Path, tmp_path: Path, caplog):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    data = parse_config({}).data
+    check_sample(open_images(images), data)
+    assert not caplog.records
+    files = sorted(images.rglob("*.jpg"))
+    files[0].write_bytes(b"bad")  # the first and the last image are always tried
+    check_sample(open_images(images), data)
+    (record,) = caplog.records
+    assert "1 of 8 images" in record.message
+    assert f"{files[0]}: " in record.message
+    for file in files:
+        file.write_bytes(b"bad")
+    with pytest.raises(DataError, match=r"8 of 8 images that were tried cannot be decoded.*dmtjepa check"):
+        check_sample(open_images(images), data)

@@ -93,3 +93,16 @@ def test_paths_are_not_taken_for_names(tmp_path, monkeypatch):
         assert find_hub_name(Path(path)) is None, path
     assert find_hub_name(Path("timm/vit_huge_patch14_gap_224.in1k_ijepa")) == "timm/vit_huge_patch14_gap_224.in1k_ijepa"
     assert find_hub_name(Path("hf-hub:runs/mine")) == "runs/mine"
+
+
+@pytest.mark.slow  # imports timm
+def test_models_of_timm_need_no_owner(cache):
+    timm = pytest.importorskip("timm")
+    names = timm.list_models("*ijepa*", pretrained=True)
+    assert names
+    for name in names:
+        assert find_hub_name(Path(name)) == f"timm/{name}"
+    with pytest.raises(WeightsError, match=f"hf download timm/{names[0]}"):
+        dmtjepa.load(names[0])
+    with pytest.raises(WeightsError, match=f"hf download timm/{names[0]}"):
+        start_from(names[0])
