@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.workloads import Workload
+from dmtjepa.training.estimate import count_parameters
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -36,3 +39,22 @@ OPERATORS_HUGE = {
     "indexed_smooth_l1": 29,
     "indexed_smooth_l1 backward": 46,
 }
+
+
+def update_bytes(workload: Workload, *, fused: bool, copy_size: int = 2) -> int:
+    """Bytes that a GPU reads and writes to update student and teacher and to make copies for the next step.
+
+    Args:
+        fused: in one pass (`runtime.fused_update`) instead of AdamW, the moving average and the copies in turn. The
+            norm of the gradient is not counted, nor is clipping.
+        copy_size: bytes of a number of the computation.
+    """
+    adamw = 4 * (4 + 3)  # reads the weight, its gradient and two averages; writes all but the gradient
+    average = 4 * (2 + 1)
+    copied = 4 + copy_size
+    parameters = count_parameters(workload.config())
+    averaged = sum(count for name, count in parameters.items() if name.startswith("teacher"))
+    student = sum(parameters.values()) - averaged
+    if fused:
+        return student * (adamw + copy_size) + averaged * (4 * 2 + copy_size)
+    return student * (adamw + copied) + averaged * (average + copied)

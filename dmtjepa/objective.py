@@ -112,14 +112,19 @@ class DMTJEPA(nn.Module):
         dtype = torch.promote_types(predictions.dtype, torch.float32)
         return F.mse_loss(predictions.to(dtype), targets[masks.target_slot].to(dtype))
 
-    @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
-        """Set teacher = momentum * teacher + (1 - momentum) * student, for encoder and head, on this rank's shards."""
+    def teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Each parameter of the teacher and the one of the student that it averages, for encoder and head."""
         pairs: list[tuple[nn.Module, nn.Module]] = [(self.teacher_encoder, self.encoder)]
         if self.teacher_head is not None and self.head is not None:
             pairs.append((self.teacher_head, self.head))
-        teacher = local_tensors(p for module, _ in pairs for p in module.parameters())
-        student = local_tensors(p for _, module in pairs for p in module.parameters())
+        return [
+            pair for teacher, student in pairs for pair in zip(teacher.parameters(), student.parameters(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Set teacher = momentum * teacher + (1 - momentum) * student, for encoder and head, on this rank's shards."""
+        teacher, student = map(local_tensors, zip(*self.teacher_pairs(), strict=True))
         torch._foreach_lerp_(teacher, student, 1.0 - momentum)
 
 

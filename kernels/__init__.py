@@ -20,6 +20,8 @@ PyTorch expresses as well: a batch of [B, H, W, 3] is passed to `embed_patches` 
 copies nothing; a position embedding is added with `gather_tokens(tokens, index) + position[index]`; the number of
 neighbours found is `(neighbor_index >= 0).sum(1)`.
 
+`dmtjepa.kernels.update_weights` is no operator: it updates the weights of student and teacher in place.
+
 Depends on torch and triton alone. `DMTJEPA_DEBUG=1` also checks every index against its range, which makes the host
 wait for the device.
 """

@@ -7,6 +7,7 @@ from benchmarks.operators import (
     indexed_smooth_l1,
     pool_neighbors,
     select_neighbors,
+    update_weights,
 )
 
 OPERATORS = {
@@ -16,4 +17,5 @@ OPERATORS = {
     "aggregate_neighbors": aggregate_neighbors.cases,
     "pool_neighbors": pool_neighbors.cases,
     "indexed_smooth_l1": indexed_smooth_l1.cases,
+    "update_weights": update_weights.cases,
 }

@@ -2,12 +2,13 @@
 
 A provider is written
 
-    project[:float32|:bfloat16][:eager|:compiled][:keep|:pointwise|:recompute][:xformers|:sdpa][:triton|:torch][:fp8]
+    project[:float32|:bfloat16][:eager|:compiled][:keep|:pointwise|:recompute][:xformers|:sdpa][:triton|:torch][:fp8][:fused]
     reference[:float32|:bfloat16]
     official[:float32|:bfloat16]
 
 `project` is `parallelize` (FSDP2) and `TrainStep`, as in a run. `keep`, `pointwise` and `recompute` say what the
-backward pass computes again: nothing, norms and GELUs, or whole blocks. `fp8` is the precision of the teacher.
+backward pass computes again: nothing, norms and GELUs, or whole blocks. `fp8` is the precision of the teacher,
+and `fused` updates student and teacher with one kernel.
 `reference` is `dmtjepa.reference.step` with autograd and PyTorch's AdamW, under autocast for bfloat16. `official` is
 the official code (`benchmarks.official`); its images are normalized before the time is measured. All providers start
 from the same weights. Workloads are described in benchmarks/workloads.py.
@@ -60,6 +61,7 @@ PROPERTIES = {
     "triton": "runtime.kernels=triton",
     "torch": "runtime.kernels=torch",
     "fp8": "runtime.teacher_precision=fp8",
+    "fused": "runtime.fused_update=true",
 }
 
 
@@ -112,7 +114,8 @@ class ProjectStep:
         mesh = build_mesh(world.device.type, world.world_size)
         plan = ComputePlan.from_config(resolve_checkpointing(config, world.world_size, world.device), world.device.type)
         model = parallelize(draw_model(config, world.device), mesh, plan)
-        self.step = TrainStep(model, config.optimization, SCHEDULES, mesh, world.device, on_phase)
+        fused = config.runtime.fused_update
+        self.step = TrainStep(model, config.optimization, SCHEDULES, mesh, world.device, on_phase, fused=fused)
         aggregate = model.teacher_head.aggregate_neighbors
 
         def aggregate_in_phase(*arguments: object) -> Tensor:

@@ -201,6 +201,12 @@ class RuntimeSettings(Section):
     reshard_after_forward: Free[bool] = Field(
         True, description="free the student's gathered weights between forward and backward; false: faster, larger"
     )
+    fused_update: Free[bool] = Field(
+        False,
+        description="update weights, the teacher's average and, on one GPU, the weights in the dtype of the "
+        "computation with one Triton kernel, which moves fewer bytes; false: one after the other. Off by default, "
+        "because it has not run on a GPU",
+    )
     on_collapse: Free[Literal["warn", "stop", "rollback"]] = Field(
         "warn",
         description="what a run does that has collapsed, besides saying so: go on (warn); save and stop; or go on from "

@@ -81,7 +81,8 @@ def draw_accuracy(axes: Axes, accuracy: Mapping[str, Mapping[int, float]], chanc
         axes.axhline(100 * chance, color="#868e96", linestyle=":", linewidth=1.2, label="most frequent class")
     axes.set_xticks(range(len(ks)), [f"k = {k}" for k in ks])
     top = max(max(values.values()) for values in accuracy.values())
-    axes.set(title="k-NN accuracy (%)", ylim=(0, min(108, 130 * max(top, chance or 0) + 1)))
+    axes.set(title="k-NN accuracy (%)", ylim=(0, 130 * max(top, chance or 0) + 1))  # with space for the legend
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -1,7 +1,7 @@
 """The figures of a report: what they show, and how they are arranged on the page.
 
-`dmtjepa.evaluation.drawing` draws into single axes; `save_figures` arranges the axes into one file per figure and one
-composite, `report.png`.
+`dmtjepa.evaluation.drawing` draws into single axes; `save_figures` writes one file per figure and one with all of them,
+`report.png`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from dmtjepa.data.sources.base import make_printable
@@ -21,11 +22,14 @@ from dmtjepa.files import open_atomically
 from dmtjepa.step_csv import LossCurve
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.figure import FigureBase
+    from PIL.Image import Image
 
 WIDTH = 15.0
 """Width of the composite in inches."""
 DPI = 110
+CURVES = ("loss", "accuracy")
+"""Figures that are half as wide as the composite."""
 
 
 @dataclass(frozen=True)
@@ -65,44 +69,68 @@ def save_figures(data: FigureData, folder: Path, title: str) -> list[Path]:
 
     Returns the files written, the composite first; empty if there is nothing to show.
     """
-    from matplotlib.figure import Figure  # slow to import
-
     panels = _make_panels(data)
     if not panels:
         return []
     folder.mkdir(parents=True, exist_ok=True)
+    drawn = {panel.name: _draw(panel.draw, panel.width, panel.height) for panel in panels}
+    heading = partial(_draw_heading, title=make_printable(title))
     # Loss and accuracy share a row; each strip of images has a row of its own.
-    curves = [panel for panel in panels if panel.name in ("loss", "accuracy")]
-    rows = ([curves] if curves else []) + [[panel] for panel in panels if panel not in curves]
-    heights = [max(panel.height for panel in row) for row in rows]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
-    figure.suptitle(make_printable(title), fontsize=15, fontweight="bold", parse_math=False)
-    strips = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for row, strip in zip(rows, strips, strict=True):
-        for panel, subfigure in zip(row, strip.subfigures(1, len(row), squeeze=False)[0], strict=True):
-            panel.draw(subfigure)
-    paths = [folder / "report.png"]
-    _save(figure, paths[0])
-    for panel in panels:
-        figure = Figure(figsize=(WIDTH if panel not in curves else 0.55 * WIDTH, panel.height), layout="constrained")
-        panel.draw(figure)
-        paths.append(folder / f"{panel.name}.png")
-        _save(figure, paths[-1])
+    curves = [picture for name, picture in drawn.items() if name in CURVES]
+    strips = [[picture] for name, picture in drawn.items() if name not in CURVES]
+    composite = _stack([[_draw(heading, WIDTH, 0.5)], *([curves] if curves else []), *strips])
+    paths = []
+    for name, picture in {"report": composite, **drawn}.items():
+        paths.append(folder / f"{name}.png")
+        with open_atomically(paths[-1]) as file:
+            picture.save(file, format="png", dpi=(DPI, DPI))
     return paths
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=DPI, format="png")
+def _draw(draw: Callable[[FigureBase], None], width: float, height: float) -> Image:
+    """A figure of this size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # slow to import
+    from PIL import Image
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    draw(figure)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _draw_heading(figure: FigureBase, title: str) -> None:
+    figure.suptitle(title, fontsize=15, fontweight="bold", parse_math=False)
+
+
+def _stack(rows: Sequence[Sequence[Image]]) -> Image:
+    """Rows of pictures, each below the one before, on white."""
+    from PIL import Image
+
+    heights = [max(picture.height for picture in row) for row in rows]
+    stacked = Image.new("RGB", (max(sum(picture.width for picture in row) for row in rows), sum(heights)), "white")
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        left = 0
+        for picture in row:
+            stacked.paste(picture, (left, top))
+            left += picture.width
+        top += height
+    return stacked
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """A figure of the composite: its name, its height in inches, and what draws it into a (sub)figure."""
+    """A figure of the composite: its name, its height in inches, and what draws it."""
 
     name: str
     height: float
     draw: Callable[[FigureBase], None]
+
+    @property
+    def width(self) -> float:
+        return WIDTH / 2 if self.name in CURVES else WIDTH
 
 
 def _make_panels(data: FigureData) -> list[_Panel]:

@@ -21,12 +21,15 @@ class ComputePlan:
             about 16 D numbers with `none`, 10 D with `pointwise` (norms and GELUs are recomputed), D with `blocks`.
         reshard_after_forward: whether the student frees gathered weights after the forward pass and gathers them again
             for the backward pass.
+        keep_copies: whether weights in `dtype` are kept from step to step in a model that is not sharded. Who updates
+            weights then updates these too (`weight_copies`).
     """
 
     dtype: torch.dtype = torch.float32
     compiled: bool = False
     recompute: Literal["none", "pointwise", "blocks"] = "none"
     reshard_after_forward: bool = True
+    keep_copies: bool = False
 
     @classmethod
     def from_config(cls, config: Config, device_type: str) -> ComputePlan:
@@ -40,4 +43,4 @@ class ComputePlan:
         recompute = runtime.activation_checkpointing
         if recompute == "auto":
             recompute = "pointwise" if compiled else "none"
-        return cls(dtype, compiled, recompute, runtime.reshard_after_forward)
+        return cls(dtype, compiled, recompute, runtime.reshard_after_forward, runtime.fused_update)

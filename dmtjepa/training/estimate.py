@@ -135,6 +135,9 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     one_unit = min(parameters["encoder"], one_block * math.ceil(UNIT_PARAMETERS / one_block)) if on_cuda else one_block
     gathered = 2 * one_unit if plan.reshard_after_forward and not (on_cuda and shards == 1) else student
 
+    if runtime.fused_update and shards == 1:
+        gathered = student + teacher
+
     activations = batch * shapes.context * depth * kept * dim
     sequence = shapes.context + shapes.target
     activations += (

@@ -69,7 +69,7 @@ class ShardedAdamW(torch.optim.AdamW):
             self._init_group(group, *state)
             beta1, beta2 = group["betas"]
             params, grads, averages, square_averages, maxima, steps = map(local_tensors, state)
-            for part in _split(params, UPDATED_BYTES):
+            for part in split(params, UPDATED_BYTES):
                 with watch(params[part]):
                     adamw(
                         params[part], grads[part], averages[part], square_averages[part], maxima[part], steps[part],
@@ -78,7 +78,7 @@ class ShardedAdamW(torch.optim.AdamW):
                     )  # fmt: skip
 
 
-def _split(tensors: Sequence[Tensor], num_bytes: int) -> Iterator[slice]:
+def split(tensors: Sequence[Tensor], num_bytes: int) -> Iterator[slice]:
     """Split a list of tensors into parts of at most `num_bytes`, or of one tensor."""
     start = size = 0
     for index, tensor in enumerate(tensors):
@@ -127,5 +127,9 @@ def gradient_norm(parameters: Sequence[nn.Parameter], loss: Tensor, num_copies: 
 @torch.no_grad()
 def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients so that their norm is at most `max_norm`. `norm` is the result of `gradient_norm`."""
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(local_tensors(p.grad for p in parameters if p.grad is not None), scale)
+    torch._foreach_mul_(local_tensors(p.grad for p in parameters if p.grad is not None), clipping_scale(norm, max_norm))
+
+
+def clipping_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """The factor that `clip_gradients` multiplies gradients with: a scalar on the device."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -106,7 +106,7 @@ def parallelize(model: DMTJEPA, mesh: DeviceMesh, plan: ComputePlan) -> DMTJEPA:
     shard_units(model, teacher, student, mesh, plan)
     register_forward_methods(model)
     if mesh["shard"].size() == 1:
-        cast_at_once(model)
+        cast_at_once(model, keep=plan.keep_copies)
     prefetch(teacher, student)
     return model
 
@@ -194,12 +194,16 @@ def group_fsdp_units(blocks: Iterable[nn.Module], mesh: DeviceMesh) -> list[list
 CASTING_VERSIONS = ("2.10.", "2.11.", "2.15.")
 
 
-def cast_at_once(model: nn.Module) -> None:
+def cast_at_once(model: nn.Module, *, keep: bool = False) -> None:
     """Cast all weights of a unit with one call, in a model that is not sharded; in place.
 
     In such a model, FSDP2 casts and copies each parameter separately, which launches 800 of the 2000 kernels of a step
-    of ViT-B/16 (docs/performance.md). With several processes, it already copies all at once. This function replaces a
-    private method of PyTorch. It has no effect with versions other than `CASTING_VERSIONS`, and says so in the log.
+    of ViT-B/16 (docs/performance.md). With several processes, it already copies all at once. This function replaces
+    private methods of PyTorch. It has no effect with versions other than `CASTING_VERSIONS`, and says so in the log.
+
+    Args:
+        keep: cast at the first use alone and keep the results, see `ComputePlan.keep_copies`. Weights that are loaded
+            after the first step would have no effect.
     """
     if not torch.__version__.startswith(CASTING_VERSIONS):
         logger.info(
@@ -209,28 +213,52 @@ def cast_at_once(model: nn.Module) -> None:
             ", ".join(f"{version}*" for version in CASTING_VERSIONS),
         )
         return
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            group = module._get_fsdp_state()._fsdp_param_group
-            if group is not None:
-                replace_method(group, "wait_for_unshard", functools.partial(_cast_weights, group))
+    for group in _parameter_groups(model):
+        replace_method(group, "wait_for_unshard", functools.partial(_cast_weights, group, keep))
+        if keep:
+            for parameter in group.fsdp_params:
+                replace_method(parameter, "free_unsharded_param", _keep)
 
 
-def _cast_weights(group: Any) -> None:
+def weight_copies(model: nn.Module) -> dict[Tensor, Tensor]:
+    """The copies that are kept between two steps (`cast_at_once`), by their parameters. There are none before a step.
+
+    A copy has the shape of its parameter and the dtype of the computation.
+    """
+    return {
+        parameter.sharded_param: parameter.all_gather_outputs[0].view(parameter.sharded_param.shape)
+        for group in _parameter_groups(model)
+        for parameter in group.fsdp_params
+        if parameter.all_gather_outputs and parameter.all_gather_outputs[0].untyped_storage().size() > 0
+    }
+
+
+def _parameter_groups(model: nn.Module) -> list[Any]:
+    """The `FSDPParamGroup` of each unit."""
+    units = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    return [unit._fsdp_param_group for unit in units if unit._fsdp_param_group is not None]
+
+
+def _keep() -> None:
+    """Replace `FSDPParam.free_unsharded_param`."""
+
+
+def _cast_weights(group: Any, keep: bool) -> None:
     """Replace `FSDPParamGroup.wait_for_unshard` in a process that has all weights. Clears the marker of `unshard`."""
     if group._all_gather_result is None:  # already gathered
         return
-    weights = [parameter._sharded_param_data for parameter in group.fsdp_params]
-    for parameter, weight in zip(group.fsdp_params, weights, strict=True):
-        dtype = parameter.param_dtype or weight.dtype
-        parameter.init_all_gather_outputs([weight.numel()], [dtype], 1, group.device)
-        parameter.alloc_all_gather_outputs()
-    outputs = tuple(parameter.all_gather_outputs[0] for parameter in group.fsdp_params)
-    # The backward pass may have saved these tensors. They get the same values again, so that is no modification.
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(outputs):
-        torch._foreach_copy_(outputs, weights)
-    for parameter in group.fsdp_params:
-        parameter.init_unsharded_param()
+    if not keep or not group.fsdp_params[0].all_gather_outputs:
+        weights = [parameter._sharded_param_data for parameter in group.fsdp_params]
+        for parameter, weight in zip(group.fsdp_params, weights, strict=True):
+            dtype = parameter.param_dtype or weight.dtype
+            parameter.init_all_gather_outputs([weight.numel()], [dtype], 1, group.device)
+            parameter.alloc_all_gather_outputs()
+        outputs = tuple(parameter.all_gather_outputs[0] for parameter in group.fsdp_params)
+        # The backward pass may have saved these tensors. They get the same values again, so that is no modification.
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(outputs):
+            torch._foreach_copy_(outputs, weights)
+        for parameter in group.fsdp_params:
+            parameter.init_unsharded_param()
     group._to_unsharded()
     group._all_gather_result = None
 

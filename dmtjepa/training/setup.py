@@ -123,7 +123,10 @@ def build_run(
     resolved = resolve_checkpointing(config, world.world_size, world.device)
     model = parallelize(model, mesh, ComputePlan.from_config(resolved, world.device.type))
     instruments = Instruments(model, config, schedules.num_steps)
-    train_step = TrainStep(model, config.optimization, schedules, mesh, world.device, watchdog.on_phase, instruments)
+    train_step = TrainStep(
+        model, config.optimization, schedules, mesh, world.device, watchdog.on_phase, instruments,
+        fused=runtime.fused_update,
+    )  # fmt: skip
     state = TrainingState(config, world, model, train_step.optimizer, schedules, images)
     vote = RankVote(new_gloo_group(world))
     saver = Saver(config, world, folder, schedules, state)

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dmtjepa.config import OptimizationSettings
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.batches import MicroBatch
+from dmtjepa.training.fused_update import FusedUpdate
 from dmtjepa.training.instruments import Observer
 from dmtjepa.training.optimizer import build_optimizer, clip_gradients, gradient_norm, set_schedules
 from dmtjepa.training.phase import Phase
@@ -31,6 +32,7 @@ class TrainStep:
         device: where batches and losses are.
         on_phase: called at the start of each phase, from `Phase.TARGETS` to `Phase.TEACHER`.
         observer: sees the parts of each step, see `Instruments`.
+        fused: whether one kernel updates student and teacher, see `FusedUpdate`.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class TrainStep:
         device: torch.device,
         on_phase: Callable[[Phase], None] = _ignore_phase,
         observer: Observer | None = None,
+        *,
+        fused: bool = False,
     ) -> None:
         self.model, self.settings, self.schedules = model, settings, schedules
         self.device, self.on_phase, self.observer = device, on_phase, observer or Observer()
@@ -49,6 +53,7 @@ class TrainStep:
         self.optimizer = build_optimizer(module for module in modules if module is not None)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.num_copies = mesh.size() // mesh["shard"].size()
+        self.fused_update = FusedUpdate(model, self.optimizer, device) if fused else None
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int) -> tuple[Tensor, Tensor]:
         """Make one update from the micro-batches of a step.
@@ -78,6 +83,16 @@ class TrainStep:
 
         self.on_phase(Phase.UPDATE)
         norm = gradient_norm(self.parameters, loss, self.num_copies)
+        if self.fused_update is None:
+            self._update(norm, step)
+        else:
+            schedules = self.schedules
+            rates = (schedules.learning_rate(step), schedules.decay(step), schedules.momentum(step))
+            self.fused_update(norm, self.settings.clip_grad, *rates, self.observer.see_update)
+        return loss, norm
+
+    def _update(self, norm: Tensor, step: int) -> None:
+        """Clip the gradient, then update the student, then the teacher."""
         if self.settings.clip_grad is not None:
             clip_gradients(self.parameters, norm, self.settings.clip_grad)
         set_schedules(self.optimizer, self.schedules.learning_rate(step), self.schedules.decay(step))
@@ -86,4 +101,3 @@ class TrainStep:
         self.optimizer.zero_grad()
         self.on_phase(Phase.TEACHER)
         self.model.update_teacher(self.schedules.momentum(step))
-        return loss, norm

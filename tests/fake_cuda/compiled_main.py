@@ -9,6 +9,7 @@ import sys
 import torch
 
 import tests.helpers.tiny_architecture  # noqa: F401
+from tests.helpers import no_machine_code  # noqa: F401
 
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
 import main  # noqa: E402

@@ -64,6 +64,7 @@ def start_on(tmp_path_factory) -> Callable[..., Started]:
     except Unavailable as error:
         pytest.skip(f"fake CUDA: {error}")
     started = []
+    caches = tmp_path_factory.mktemp("caches")  # kernels in them may be without machine code
 
     def start(*command: object, devices: int = 1, capability: int = 90, **variables: str) -> Started:
         variables |= {
@@ -71,6 +72,8 @@ def start_on(tmp_path_factory) -> Callable[..., Started]:
             "FAKE_CUDA_CAPABILITY": str(capability),
             "OMP_NUM_THREADS": "1",
             "DISABLE_PTXAS_OPT": "1",  # Triton's kernels are compiled, but never run
+            "TRITON_CACHE_DIR": str(caches / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         }
         variables["PYTHONPATH"] = str(ROOT)
         started.append(Started(command, variables_of_fake_cuda | variables, tmp_path_factory.mktemp("fake-cuda")))

@@ -1,6 +1,6 @@
 """An official configuration as it is, on one GPU: what it prints is measured, or counted, on its steps.
 
-Compiled without choosing among kernels, which would need timings and takes most of the time.
+Compiled without choosing among kernels, which would need timings.
 """
 
 import json
@@ -13,6 +13,7 @@ from benchmarks.step.runs import Run
 from benchmarks.workloads import Workload
 from dmtjepa.training.distributed import check_device, process_group
 from dmtjepa.training.estimate import memory_bytes
+from tests.helpers import no_machine_code  # noqa: F401
 
 STEPS = 12  # of different masks
 

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.step import memory, runs, target_head
+from tests.helpers import no_machine_code  # noqa: F401
 
 
 def run(name: str, options: list[str]) -> str | None:

@@ -58,6 +58,7 @@ def _no_waiting(monkeypatch):
         {"patch.local_agg_head": False},
         {"runtime.teacher_precision": "fp8"},
         {"runtime.kernels": "torch"},
+        {"runtime.fused_update": True, "optimization.clip_grad": 1.0},
         {"runtime.attention": "sdpa", "runtime.activation_checkpointing": "pointwise"},
         {"runtime.precision": "float32", "runtime.activation_checkpointing": "blocks"},
         {"runtime.accumulation": 2, "runtime.save_every_steps": 1},
