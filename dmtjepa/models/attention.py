@@ -193,7 +193,7 @@ def _describe_flash_outputs(
 
     xFormers says that the state is int64. torch.compile of PyTorch 2.15 ends if a type is not the one it was told.
     """
-    *batch, length, num_heads, _ = query.shape
+    *batch, length, num_heads, _head_size = query.shape
     log_sum_exp = query.new_empty((*batch, num_heads, length), dtype=torch.float32)
     return torch.empty_like(query), log_sum_exp, query.new_empty(2, dtype=torch.uint64)
 
