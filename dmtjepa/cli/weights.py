@@ -10,7 +10,10 @@ from typing import Any
 from dmtjepa.cli.exit_status import run_command
 from dmtjepa.errors import UserError
 
-SOURCE = "a run folder (its latest export), a checkpoints/step-N folder, a .pth.tar file, or a folder of timm or HF"
+SOURCE = (
+    "a run folder (its latest export), a checkpoints/step-N folder, a .pth.tar file, a folder of timm or Hugging Face, "
+    "or a name such as facebook/ijepa_vith14_1k"
+)
 ALIASES = {"released": "official"}  # the name in earlier versions
 LOADING = {
     "timm": ("timm", 'timm.create_model("local-dir:{out}", pretrained=True)'),
@@ -39,7 +42,7 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     )
     show.add_argument("source", type=Path, help=SOURCE)
     text = "write weights for timm, Hugging Face, ONNX, torch.export, safetensors, or the official code"
-    export = commands.add_parser("export", help=text, description=text.capitalize() + ".")
+    export = commands.add_parser("export", help=text, description=f"{text[0].upper()}{text[1:]}.")
     export.add_argument("source", type=Path, help=SOURCE)
     export.add_argument("--format", choices=(*LOADING, *ALIASES), required=True)
     export.add_argument(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dmtjepa.config import Config, parse_config
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.interop import describe_encoder, find_max_value, find_normalization, get_part, read_checkpoint
 from dmtjepa.masks import MaskError, check_masks
+
+# Masks are only drawn as a figure. On small grids, those of configs/quickstart.yaml fit.
+MASKS: tuple[dict[str, Any], ...] = ({}, {"pred_mask_scale": [0.2, 0.35], "sampler": "corrected"})
 
 
 def settings_of_weights(path: Path) -> Config:
@@ -26,23 +30,25 @@ def settings_of_weights(path: Path) -> Config:
     side = round(shape.num_patches**0.5)
     if shape.model_name is None or side**2 != shape.num_patches:
         raise EvaluationError(f"{path} holds {shape}: give the run folder, whose settings describe it")
-    config = parse_config(
-        {
-            "data": {
-                "crop_size": side * shape.patch_size,
-                "channels": shape.num_channels,
-                "mean": mean,
-                "std": std,
-                "max_value": find_max_value(checkpoint),
-            },
-            "mask": {"patch_size": shape.patch_size, "min_keep": 1},
+    data = {
+        "crop_size": side * shape.patch_size,
+        "channels": shape.num_channels,
+        "mean": mean,
+        "std": std,
+        "max_value": find_max_value(checkpoint),
+    }
+    reason: MaskError | None = None
+    for masks in MASKS:
+        settings = {
+            "data": data,
+            "mask": {"patch_size": shape.patch_size, "min_keep": 1, **masks},
             "meta": {"model_name": shape.model_name},
             "patch": {"local_agg_head": False},
-        },
-        source=str(path),
-    )
-    try:
-        check_masks(config.mask, config.grid_size)
-    except MaskError as error:
-        raise EvaluationError(f"{path} holds {shape}, a grid too small for masks: {error}") from error
-    return config
+        }
+        config = parse_config(settings, source=str(path))
+        try:
+            check_masks(config.mask, config.grid_size)
+            return config
+        except MaskError as error:
+            reason = reason or error
+    raise EvaluationError(f"{path} holds {shape}, a grid too small for masks: {reason}") from reason

@@ -107,7 +107,8 @@ def find_splits(
         source = open_images(data) if data is not None else open_source(settings)
         path = data if data is not None else settings.path
         first, second, unlabelled = hold_out(source, path)
-        description = f"{path} (no validation split: every {HELD_OUT}th image of a class held out)"
+        of_class = "" if source.labels is None else " of a class"
+        description = f"{path} (no validation split: every {HELD_OUT}th image{of_class} is held out)"
     if first.labels is None or second.labels is None:
         unlabelled = (
             "its images are not in one folder per class, and have no labels in a list, in shards or in a column"

@@ -173,6 +173,7 @@ def load_xformers() -> None:
     finally:
         logger.setLevel(level)
     operators = torch.ops.xformers_flash
+    torch.library.register_fake("xformers_flash::flash_fwd", _describe_flash_outputs, allow_override=True)
     register_flop_formula(operators.flash_fwd)(
         lambda query, key, value, starts, key_starts, used, most_queries, most_keys, *_, **__: (
             4 * math.prod(query) * most_keys
@@ -183,6 +184,18 @@ def load_xformers() -> None:
             10 * math.prod(query) * most_keys
         )
     )
+
+
+def _describe_flash_outputs(
+    query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `flash_fwd` returns: output, log-sum-exp, and the state of the random numbers.
+
+    xFormers says that the state is int64. torch.compile of PyTorch 2.15 ends if a type is not the one it was told.
+    """
+    *batch, length, num_heads, _head_size = query.shape
+    log_sum_exp = query.new_empty((*batch, num_heads, length), dtype=torch.float32)
+    return torch.empty_like(query), log_sum_exp, query.new_empty(2, dtype=torch.uint64)
 
 
 class _FlashAttention(torch.autograd.Function):

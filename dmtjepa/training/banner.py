@@ -66,19 +66,28 @@ def describe_start(
     data, runtime, optimization = config.data, config.runtime, config.optimization
     plan = ComputePlan.from_config(config, device.type)
     method = "I-JEPA" if not config.patch.local_agg_head else f"DMT-JEPA, patch.query {config.patch.query}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {_count(torch.get_num_threads(), 'thread')}"
+    )
     height, width = data.image_size
+    processes = _count(world_size, "process", "processes")
     num_steps = optimization.epochs * steps_per_epoch
     lines = {
         "images": make_printable(source.describe()),
-        "loader": f"{loader}, {data.num_workers} workers for each process",
+        "loader": f"{loader}, {_count(data.num_workers, 'worker')} for each process",
         "model": f"{config.meta.model_name}, patches of {config.mask.patch_size} in {height}x{width} pixels, "
         f"{num_parameters / 1e6:.1f} M trained parameters ({method})",
         "device": f"{world_size} x {name}, {str(plan.dtype).removeprefix('torch.')}"
         + (", compiled" if plan.compiled else ""),
-        "batch": f"{config.global_batch(world_size)} images = {data.batch_size} x {world_size} processes"
+        "batch": f"{config.global_batch(world_size)} images = {data.batch_size} x {processes}"
         + (f" x {runtime.accumulation} accumulated" if runtime.accumulation > 1 else ""),
-        "length": f"{optimization.epochs} epochs of {steps_per_epoch} steps, {num_steps} in all",
+        "length": f"{_count(optimization.epochs, 'epoch')} of {_count(steps_per_epoch, 'step')}, {num_steps} in all",
         "run": f"{os.path.abspath(config.logging.path)}, " + (f"resumes at step {step}" if step else "new"),
     }
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

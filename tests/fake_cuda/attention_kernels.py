@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,6 +53,20 @@ def record_all(attend_with: dict[int, AttentionFunction], dtype: torch.dtype = t
     return {name: sorted(operators) for name, operators in found.items()}
 
 
+def describe_flash_outputs() -> list[str]:
+    """Shapes and types of what xFormers' operator returns, for a batch and for packed sequences."""
+    found = []
+    for shape in ((2, 48, 4, 64), (96, 4, 64)):
+        query = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+        start = torch.tensor([0, 40, 96], device="cuda", dtype=torch.int32) if len(shape) == 3 else None
+        most = shape[-3], shape[-3], 0.0, 0.125
+        outputs = torch.ops.xformers_flash.flash_fwd(
+            query, query, query, start, start, None, *most, False, -1, -1, False, None
+        )
+        found += [f"{list(output.shape)} {output.stride()} {output.dtype}" for output in outputs]
+    return found
+
+
 def choose(backend: str) -> dict[int, AttentionFunction]:
     return {head_dim: choose_attention(backend, "cuda", head_dim) for head_dim in HEAD_SIZES}
 
@@ -65,8 +80,12 @@ if __name__ == "__main__":
     found["sdpa, compiled"] = record_all({64: compiled})
     found["sdpa, float32"] = record_all(choose("sdpa"), torch.float32)
     found["sdpa, heads of 12"] = record_all({12: choose_attention("auto", "cuda", 12)})
+    returned, announced = [], []
     if importlib.util.find_spec("xformers") is not None:
         found["auto"] = record_all(choose("auto"))
+        returned = describe_flash_outputs()
+        with FakeTensorMode():
+            announced = describe_flash_outputs()
     with mock.patch.object(importlib.util, "find_spec", return_value=None):
         found["auto without xFormers"] = record_all(choose("auto"))
-    print(json.dumps({"preferred": preferred, "operators": found}))
+    print(json.dumps({"preferred": preferred, "operators": found, "flash": [returned, announced]}))

@@ -35,3 +35,8 @@ def test_auto_is_xformers(found):
     if "auto" not in found["operators"]:
         pytest.skip("xFormers is not installed")
     assert found["operators"]["auto"] == {"batch": XFORMERS, "packed": XFORMERS}
+
+
+def test_compiler_knows_what_xformers_returns(found):
+    returned, announced = found["flash"]
+    assert returned == announced

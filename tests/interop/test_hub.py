@@ -33,7 +33,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "hub"
 
 
-def fill(cache: Path, *, weights: bool = True) -> Path:
+def fill(cache: Path, *, weights: bool = True, image_size: int = 32) -> Path:
     """Put an encoder into the cache as huggingface_hub does; returns the folder of its files."""
     repository = cache / f"models--{NAME.replace('/', '--')}"
     folder = repository / "snapshots" / COMMIT
@@ -43,7 +43,7 @@ def fill(cache: Path, *, weights: bool = True) -> Path:
     (folder / "config.json").write_text(json.dumps({"model_args": {"num_heads": 2}}))
     if weights:
         torch.manual_seed(0)
-        model = VisionTransformer(32, 8, **ARCHITECTURES["vit_nano"])
+        model = VisionTransformer(image_size, 8, **ARCHITECTURES["vit_nano"])
         save_file(model.state_dict(), folder / "model.safetensors")
     return folder
 
@@ -62,11 +62,17 @@ def test_a_name_is_found_in_the_cache(cache):
 
 def test_weights_by_name_are_measured_into_a_folder_here(cache):
     fill(cache)
-    # A grid of 4x4 patches is too small for masks; what matters is where the report goes.
-    with pytest.raises(ValueError, match=r"ijepa_nano.*too small for masks"):
-        find_subject(Path(NAME), has_images=True)
+    subject = find_subject(Path(NAME), has_images=True)
+    assert subject.out == Path("someone_ijepa_nano-report")
+    assert subject.config.grid_size == (4, 4)  # as that of quickstart
     with pytest.raises(ValueError, match="no run folder"):
         find_subject(Path(NAME), has_images=False)
+
+
+def test_a_grid_without_masks_is_explained(cache):
+    fill(cache, image_size=16)
+    with pytest.raises(ValueError, match=r"2x2 patches.*too small for masks|too small for masks.*2x2 patches"):
+        find_subject(Path(NAME), has_images=True)
 
 
 def test_what_is_not_in_the_cache_says_how_to_get_it(cache):

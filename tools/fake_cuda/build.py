@@ -1,7 +1,9 @@
-"""Build fake CUDA: one library, loaded before PyTorch, in place of the CUDA runtime, the driver, cuBLAS and NCCL.
+"""Build fake CUDA: a library, loaded before PyTorch, in place of the CUDA runtime, the driver, cuBLAS and NCCL.
 
 `runtime.c`, `driver.c` and `capture.c` define the functions that must return something. Every other function that
 PyTorch's libraries leave undefined or that the driver's header declares becomes `int name() { return 0; }`: success.
+
+A second library stands in for NVML, which PyTorch looks for by its name. It says that the devices have nothing special.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "fake_cuda"
 SOURCES = ("runtime.c", "driver.c", "capture.c")
 LIBRARY = "libcuda.so.1"  # under this name every library that looks for the driver finds it
+NVML = "libnvidia-ml.so.1"
+NVML_NEEDED = ("nvmlInit_v2", "nvmlDeviceGetHandleByPciBusId_v2")  # these succeed
+NVML_ERROR_NOT_SUPPORTED = 3  # what the others return
 
 
 class Unavailable(RuntimeError):
@@ -45,9 +50,10 @@ def build(folder: Path = FOLDER) -> dict[str, str]:
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
+            os.replace(_compile_nvml(Path(work)), library.with_name(NVML))
             os.replace(_compile(Path(work)), library)
     return {
-        "LD_PRELOAD": str(library),
+        "LD_PRELOAD": f"{library}:{library.with_name(NVML)}",
         "TRITON_LIBCUDA_PATH": str(library.parent),
         "TRITON_INTERPRET": "0",
         # Code that was chosen by meaningless timings stays in these folders.
@@ -71,6 +77,17 @@ def _compile(work: Path) -> Path:
     others.write_text("".join(f"int {name}() {{ return 0; }}\n" for name in sorted(names - defined)))
     library = work / LIBRARY
     _run([*compiler, "-w", "-shared", f"-Wl,-soname,{LIBRARY}", *map(str, objects), str(others), "-o", str(library)])
+    return library
+
+
+def _compile_nvml(work: Path) -> Path:
+    """Compile the library that stands in for NVML into the folder `work`; returns its path."""
+    asked = re.findall(rb"\bnvml[A-Z]\w+", (Path(torch.__file__).parent / "lib/libc10_cuda.so").read_bytes())
+    names = {name.decode() for name in asked}
+    source, library = work / "nvml.c", work / NVML
+    results = {name: 0 if name in NVML_NEEDED else NVML_ERROR_NOT_SUPPORTED for name in names}
+    source.write_text("".join(f"int {name}() {{ return {result}; }}\n" for name, result in sorted(results.items())))
+    _run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{NVML}", str(source), "-o", str(library)])
     return library
 
 

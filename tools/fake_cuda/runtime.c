@@ -627,6 +627,12 @@ int ncclCommInitRankConfig(Communicator **communicator, int num_ranks, UniqueId 
     return 0;
 }
 
+/* PyTorch 2.15 compares the sizes of tensors with this. */
+int ncclCommCount(Communicator *communicator, int *count) {
+    *count = communicator->num_ranks;
+    return 0;
+}
+
 /* How many ranks a part of a communicator has, only they all together would know. */
 int ncclCommSplit(Communicator *communicator, int part, int rank, Communicator **made, void *config) {
     return ncclCommInitRankConfig(made, 0, (UniqueId){0}, rank, config);
