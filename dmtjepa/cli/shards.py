@@ -41,6 +41,6 @@ def pack(options: argparse.Namespace) -> int:
     num_shards = len(list(options.out.glob("shard-*.tar")))
     num_missing = len(source) - num_packed  # including those that an earlier, interrupted call left out
     missing = f" ({num_missing} could not be read and are left out)" if num_missing else ""
-    print(f"{num_packed} images in {num_shards} shards in {options.out}{missing}")
+    print(f"{num_packed} images in {num_shards} shard{'s' * (num_shards != 1)} in {options.out}{missing}")
     print(f"train on them with: data.root_path={options.out.absolute()}")
     return 1 if num_missing else 0

@@ -83,7 +83,7 @@ def test_a_second_call_tells_again_of_what_was_left_out(image_folder: Path, tmp_
     (tmp_path / "images" / "ant" / "000.jpg").symlink_to(tmp_path / "gone")
     for _ in range(2):
         assert shards.main([str(tmp_path / "images"), str(tmp_path / "out")]) == 1
-        assert "29 images in 1 shards" in (text := capsys.readouterr().out)
+        assert "29 images in 1 shard in " in (text := capsys.readouterr().out)
         assert "(1 could not be read and are left out)" in text
 
 
