@@ -109,12 +109,14 @@ class WeightTable:
         self.row = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(num_programs).to(device)
         self.gradient_address = torch.zeros(len(rows), dtype=torch.int64, device=device)
         self.gradients_aligned = True
+        self._addresses: list[int] = []
         self.betas = torch.tensor(BETAS, device=device)
 
     def set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Set the gradient of each weight: float32, of its shape, contiguous. None does not train it.
 
-        They must stay where they are until the update. The host does not wait for the device.
+        They must stay where they are until the update. The host does not wait for the device. While a CUDA graph is
+        captured, `gradient_address` becomes a new tensor of the graph; call `upload_addresses` after the capture.
 
         Raises:
             TypeError, ValueError: a gradient is not like its weight.
@@ -123,9 +125,16 @@ class WeightTable:
             if gradient is not None:
                 _check_like("a gradient", gradient, w.weight, torch.float32)
         self.gradients = list(gradients)
-        addresses = list(map(_address, gradients))
-        self.gradients_aligned = all(address % 16 == 0 for address in addresses)
-        on_host = torch.tensor(addresses, dtype=torch.int64, pin_memory=self.columns.is_cuda)
+        self._addresses = list(map(_address, gradients))
+        self.gradients_aligned = all(address % 16 == 0 for address in self._addresses)
+        if self.columns.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.gradient_address = torch.empty_like(self.gradient_address)
+        else:
+            self.upload_addresses()
+
+    def upload_addresses(self) -> None:
+        """Copy the addresses of the gradients to the device."""
+        on_host = torch.tensor(self._addresses, dtype=torch.int64, pin_memory=self.columns.is_cuda)
         self.gradient_address.copy_(on_host, non_blocking=True)
 
     def clear_gradients(self) -> None:

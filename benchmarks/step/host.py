@@ -2,15 +2,17 @@
 
     python -m benchmarks.step.host [--workloads vit_base:256 vit_huge:128] [--providers project] [--out FOLDER]
     python -m tools.fake_cuda python -m benchmarks.step.host    # on a machine without a GPU
+    ... --workloads vit_small:64 --providers project project:fused project:fused:graphs    # steps as CUDA graphs
 
 A step cannot be faster than this, however fast the GPU is. The time is the processor time of all threads of the process
 (backward passes run in a thread of their own). It starts when the device is idle and does not include waiting for the
-enqueued work. Masks differ from step to step, as in a run. Providers are described in
+enqueued work. Masks differ from step to step, as in a run; a provider with
+graphs makes each step once before it is timed, so that its shape has been captured. Providers are described in
 benchmarks/step/providers.py.
 
 Under fake CUDA (tools/fake_cuda) kernels cost nothing and PyTorch's own code is real, so that the time is the host's
-alone, of this machine's processor; there also counted are launches (kernels, products, copies and
-collectives) and waits, the calls in which the host would have waited for the device. On a GPU the time is the same, and
+alone, of this machine's processor; there also counted are launches (kernels, products, copies, collectives and
+graphs) and waits, the calls in which the host would have waited for the device. On a GPU the time is the same, and
 includes waiting for room where a step enqueues more than the 1000 or so launches that fit into a stream.
 """
 
@@ -48,6 +50,7 @@ def measure(workload: Workload, provider: Provider, world: World, warmup: int, s
         run = Run(workload, provider, world)
         for step in range(warmup):
             run(step)
+        run.prepare_steps(range(warmup, warmup + steps))
         row["start_seconds"] = time.perf_counter() - start
         seconds, calls = [], []
         for step in range(warmup, warmup + steps):

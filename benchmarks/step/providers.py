@@ -2,13 +2,14 @@
 
 A provider is written
 
-    project[:float32|:bfloat16][:eager|:compiled][:keep|:pointwise|:recompute][:xformers|:sdpa][:triton|:torch][:fp8][:fused]
+    project[:float32|:bfloat16][:eager|:compiled][:keep|:pointwise|:recompute][:xformers|:sdpa][:triton|:torch][:fp8]
+           [:fused][:graphs]
     reference[:float32|:bfloat16]
     official[:float32|:bfloat16]
 
 `project` is `parallelize` (FSDP2) and `TrainStep`, as in a run. `keep`, `pointwise` and `recompute` say what the
 backward pass computes again: nothing, norms and GELUs, or whole blocks. `fp8` is the precision of the teacher,
-and `fused` updates student and teacher with one kernel.
+`fused` updates student and teacher with one kernel, and `graphs`, with `fused`, replays steps as CUDA graphs.
 `reference` is `dmtjepa.reference.step` with autograd and PyTorch's AdamW, under autocast for bfloat16. `official` is
 the official code (`benchmarks.official`); its images are normalized before the time is measured. All providers start
 from the same weights. Workloads are described in benchmarks/workloads.py.
@@ -34,6 +35,7 @@ from dmtjepa.reference import step as reference
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World
 from dmtjepa.training.estimate import resolve_checkpointing
+from dmtjepa.training.graphs import GraphedStep, uses_graphs
 from dmtjepa.training.parallelize import build_mesh, parallelize
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.step import TrainStep
@@ -62,6 +64,7 @@ PROPERTIES = {
     "torch": "runtime.kernels=torch",
     "fp8": "runtime.teacher_precision=fp8",
     "fused": "runtime.fused_update=true",
+    "graphs": "runtime.cuda_graphs='on'",
 }
 
 
@@ -116,20 +119,24 @@ class ProjectStep:
         model = parallelize(draw_model(config, world.device), mesh, plan)
         fused = config.runtime.fused_update
         self.step = TrainStep(model, config.optimization, SCHEDULES, mesh, world.device, on_phase, fused=fused)
+        self.optimizer = self.step.optimizer
+        self.model = model
+        if uses_graphs(config, world.world_size, world.device.type):
+            self.step = GraphedStep(self.step)
         aggregate = model.teacher_head.aggregate_neighbors
 
         def aggregate_in_phase(*arguments: object) -> Tensor:
-            on_phase("head")
+            if not torch.cuda.is_current_stream_capturing():
+                on_phase("head")
             return aggregate(*arguments)
 
         replace_method(model.teacher_head, "aggregate_neighbors", aggregate_in_phase)
-        self.optimizer = self.step.optimizer
 
     def __call__(self, images: Tensor, masks: MaskBatch, step: int) -> tuple[Tensor, Tensor]:
         return self.step([(images, masks)], step)
 
     def modules(self) -> list[nn.Module]:
-        return [self.step.model]
+        return [self.model]
 
 
 class ReferenceStep:

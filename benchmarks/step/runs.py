@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -60,6 +60,13 @@ class Run:
             return images
         with self.world.device:
             return reference.normalize_pixels(images, torch.float32)
+
+    def prepare_steps(self, steps: Iterable[int]) -> None:
+        """Make the masks of steps, and the steps themselves where the provider captures each shape of masks first."""
+        for step in steps:
+            self.masks(step)
+            if "graphs" in self.provider.properties:
+                self(step)
 
     def __call__(self, step: int, workload: Workload | None = None) -> tuple[float, float | None]:
         """Make a step and wait for it; returns loss and gradient norm. The gate gives another workload."""
@@ -212,8 +219,7 @@ def measure_steps(
             if row["correct"] or time_anyway:
                 for number in range(CHECKED_STEPS, first):
                     run(number)
-                for number in numbers:
-                    run.masks(number)
+                run.prepare_steps(numbers)
                 runs.append((run, row))
         row["start_seconds"] = time.perf_counter() - start
     start = time.perf_counter()

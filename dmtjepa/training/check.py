@@ -21,6 +21,7 @@ from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.run_folder import RunFolder, RunFolderError
 from dmtjepa.training.banner import count_trained, describe_start
 from dmtjepa.training.compiler import check_compiler
+from dmtjepa.training.graphs import check_graphs
 from dmtjepa.training.images import check_images, check_steps_per_epoch
 from dmtjepa.training.parallelize import check_shard_size
 from dmtjepa.training.trackers import check_loggers
@@ -46,6 +47,7 @@ def check_start(config: Config, world_size: int, device_type: str) -> StoredSour
     here = device_type if device_type == "cpu" or torch.cuda.is_available() else "cpu"
     if here == device_type:
         check_compiler(config, device_type)
+        check_graphs(config, world_size, device_type)
     folder = RunFolder.from_config(config)
     folder.check(config, config.global_batch(world_size))
     check_loader(config.data)

@@ -37,34 +37,34 @@ class FusedUpdate:
         self._no_clipping = torch.ones((), device=device)
         self._schedule = torch.zeros(3, dtype=torch.float64, device=device)
 
+    @property
+    def table(self) -> WeightTable:
+        """Where the weights lie. There is none before the first backward pass."""
+        if self._table is None:
+            self._table = self._build_table()
+        return self._table
+
+    def set_rates(self, learning_rate: float, decay: float, momentum: float) -> None:
+        """Set learning rate, weight decay and the teacher's momentum of the next update."""
+        rates = torch.tensor(
+            [learning_rate, decay, 1.0 - momentum], dtype=torch.float64, pin_memory=self._device.type == "cuda"
+        )
+        self._schedule.copy_(rates, non_blocking=True)
+
     @torch.no_grad()
     def __call__(
-        self,
-        norm: Tensor,
-        max_norm: float | None,
-        learning_rate: float,
-        decay: float,
-        momentum: float,
-        watch: Callable[[list[Tensor]], AbstractContextManager[None]],
+        self, norm: Tensor, max_norm: float | None, watch: Callable[[list[Tensor]], AbstractContextManager[None]]
     ) -> None:
         """Update all weights and clear their gradients. The student stays as it is if `norm` is not finite.
 
         Args:
             norm: of the whole gradient, a float32 scalar on the device (`gradient_norm`).
             max_norm: the gradient is scaled so that its norm is at most this; None: it is not scaled.
-            learning_rate, decay, momentum: of this step.
             watch: as for `ShardedAdamW.step`; the weights of the teacher that is updated with them are not among them.
         """
-        if self._table is None:
-            self._table = self._build_table()
-        table = self._table
-        rates = torch.tensor(
-            [learning_rate, decay, 1.0 - momentum], dtype=torch.float64, pin_memory=self._device.type == "cuda"
-        )
-        self._schedule.copy_(rates, non_blocking=True)
+        table = self.table
         gradients = [parameter.grad for parameter in self._parameters]
-        present = iter(local_tensors(gradient for gradient in gradients if gradient is not None))
-        table.set_gradients([None if gradient is None else next(present) for gradient in gradients])
+        table.set_gradients([_local(gradient) for gradient in gradients])
         scale = self._no_clipping if max_norm is None else clipping_scale(norm, max_norm)
         found_inf = (~norm.isfinite()).float()
         self._count += 1.0 - found_inf

@@ -45,6 +45,9 @@ class Reading:
 class Observer:
     """Sees the parts of a training step and does nothing: what a `TrainStep` without instruments has."""
 
+    measures = False
+    """Whether it looks at the current step. Such a step is not replayed from a CUDA graph."""
+
     def start_step(self, step: int, micro_batches: Sequence[MicroBatch]) -> None:
         """Before anything of a step is computed."""
 
@@ -90,6 +93,7 @@ class Instruments(Observer):
         before_look = -done % self._look_every
         self._looking = before_look == 0
         self._pooling = before_look * self._images_per_step < NUM_SAMPLES
+        self.measures = self._measured or self._pooling
         self._sums, self._updates, self._targets, self._changed = [], [], None, None
         if self._probe is None:
             # The teacher cannot be called by itself before the first step, in which FSDP2 finds its root.

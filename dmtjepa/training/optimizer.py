@@ -120,7 +120,8 @@ def gradient_norm(parameters: Sequence[nn.Parameter], loss: Tensor, num_copies: 
     gradients = local_tensors(p.grad for p in parameters if p.grad is not None)
     squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
     squares = squares + 0.0 * loss  # 0 * inf and 0 * nan are nan
-    torch.distributed.all_reduce(squares)
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(squares)
     return (squares / num_copies).sqrt()
 
 

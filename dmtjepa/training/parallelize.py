@@ -233,6 +233,17 @@ def weight_copies(model: nn.Module) -> dict[Tensor, Tensor]:
     }
 
 
+def use_one_stream(model: nn.Module, stream: torch.cuda.Stream) -> None:
+    """Let FSDP2 enqueue everything on `stream`, in a model that is not sharded; call this after its first step.
+
+    It has streams of its own for communication, of which there is none here. In the capture of a CUDA graph, each would
+    have to be joined.
+    """
+    communication = model._get_fsdp_state()._comm_ctx  # type: ignore[operator]  # of the FSDPModule
+    for name in ("all_gather_copy_in_stream", "all_gather_stream", "reduce_scatter_stream", "all_reduce_stream"):
+        setattr(communication, name, stream)
+
+
 def _parameter_groups(model: nn.Module) -> list[Any]:
     """The `FSDPParamGroup` of each unit."""
     units = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]

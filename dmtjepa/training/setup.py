@@ -31,6 +31,7 @@ from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
 from dmtjepa.training.estimate import resolve_checkpointing
 from dmtjepa.training.evaluation import PeriodicEvaluation
 from dmtjepa.training.finite import FiniteCheck
+from dmtjepa.training.graphs import GraphedStep, uses_graphs
 from dmtjepa.training.images import record_images
 from dmtjepa.training.instruments import Instruments
 from dmtjepa.training.metrics import Metrics, StepValues
@@ -52,7 +53,7 @@ class Run:
     """The parts of a run on one rank."""
 
     schedules: Schedules
-    train_step: TrainStep
+    train_step: TrainStep | GraphedStep
     instruments: Instruments
     state: TrainingState
     vote: RankVote
@@ -127,6 +128,7 @@ def build_run(
         model, config.optimization, schedules, mesh, world.device, watchdog.on_phase, instruments,
         fused=runtime.fused_update,
     )  # fmt: skip
+    step = GraphedStep(train_step) if uses_graphs(config, world.world_size, world.device.type) else train_step
     state = TrainingState(config, world, model, train_step.optimizer, schedules, images)
     vote = RankVote(new_gloo_group(world))
     saver = Saver(config, world, folder, schedules, state)
@@ -141,9 +143,7 @@ def build_run(
     watch = CollapseWatch(config, world, folder, saver, first_step=state.step)
     evaluation = PeriodicEvaluation(config, world, folder, schedules, state, metrics, watchdog)
     finite_check = FiniteCheck(config, world, state, saver)
-    return Run(
-        schedules, train_step, instruments, state, vote, saver, finite_check, watch, metrics, evaluation, batches
-    )
+    return Run(schedules, step, instruments, state, vote, saver, finite_check, watch, metrics, evaluation, batches)
 
 
 def _start_records(

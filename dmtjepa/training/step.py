@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dmtjepa.config import OptimizationSettings
+from dmtjepa.masks import MaskBatch
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.batches import MicroBatch
 from dmtjepa.training.fused_update import FusedUpdate
@@ -68,27 +69,49 @@ class TrainStep:
             The loss of this rank and the norm of the whole gradient: float32 scalars on the device.
         """
         self.observer.start_step(step, micro_batches)
+        self.set_rates(step)
+        return self.advance(micro_batches, step)
+
+    def set_rates(self, step: int) -> None:
+        """Set learning rate, decay and momentum of a step, where a fused update reads them from the device."""
+        if self.fused_update is not None:
+            schedules = self.schedules
+            self.fused_update.set_rates(schedules.learning_rate(step), schedules.decay(step), schedules.momentum(step))
+
+    def advance(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        step: int,
+        covered: Sequence[MaskBatch] | None = None,
+        *,
+        quiet: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """All of a step that runs on the device, see `__call__`. With a fused update it can be captured into a graph.
+
+        Args:
+            covered: the masks that the observer sees, where those of `micro_batches` are padded.
+            quiet: do not call `on_phase`.
+        """
+        on_phase = _ignore_phase if quiet else self.on_phase
         loss = torch.zeros((), device=self.device)
-        for images, masks in micro_batches:
-            self.on_phase(Phase.TARGETS)
+        for (images, masks), seen in zip(micro_batches, covered or [masks for _, masks in micro_batches], strict=True):
+            on_phase(Phase.TARGETS)
             targets = self.model.compute_targets(images, masks)
-            self.on_phase(Phase.PREDICTIONS)
+            on_phase(Phase.PREDICTIONS)
             predictions = self.model.predict_targets(images, masks)
-            self.on_phase(Phase.LOSS)
+            on_phase(Phase.LOSS)
             micro_loss = self.model.loss(predictions, targets, masks) / len(micro_batches)
-            self.observer.see_batch(predictions, targets, masks)
-            self.on_phase(Phase.BACKWARD)
+            self.observer.see_batch(predictions, targets[: len(seen.target_unique)], seen)
+            on_phase(Phase.BACKWARD)
             micro_loss.backward()
             loss += micro_loss.detach()
 
-        self.on_phase(Phase.UPDATE)
+        on_phase(Phase.UPDATE)
         norm = gradient_norm(self.parameters, loss, self.num_copies)
         if self.fused_update is None:
             self._update(norm, step)
         else:
-            schedules = self.schedules
-            rates = (schedules.learning_rate(step), schedules.decay(step), schedules.momentum(step))
-            self.fused_update(norm, self.settings.clip_grad, *rates, self.observer.see_update)
+            self.fused_update(norm, self.settings.clip_grad, self.observer.see_update)
         return loss, norm
 
     def _update(self, norm: Tensor, step: int) -> None:

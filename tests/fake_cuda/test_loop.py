@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow  # each test starts a process that imports torch a
 
 
 def test_no_step_between_two_logged_ones_waits_for_the_device(start_on):
-    """The tests of that name that a GPU has, in all their variants."""
+    """The tests of that name that a GPU has, in all their variants; and the test of graphs, with losses of zero."""
     options = (
         "-p",
         "no:cacheprovider",
@@ -27,7 +27,7 @@ def test_no_step_between_two_logged_ones_waits_for_the_device(start_on):
     )
     ended = start_on(sys.executable, "-m", "pytest", HERE.parent / "training" / "test_gpu.py", *options).end()
     assert ended.code == 0, ended.output
-    assert "10 passed" in ended.output
+    assert "11 passed" in ended.output
 
 
 def test_main_trains_and_goes_on(main_py, settings):

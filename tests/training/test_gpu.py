@@ -8,6 +8,7 @@ import torch
 
 from dmtjepa import checkpoint_format
 from dmtjepa.training import instruments
+from dmtjepa.training.graphs import GraphedStep
 from dmtjepa.training.launch import launch
 from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.saving import Saver
@@ -72,6 +73,37 @@ def test_no_step_between_two_logged_ones_waits_for_the_device(settings, losses, 
     config = settings(**{"runtime.compile": "off", "optimization.epochs": 2} | changes)
     assert launch(config, ["cuda:0"]) == 0
     assert all(map(math.isfinite, losses(config)))
+
+
+def test_graphs_give_the_losses_of_the_same_steps_without_graphs_bit_for_bit(settings, losses, monkeypatch):
+    replayed = []
+
+    def replay(step, *arguments):
+        replayed.append(step)
+        return original(step, *arguments)
+
+    original = GraphedStep._replay
+    monkeypatch.setattr(GraphedStep, "_replay", replay)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # without it, flash kernels add in any order
+    changes = {"runtime.attention": "sdpa", "runtime.fused_update": True, "runtime.cuda_graphs": "on"}
+    changes |= {"runtime.compile": "off", "mask.context_cut": "rank", "optimization.clip_grad": 1.0}
+    try:
+        config = settings("graphs", **changes)
+        assert launch(config, ["cuda:0"]) == 0
+        assert len(replayed) >= 3
+        with_graphs = losses(config)
+        checkpoint_format.discard(Path(config.logging.folder, "checkpoints", "step-00000024"))
+        assert launch(config, ["cuda:0"]) == 0  # goes on after step 16
+        assert losses(config) == with_graphs
+        monkeypatch.setattr(GraphedStep, "_may_capture", lambda *arguments: False)
+        del replayed[:]
+        config = settings("eager", **changes)
+        assert launch(config, ["cuda:0"]) == 0
+        assert not replayed
+        assert losses(config) == with_graphs
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_resumes_from_a_checkpoint_of_the_gpu(settings, losses):

@@ -1,7 +1,7 @@
 """Build fake CUDA: a library, loaded before PyTorch, in place of the CUDA runtime, the driver, cuBLAS and NCCL.
 
-`runtime.c` and `driver.c` define the functions that must return something. Every other function that PyTorch's
-libraries leave undefined or that the driver's header declares becomes `int name() { return 0; }`: success.
+`runtime.c`, `driver.c` and `capture.c` define the functions that must return something. Every other function that
+PyTorch's libraries leave undefined or that the driver's header declares becomes `int name() { return 0; }`: success.
 
 A second library stands in for NVML, which PyTorch looks for by its name. It says that the devices have nothing special.
 """
@@ -22,7 +22,7 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "fake_cuda"
-SOURCES = ("runtime.c", "driver.c")
+SOURCES = ("runtime.c", "driver.c", "capture.c")
 LIBRARY = "libcuda.so.1"  # under this name every library that looks for the driver finds it
 NVML = "libnvidia-ml.so.1"
 NVML_NEEDED = ("nvmlInit_v2", "nvmlDeviceGetHandleByPciBusId_v2")  # these succeed

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include <cuda.h>
+#include <cuda_runtime_api.h>
 
 #include "fake_cuda.h"
 
@@ -119,6 +120,8 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
 /* ---- Kernels */
 
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+    if (fake_cuda_capture_forbids(false, __func__)) /* it may wait for the device */
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     *module = (CUmodule)1;
     return CUDA_SUCCESS;
 }
@@ -140,9 +143,9 @@ CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const 
     return CUDA_SUCCESS;
 }
 
-static CUresult launch(const char *function) {
+static CUresult launch(const char *function, CUstream stream) {
     fake_cuda_need_context(function);
-    fake_cuda_count_launch();
+    fake_cuda_count_launch(stream, function);
     return CUDA_SUCCESS;
 }
 
@@ -150,9 +153,9 @@ CUresult cuLaunchKernel(
     CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
     unsigned block_z, unsigned shared_bytes, CUstream stream, void **parameters, void **extra
 ) {
-    return launch(__func__);
+    return launch(__func__, stream);
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
-    return launch(__func__);
+    return launch(__func__, config->hStream);
 }

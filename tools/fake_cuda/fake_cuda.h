@@ -31,7 +31,13 @@ void fake_cuda_release(void *address);
 /* Count memory of a device as used (or, below 0, as free); false where there is not as much. */
 bool fake_cuda_use(long bytes, int device);
 
-/* One more kernel, product, copy or collective on a stream. */
-void fake_cuda_count_launch(void);
+/* One more kernel, product, copy or collective on a stream, a CUDA stream of either API. */
+void fake_cuda_count_launch(void *stream, const char *function);
+
+/* Captures (capture.c). */
+bool fake_cuda_capture_launch(struct CUstream_st *stream, const char *function);
+enum cudaError fake_cuda_capture_forbids(bool in_relaxed_mode, const char *function);
+unsigned long long fake_cuda_capture_of(struct CUstream_st *stream);
+enum cudaError fake_cuda_capture_wait(struct CUstream_st *stream, struct CUstream_st *source, unsigned long long id);
 
 #endif

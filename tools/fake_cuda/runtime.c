@@ -8,8 +8,10 @@
 
    Functions that are not here succeed and do nothing: `build.py` makes them. For tests there are
 
-       long fake_cuda_launches(void)          kernels, products, copies and collectives put on a stream
-       long fake_cuda_synchronizations(void)  calls in which the host would have waited, or might have, for a device */
+       long fake_cuda_launches(void)          kernels, products, copies, collectives and graphs put on a stream
+       long fake_cuda_synchronizations(void)  calls in which the host would have waited, or might have, for a device
+
+   and what capture.c counts of graphs. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -44,7 +46,15 @@ int fake_cuda_current_device(void) { return current_device; }
 long fake_cuda_launches(void) { return launches; }
 long fake_cuda_synchronizations(void) { return synchronizations; }
 bool fake_cuda_has_context(int device) { return has_context[device]; }
-void fake_cuda_count_launch(void) { launches++; }
+void fake_cuda_count_launch(void *stream, const char *function) {
+    launches += !fake_cuda_capture_launch(stream, function);
+}
+
+/* The host waits for the device, which a capture forbids. */
+static cudaError_t synchronize(const char *function) {
+    synchronizations++;
+    return fake_cuda_capture_forbids(true, function);
+}
 
 int fake_cuda_attribute(int attribute) {
     switch (attribute) {
@@ -157,7 +167,14 @@ cudaError_t cudaRuntimeGetVersion(int *version) {
 }
 
 const char *cudaGetErrorName(cudaError_t error) {
-    return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "an error of fake CUDA";
+    switch (error) {
+        case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+        case cudaErrorStreamCaptureImplicit: return "a launch on the default stream in a capture";
+        case cudaErrorStreamCaptureIsolation: return "a wait in a capture for an event from outside of it";
+        case cudaErrorStreamCaptureUnjoined: return "a capture with a stream that was not joined";
+        case cudaErrorStreamCaptureUnsupported: return "a call that a capture does not allow";
+        default: return "an error of fake CUDA";
+    }
 }
 
 const char *cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
@@ -254,6 +271,8 @@ void fake_cuda_release(void *address) {
 
 cudaError_t cudaMalloc(void **address, size_t bytes) {
     fake_cuda_need_context(__func__);
+    if (fake_cuda_capture_forbids(false, __func__))
+        return cudaErrorStreamCaptureUnsupported;
     if (!fake_cuda_use(bytes, current_device))
         return cudaErrorMemoryAllocation;
     *address = fake_cuda_reserve(bytes, current_device);
@@ -277,6 +296,8 @@ cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
 
 cudaError_t cudaHostAlloc(void **address, size_t bytes, unsigned flags) {
     fake_cuda_need_context(__func__);
+    if (fake_cuda_capture_forbids(false, __func__))
+        return cudaErrorStreamCaptureUnsupported;
     *address = map_pages(bytes, PROT_READ | PROT_WRITE, ON_HOST);
     return *address == NULL ? cudaErrorMemoryAllocation : cudaSuccess;
 }
@@ -326,21 +347,19 @@ static void copy(void *target, const void *source, size_t bytes) {
 
 cudaError_t cudaMemcpy(void *target, const void *source, size_t bytes, enum cudaMemcpyKind kind) {
     fake_cuda_need_context(__func__);
-    synchronizations++;
     copy(target, source, bytes);
-    return cudaSuccess;
+    return synchronize(__func__);
 }
 
 cudaError_t cudaMemcpyAsync(
     void *target, const void *source, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream
 ) {
     fake_cuda_need_context(__func__);
-    launches++;
+    fake_cuda_count_launch(stream, __func__);
     /* From or to memory that is not pinned, a copy is not asynchronous. */
     bool waits = !(on_device(target) || is_pinned(target)) || !(on_device(source) || is_pinned(source));
-    synchronizations += waits;
     copy(target, source, bytes);
-    return cudaSuccess;
+    return waits ? synchronize(__func__) : cudaSuccess;
 }
 
 cudaError_t cudaMemset(void *target, int value, size_t bytes) {
@@ -350,7 +369,7 @@ cudaError_t cudaMemset(void *target, int value, size_t bytes) {
 
 cudaError_t cudaMemsetAsync(void *target, int value, size_t bytes, cudaStream_t stream) {
     fake_cuda_need_context(__func__);
-    launches++;
+    fake_cuda_count_launch(stream, __func__);
     return cudaSuccess;
 }
 
@@ -362,6 +381,9 @@ struct CUstream_st {
 
 struct CUevent_st {
     struct timespec time;
+    cudaStream_t stream; /* where it was recorded last, */
+    unsigned long long capture; /* and in which capture, if not 0 */
+    bool recorded;
 };
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
@@ -383,21 +405,14 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-    *status = cudaStreamCaptureStatusNone;
-    return cudaSuccess;
-}
-
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     fake_cuda_need_context(__func__);
-    synchronizations++;
-    return cudaSuccess;
+    return synchronize(__func__);
 }
 
 cudaError_t cudaDeviceSynchronize(void) {
     fake_cuda_need_context(__func__);
-    synchronizations++;
-    return cudaSuccess;
+    return synchronize(__func__);
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
@@ -415,6 +430,9 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
     clock_gettime(CLOCK_MONOTONIC, &event->time);
+    event->stream = stream;
+    event->capture = fake_cuda_capture_of(stream);
+    event->recorded = true;
     return cudaSuccess;
 }
 
@@ -422,10 +440,13 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     return cudaEventRecordWithFlags(event, stream, 0);
 }
 
-cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    synchronizations++;
-    return cudaSuccess;
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+    return event->recorded ? fake_cuda_capture_wait(stream, event->stream, event->capture) : cudaSuccess;
 }
+
+cudaError_t cudaEventQuery(cudaEvent_t event) { return fake_cuda_capture_forbids(false, __func__); }
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return synchronize(__func__); }
 
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEvent_t end) {
     *milliseconds = 1e3 * (end->time.tv_sec - begin->time.tv_sec) + 1e-6 * (end->time.tv_nsec - begin->time.tv_nsec);
@@ -434,28 +455,51 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEve
 
 /* ---- Kernels */
 
-static cudaError_t launch(const char *function) {
+static cudaError_t launch(const char *function, cudaStream_t stream) {
     fake_cuda_need_context(function);
-    launches++;
+    fake_cuda_count_launch(stream, function);
     return cudaSuccess;
 }
 
-cudaError_t __cudaLaunchKernel(void) { return launch(__func__); }
+/* What stands between <<< and >>> is kept until the kernel is launched. */
+static __thread struct {
+    dim3 grid, block;
+    size_t shared_bytes;
+    cudaStream_t stream;
+} configuration;
+
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream) {
+    configuration.grid = grid, configuration.block = block;
+    configuration.shared_bytes = shared_bytes, configuration.stream = stream;
+    return 0;
+}
+
+cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared_bytes, cudaStream_t *stream) {
+    *grid = configuration.grid, *block = configuration.block;
+    *shared_bytes = configuration.shared_bytes, *stream = configuration.stream;
+    return cudaSuccess;
+}
+
+cudaError_t __cudaLaunchKernel(
+    const void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared_bytes, cudaStream_t stream
+) {
+    return launch(__func__, stream);
+}
 
 cudaError_t cudaLaunchKernel(
     const void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared_bytes, cudaStream_t stream
 ) {
-    return launch(__func__);
+    return launch(__func__, stream);
 }
 
 cudaError_t cudaLaunchCooperativeKernel(
     const void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared_bytes, cudaStream_t stream
 ) {
-    return launch(__func__);
+    return launch(__func__, stream);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel, void **arguments) {
-    return launch(__func__);
+    return launch(__func__, config->stream);
 }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *data) {
@@ -504,7 +548,12 @@ cudaError_t cudaGetSymbolAddress(void **address, const void *symbol) {
 /* ---- cuBLAS: only what returns something, or counts */
 
 int cublasCreate_v2(void **handle) {
-    *handle = malloc(1);
+    *handle = calloc(1, sizeof(cudaStream_t)); /* of its stream */
+    return 0;
+}
+
+int cublasSetStream_v2(cudaStream_t *handle, cudaStream_t stream) {
+    *handle = stream;
     return 0;
 }
 
@@ -538,11 +587,18 @@ int cublasLtMatmulAlgoGetHeuristic(
     return 0;
 }
 
-int cublasLtMatmul(void) { return launch(__func__); }
-int cublasGemmEx(void) { return launch(__func__); }
-int cublasGemmStridedBatchedEx(void) { return launch(__func__); }
-int cublasSgemm_v2(void) { return launch(__func__); }
-int cublasSgemmStridedBatched(void) { return launch(__func__); }
+int cublasLtMatmul(
+    void *handle, void *description, const void *alpha, const void *a, void *a_layout, const void *b, void *b_layout,
+    const void *beta, const void *c, void *c_layout, void *d, void *d_layout, const void *algorithm, void *workspace,
+    size_t bytes, cudaStream_t stream
+) {
+    return launch(__func__, stream);
+}
+
+int cublasGemmEx(cudaStream_t *handle) { return launch(__func__, *handle); }
+int cublasGemmStridedBatchedEx(cudaStream_t *handle) { return launch(__func__, *handle); }
+int cublasSgemm_v2(cudaStream_t *handle) { return launch(__func__, *handle); }
+int cublasSgemmStridedBatched(cudaStream_t *handle) { return launch(__func__, *handle); }
 
 /* ---- NCCL: as many ranks as were said to be there, each on its own */
 
@@ -602,9 +658,24 @@ int ncclAllReduce(
         sum_address = target;
         sum = communicator->num_ranks;
     }
-    return launch(__func__);
+    return launch(__func__, stream);
 }
 
-int ncclAllGather(void) { return launch(__func__); }
-int ncclReduceScatter(void) { return launch(__func__); }
-int ncclBroadcast(void) { return launch(__func__); }
+int ncclAllGather(
+    const void *source, void *target, size_t count, int type, Communicator *communicator, cudaStream_t stream
+) {
+    return launch(__func__, stream);
+}
+
+int ncclReduceScatter(
+    const void *source, void *target, size_t count, int type, int operation, Communicator *communicator,
+    cudaStream_t stream
+) {
+    return launch(__func__, stream);
+}
+
+int ncclBroadcast(
+    const void *source, void *target, size_t count, int type, int root, Communicator *communicator, cudaStream_t stream
+) {
+    return launch(__func__, stream);
+}

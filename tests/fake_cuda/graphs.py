@@ -1,0 +1,70 @@
+"""Training steps as CUDA graphs on a fake GPU; prints what was captured and replayed, step by step."""
+
+import ctypes
+import json
+import sys
+
+import torch
+
+from benchmarks.step.host import count_calls
+from benchmarks.step.providers import parse_provider
+from benchmarks.step.runs import Run
+from benchmarks.workloads import Workload
+from dmtjepa.training.distributed import check_device, process_group
+from dmtjepa.training.graphs import CaptureFailed
+
+TINY = ("data.crop_size=96", "mask.min_keep=2", "meta.pred_depth=1", "meta.pred_emb_dim=16", "optimization.clip_grad=1")
+MOST_GRAPHS = 3
+
+
+def count() -> dict[str, int]:
+    library = ctypes.CDLL(None)
+    names = ("replays", "replayed", "captures")
+    return count_calls() | {name: getattr(library, f"fake_cuda_{name}")() for name in names}
+
+
+def make_steps(run: Run, num_steps: int) -> list[dict]:
+    rows = []
+    step = run.step.step
+    for number in range(num_steps):
+        # Every fifth step is one that instruments measure.
+        step.train_step.observer.measures = number % 5 == 4
+        masks = run.masks(number)
+        torch.cuda.synchronize()
+        before = count()
+        run.step(run.images, masks, number)
+        after = count()
+        shape = [masks.context_index.shape[1], masks.target_index.shape[2]]
+        rows.append({name: after[name] - before[name] for name in after} | {"shape": shape, "graphs": step.num_graphs})
+    return rows
+
+
+def fault_of(run: Run, disturb) -> str:
+    """The error of a capture in which something happens that a capture forbids."""
+    step = run.step.step
+    loss = step.train_step.model.loss
+    step._graphs.clear()
+    step.train_step.observer.measures = False
+
+    def disturbed(*arguments):
+        if torch.cuda.is_current_stream_capturing():
+            disturb()
+        return loss(*arguments)
+
+    step.train_step.model.loss = disturbed
+    try:
+        run.step(run.images, run.masks(0), 0)
+    except CaptureFailed as error:
+        return str(error)
+    finally:
+        step.train_step.model.loss = loss
+    return ""
+
+
+if __name__ == "__main__":
+    workload, provider = Workload("vit_nano", 2, TINY), parse_provider("project:eager:fused:graphs", "cuda")
+    with process_group(check_device("cuda"), start_timeout=600, hang_timeout=3600) as world:
+        run = Run(workload, provider, world)
+        run.step.step.most_graphs = MOST_GRAPHS
+        rows = make_steps(run, int(sys.argv[1]))
+        print(json.dumps({"rows": rows, "fault": fault_of(run, torch.cuda.synchronize)}))
