@@ -6,7 +6,7 @@ features = encoder(images).mean(1)  # images: [B, 3, 224, 224] uint8, or float n
 
 from __future__ import annotations
 
-from dmtjepa.interop import describe_encoder, find_normalization, get_part, load_weights, read_checkpoint
+from dmtjepa.interop import build_encoder, describe_encoder, find_normalization, get_part, load_weights, read_checkpoint
 from dmtjepa.models import ARCHITECTURES, VisionTransformer
 
 dependencies = ["torch", "torchvision", "pydantic", "yaml", "safetensors"]
@@ -24,6 +24,26 @@ def _build(model_name: str, patch_size: int, image_size: int, weights: str | Non
     )
     load_weights(encoder, own, weights)
     return encoder.eval()
+
+
+def dmtjepa_encoder(
+    weights: str, image_size: int | tuple[int, int] | None = None, part: str = "target_encoder"
+) -> VisionTransformer:
+    """The encoder that a file holds, of any architecture and patch size.
+
+    Args:
+        weights: a `.pth.tar` file.
+        image_size: height and width in pixels, or the side of a square. None takes the size of the file.
+        part: which encoder of the file to load, `target_encoder` (teacher) or `encoder` (student).
+
+    Returns:
+        The encoder in evaluation mode on the CPU.
+    """
+    checkpoint = read_checkpoint(weights)
+    normalization = find_normalization(checkpoint)
+    return build_encoder(
+        get_part(checkpoint, part, weights), weights, image_size=image_size, normalization=normalization
+    )
 
 
 def dmtjepa_vitt16(

@@ -267,7 +267,7 @@ def build_encoder(
     attention: str = "auto",
     device_type: str = "cpu",
 ) -> VisionTransformer:
-    """The encoder that the weights belong to, with them loaded.
+    """The encoder that the weights belong to, with them loaded, in evaluation mode.
 
     Args:
         image_size: height and width, or the side of a square, to make the encoder for. None takes the square that
@@ -294,7 +294,7 @@ def build_encoder(
     except ValueError as error:
         raise WeightsError(f"{source}: {error}") from error
     load_weights(encoder, weights, source)
-    return encoder
+    return encoder.eval()
 
 
 def _is_weights(value: Any) -> bool:

@@ -252,10 +252,15 @@ def test_a_file_without_the_part_is_an_error(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_hub_entries_load_weights(run, images):
+@pytest.fixture(scope="module")
+def hubconf():
     spec = importlib.util.spec_from_file_location("hubconf", Path(__file__).parents[2] / "hubconf.py")
-    hubconf = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hubconf)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_hub_entries_load_weights(hubconf, run, images):
     # The run's patches are of 8 pixels, the entry's of 16.
     with pytest.raises(ValueError, match="patches of 8 pixels"):
         hubconf.dmtjepa_vitt16(weights=str(run / "jepa-latest.pth.tar"), image_size=32)
@@ -264,10 +269,17 @@ def test_hub_entries_load_weights(run, images):
     assert not encoder.training
 
 
-def test_hub_entries_take_another_image_size(tmp_path):
-    spec = importlib.util.spec_from_file_location("hubconf", Path(__file__).parents[2] / "hubconf.py")
-    hubconf = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hubconf)
+def test_a_hub_entry_takes_any_architecture_and_patch_size(hubconf, run, images):
+    path = run / "jepa-latest.pth.tar"
+    encoder = hubconf.dmtjepa_encoder(str(path))
+    weights = torch.load(path, weights_only=True)["target_encoder"]
+    assert encoder.patch_size == 8
+    assert torch.equal(encoder.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
+    assert hubconf.dmtjepa_encoder(str(path), image_size=(32, 48)).grid_size == (4, 6)
+    assert not encoder.training
+
+
+def test_hub_entries_take_another_image_size(hubconf, tmp_path):
     torch.save({"target_encoder": hubconf.dmtjepa_vitt16(image_size=64).state_dict()}, tmp_path / "a.pth.tar")
     encoder = hubconf.dmtjepa_vitt16(weights=str(tmp_path / "a.pth.tar"), image_size=32)
     assert encoder.pos_embed.shape == (1, 4, 192)

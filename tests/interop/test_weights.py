@@ -82,6 +82,7 @@ def test_an_encoder_is_built_from_its_weights_alone(encoder):
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     built = build_encoder({f"module.{k}": v for k, v in encoder.state_dict().items()}, "file")
     torch.testing.assert_close(built(images), encoder(images), rtol=0, atol=0)
+    assert not built.training
 
 
 def test_oblong_images_need_their_size(tmp_path):
