@@ -124,9 +124,10 @@ class ProjectStep:
         if uses_graphs(config, world.world_size, world.device.type):
             self.step = GraphedStep(self.step)
         aggregate = model.teacher_head.aggregate_neighbors
+        on_gpu = world.device.type == "cuda"
 
         def aggregate_in_phase(*arguments: object) -> Tensor:
-            if not torch.cuda.is_current_stream_capturing():
+            if not (on_gpu and torch.cuda.is_current_stream_capturing()):
                 on_phase("head")
             return aggregate(*arguments)
 

@@ -117,7 +117,7 @@ def test_operators_in_one_table(run_program, tiny, monkeypatch):
     operators = {row["operator"].split()[0] for row in document["rows"]}
     assert operators == {
         "gather_tokens", "embed_patches", "select_neighbors", "aggregate_neighbors", "pool_neighbors",
-        "indexed_smooth_l1",
+        "indexed_smooth_l1", "update_weights",
     }  # fmt: skip
     for row in document["rows"]:
         assert row["correct"]
