@@ -75,6 +75,11 @@ def train(fused, dtype, clip_grad, frozen):
     for parameter, copied in copies.items():
         torch.testing.assert_close(copied, parameter.to_local().to(dtype), rtol=0, atol=0)
     assert optimizer_steps(step.optimizer) == 2
+    for copied in copies.values():  # they are not made again from the weights
+        copied.zero_()
+    with torch.no_grad():
+        model.compute_targets(images, masks)
+    assert not any(copied.any() for copied in copies.values())
     return torch.stack(found), {
         name: t.full_tensor() for name, t in model_state(model, step.optimizer).items() if hasattr(t, "full_tensor")
     }

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dmtjepa.config import ConfigError
+from dmtjepa.config import ConfigError, MaskSettings
+from dmtjepa.masks import MaskSampler
 from dmtjepa.training.graphs import GraphedStep, check_graphs, pad_masks, uses_graphs
 from tests.helpers.models import Case, make_images, make_masks, make_model
 
@@ -26,6 +27,15 @@ def test_padded_masks_give_the_same_loss_and_gradients(query):
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     for plain, padded in zip(*found, strict=True):
         torch.testing.assert_close(padded, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_blocks_cover_no_more_than_all_patches():
+    settings = MaskSettings(patch_size=4, min_keep=0, num_pred_masks=12)
+    masks = MaskSampler(settings, (6, 6), 2, 1, 3, "wrap").sample(0)
+    assert 12 * masks.target_index.shape[2] > 36
+    padded = pad_masks(masks, 36)
+    assert len(padded.target_unique) == 2 * 36
+    assert torch.equal(padded.target_unique[: len(masks.target_unique)], masks.target_unique)
 
 
 @pytest.mark.parametrize(

@@ -39,16 +39,17 @@ def _alone():
 
 
 @pytest.mark.usefixtures("_alone")
-def test_norm_and_clipping_are_those_of_torch():
+@pytest.mark.parametrize("max_norm", [0.5, 100.0])
+def test_norm_and_clipping_are_those_of_torch(max_norm):
     torch.manual_seed(0)
     ours, theirs = ([nn.Parameter(torch.zeros(n, 3)) for n in (1, 4, 7)] for _ in range(2))
     for mine, other in zip(ours, theirs, strict=True):
         mine.grad = torch.randn_like(mine)
         other.grad = mine.grad.clone()
     norm = gradient_norm(ours, torch.tensor(1.0))
-    expected = nn.utils.clip_grad_norm_(theirs, 0.5)
+    expected = nn.utils.clip_grad_norm_(theirs, max_norm)
     torch.testing.assert_close(norm, expected)
-    clip_gradients(ours, norm, 0.5)
+    clip_gradients(ours, norm, max_norm)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, other.grad)
 
