@@ -3,6 +3,7 @@
 import ctypes
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -39,11 +40,39 @@ def make_steps(run: Run, num_steps: int) -> list[dict]:
     return rows
 
 
+def in_a_thread(function) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(function).result()
+
+
+def fork() -> None:
+    """A stream that takes part in the capture and is not waited for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.zeros(1, device="cuda")
+
+
+def faults(run: Run) -> dict[str, str]:
+    """What captures end in while something happens in this thread or in another one; empty where nothing is wrong."""
+    before = torch.cuda.Event()
+    before.record()
+    disturbances = {
+        "wait": torch.cuda.synchronize,
+        "query": before.query,
+        "fork": fork,
+        "wait of a thread": lambda: in_a_thread(torch.cuda.synchronize),
+        "query of a thread": lambda: in_a_thread(before.query),
+    }
+    return {name: fault_of(run, disturb) for name, disturb in disturbances.items()}
+
+
 def fault_of(run: Run, disturb) -> str:
-    """The error of a capture in which something happens that a capture forbids."""
+    """The error of a capture in which something happens; empty where there is none."""
     step = run.step.step
     loss = step.train_step.model.loss
     step._graphs.clear()
+    step._pool = torch.cuda.graph_pool_handle()  # a failed capture leaves its own open
     step.train_step.observer.measures = False
 
     def disturbed(*arguments):
@@ -67,4 +96,4 @@ if __name__ == "__main__":
         run = Run(workload, provider, world)
         run.step.step.most_graphs = MOST_GRAPHS
         rows = make_steps(run, int(sys.argv[1]))
-        print(json.dumps({"rows": rows, "fault": fault_of(run, torch.cuda.synchronize)}))
+        print(json.dumps({"rows": rows, "faults": faults(run)}))

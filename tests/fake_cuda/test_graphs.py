@@ -41,6 +41,21 @@ def test_a_replayed_step_is_few_launches_of_the_host_and_as_many_of_the_device(f
         assert 0.9 * min(eager) <= row["replayed"] <= min(eager)
 
 
-def test_a_host_that_waits_in_a_capture_ends_the_run_with_advice(found):
-    assert "could not be captured into a CUDA graph" in found["fault"]
-    assert "set runtime.cuda_graphs=off" in found["fault"]
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("wait", "a call that a capture does not allow"),
+        ("query", "a call that a capture does not allow"),
+        ("fork", "a capture with a stream that was not joined"),
+        ("wait of a thread", "a call that a capture does not allow"),
+    ],
+)
+def test_what_a_capture_forbids_ends_the_run_with_advice(found, name, reason):
+    assert "could not be captured into a CUDA graph" in found["faults"][name]
+    assert reason in found["faults"][name]
+    assert "set runtime.cuda_graphs=off" in found["faults"][name]
+
+
+def test_other_threads_may_ask_for_their_events_during_a_capture(found):
+    """As NCCL's watchdog does, which ends the process where it may not."""
+    assert found["faults"]["query of a thread"] == ""

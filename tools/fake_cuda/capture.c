@@ -1,7 +1,9 @@
 /* The capture of streams into graphs. A graph is the number of its launches; starting it replays that number.
 
    As with a GPU, what a capture forbids ends it in an error: a launch on the default stream, a wait of the host, memory
-   from the device outside of the relaxed mode, waiting for an event from before it, a fork that is not joined. */
+   from the device outside of the relaxed mode, waiting for an event from before it, a fork that is not joined. Other
+   threads may do as they like during a capture of the mode "thread local" (NCCL's watchdog asks for its events at any
+   time), but for what concerns the captured streams themselves: a wait for the whole device, or for their events. */
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -32,6 +34,8 @@ static struct {
     Branch branches[MAX_BRANCHES]; /* the first is where the capture began */
     int num_branches;              /* 0: there is none */
     unsigned long long id;
+    enum cudaStreamCaptureMode mode;
+    pthread_t thread;  /* where it began */
     cudaError_t fault; /* that ended the capture */
     long launches;
 } capture = {.lock = PTHREAD_MUTEX_INITIALIZER};
@@ -66,17 +70,27 @@ bool fake_cuda_capture_launch(cudaStream_t stream, const char *function) {
     if (branch != NULL) {
         capture.launches++;
         branch->joined = branch == capture.branches;
-    } else if (capture.num_branches > 0 && stream == NULL) {
+    } else if (capture.num_branches > 0 && stream == NULL && pthread_equal(capture.thread, pthread_self())) {
         fail(cudaErrorStreamCaptureImplicit, function);
     }
     pthread_mutex_unlock(&capture.lock);
     return branch != NULL;
 }
 
-/* A call that a capture forbids; its error, if there is a capture. */
-cudaError_t fake_cuda_capture_forbids(bool in_relaxed_mode, const char *function) {
+/* Whether this thread may not make calls that are potentially unsafe during a capture: the table of
+   cudaThreadExchangeStreamCaptureMode. The lock is held. */
+static bool forbids_unsafe_calls(void) {
+    if (thread_mode == cudaStreamCaptureModeRelaxed)
+        return false;
+    if (pthread_equal(capture.thread, pthread_self()))
+        return capture.mode != cudaStreamCaptureModeRelaxed;
+    return thread_mode == cudaStreamCaptureModeGlobal && capture.mode == cudaStreamCaptureModeGlobal;
+}
+
+/* A call that a capture forbids, in any mode of any thread if it is `always`; its error, if there is a capture. */
+cudaError_t fake_cuda_capture_forbids(bool always, const char *function) {
     pthread_mutex_lock(&capture.lock);
-    bool forbidden = capture.num_branches > 0 && (in_relaxed_mode || thread_mode != cudaStreamCaptureModeRelaxed);
+    bool forbidden = capture.num_branches > 0 && (always || forbids_unsafe_calls());
     if (forbidden)
         fail(cudaErrorStreamCaptureUnsupported, function);
     pthread_mutex_unlock(&capture.lock);
@@ -89,6 +103,14 @@ unsigned long long fake_cuda_capture_of(cudaStream_t stream) {
     unsigned long long id = find_branch(stream) == NULL ? 0 : capture.id;
     pthread_mutex_unlock(&capture.lock);
     return id;
+}
+
+/* Whether a capture goes on. */
+bool fake_cuda_capture_goes_on(unsigned long long id) {
+    pthread_mutex_lock(&capture.lock);
+    bool goes_on = id != 0 && capture.num_branches > 0 && id == capture.id;
+    pthread_mutex_unlock(&capture.lock);
+    return goes_on;
 }
 
 /* `stream` waits for an event that was recorded on `source` in capture `id`, or outside of any (0). */
@@ -115,6 +137,8 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
     capture.branches[0] = (Branch){stream, true};
     capture.num_branches = 1;
     capture.id++;
+    capture.mode = mode;
+    capture.thread = pthread_self();
     capture.fault = cudaSuccess;
     capture.launches = 0;
     pthread_mutex_unlock(&capture.lock);

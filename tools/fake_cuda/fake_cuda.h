@@ -36,8 +36,9 @@ void fake_cuda_count_launch(void *stream, const char *function);
 
 /* Captures (capture.c). */
 bool fake_cuda_capture_launch(struct CUstream_st *stream, const char *function);
-enum cudaError fake_cuda_capture_forbids(bool in_relaxed_mode, const char *function);
+enum cudaError fake_cuda_capture_forbids(bool always, const char *function);
 unsigned long long fake_cuda_capture_of(struct CUstream_st *stream);
+bool fake_cuda_capture_goes_on(unsigned long long id);
 enum cudaError fake_cuda_capture_wait(struct CUstream_st *stream, struct CUstream_st *source, unsigned long long id);
 
 #endif

@@ -50,10 +50,10 @@ void fake_cuda_count_launch(void *stream, const char *function) {
     launches += !fake_cuda_capture_launch(stream, function);
 }
 
-/* The host waits for the device, which a capture forbids. */
-static cudaError_t synchronize(const char *function) {
+/* The host waits for the device; `captured`: for something that is being captured, which cannot end. */
+static cudaError_t synchronize(bool captured, const char *function) {
     synchronizations++;
-    return fake_cuda_capture_forbids(true, function);
+    return fake_cuda_capture_forbids(captured, function);
 }
 
 int fake_cuda_attribute(int attribute) {
@@ -348,7 +348,7 @@ static void copy(void *target, const void *source, size_t bytes) {
 cudaError_t cudaMemcpy(void *target, const void *source, size_t bytes, enum cudaMemcpyKind kind) {
     fake_cuda_need_context(__func__);
     copy(target, source, bytes);
-    return synchronize(__func__);
+    return synchronize(false, __func__);
 }
 
 cudaError_t cudaMemcpyAsync(
@@ -359,7 +359,7 @@ cudaError_t cudaMemcpyAsync(
     /* From or to memory that is not pinned, a copy is not asynchronous. */
     bool waits = !(on_device(target) || is_pinned(target)) || !(on_device(source) || is_pinned(source));
     copy(target, source, bytes);
-    return waits ? synchronize(__func__) : cudaSuccess;
+    return waits ? synchronize(fake_cuda_capture_of(stream) != 0, __func__) : cudaSuccess;
 }
 
 cudaError_t cudaMemset(void *target, int value, size_t bytes) {
@@ -407,12 +407,12 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     fake_cuda_need_context(__func__);
-    return synchronize(__func__);
+    return synchronize(fake_cuda_capture_of(stream) != 0, __func__);
 }
 
 cudaError_t cudaDeviceSynchronize(void) {
     fake_cuda_need_context(__func__);
-    return synchronize(__func__);
+    return synchronize(true, __func__);
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
@@ -444,9 +444,13 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     return event->recorded ? fake_cuda_capture_wait(stream, event->stream, event->capture) : cudaSuccess;
 }
 
-cudaError_t cudaEventQuery(cudaEvent_t event) { return fake_cuda_capture_forbids(false, __func__); }
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+    return fake_cuda_capture_forbids(fake_cuda_capture_goes_on(event->capture), __func__);
+}
 
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return synchronize(__func__); }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    return synchronize(fake_cuda_capture_goes_on(event->capture), __func__);
+}
 
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEvent_t end) {
     *milliseconds = 1e3 * (end->time.tv_sec - begin->time.tv_sec) + 1e-6 * (end->time.tv_nsec - begin->time.tv_nsec);
