@@ -7,7 +7,6 @@ import os
 import runpy
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import dmtjepa
 from dmtjepa.cli import COMMANDS, main, train
 from dmtjepa.config import ConfigError, find_settings, list_shipped, load_config
+from tests.helpers.wheel import build_wheel
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "pydantic", "PIL", "yaml", "tqdm")
@@ -114,25 +114,7 @@ def test_unknown_setting_names_the_nearest(capsys):
 @pytest.mark.slow
 def test_a_wheel_is_whole(tmp_path):
     """Built from an sdist: what neither has is missing. The package works without a checkout beside it."""
-    build = [
-        sys.executable,
-        "-c",
-        "import setuptools.build_meta as b, sys; print(getattr(b, sys.argv[1])(sys.argv[2]))",
-    ]
-    environment = os.environ | {"PYTHONPATH": ""}
-    copy = tmp_path / "checkout"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True, timeout=600) if (
-        ROOT / ".git"
-    ).exists() else pytest.skip("not a checkout")
-    subprocess.run([*build, "build_sdist", str(tmp_path)], cwd=copy, check=True, timeout=600, stdout=subprocess.DEVNULL)
-    (sdist,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
-    source = tmp_path / sdist.name.removesuffix(".tar.gz")
-    subprocess.run(
-        [*build, "build_wheel", str(tmp_path)], cwd=source, check=True, timeout=600, stdout=subprocess.DEVNULL
-    )
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = build_wheel(tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
@@ -145,7 +127,7 @@ def test_a_wheel_is_whole(tmp_path):
     metadata = next(name for name in names if name.endswith("entry_points.txt"))
     assert "dmtjepa = dmtjepa.cli:main" in (tmp_path / "site" / metadata).read_text()
     program = "import dmtjepa.kernels; from dmtjepa.cli import main; main(['settings', '--shipped'])"
-    environment |= {"PYTHONPATH": str(tmp_path / "site")}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )

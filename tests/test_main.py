@@ -22,7 +22,7 @@ from dmtjepa.config import ConfigError, load_config, parse_config
 from dmtjepa.data.loaders.torchvision import TorchvisionLoader
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.run_folder import RunFolder, RunFolderError
-from dmtjepa.training.check import build_model_for, check_space
+from dmtjepa.training.check import build_model_for, check_dry_run, check_space
 from dmtjepa.training.compiler import _find_default_cache, check_compiler
 
 ROOT = Path(__file__).parents[1]
@@ -463,6 +463,26 @@ def test_dry_run_starts_nothing(monkeypatch, capsys, images, tmp_path, fname, de
     for line in lines:
         assert line in printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_dry_run_for_gpus_that_are_not_here(images, tmp_path):
+    """It names them, checks what the settings tell of them, and says what it cannot know."""
+    changes = on_folder(images, "data.batch_size=3", "data.image_folder=''", f"logging.folder={tmp_path / 'run'}")
+    config = load_config(QUICKSTART, changes)
+    text = check_dry_run(config, 2, ["cuda:0", "cuda:1"])
+    assert "\ndevice  2 x GPU (not on this machine), bfloat16, compiled\n" in text
+    assert text.splitlines()[-1] == (
+        "this machine has no cuda:0, cuda:1. Not checked: the C compiler and its cache, "
+        "whether its memory suffices for the estimate above"
+    )
+    assert "Not checked" not in check_dry_run(config, 2, ["cpu", "cpu"])
+    narrow = load_config(QUICKSTART, [*changes, "runtime.attention=xformers", "meta.pred_emb_dim=36"])
+    with pytest.raises(ConfigError, match="xformers has no kernel for heads of 18 channels"):
+        check_dry_run(narrow, 1, ["cuda"])
+    check_dry_run(narrow, 1, ["cpu"])
+    with pytest.raises(ConfigError, match=r"runtime\.cuda_graphs: on needs one process, and there are 2"):
+        check_dry_run(load_config(QUICKSTART, [*changes, "runtime.cuda_graphs=on"]), 2, ["cuda:0", "cuda:1"])
 
 
 @pytest.mark.slow

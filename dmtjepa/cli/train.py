@@ -37,14 +37,14 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, prog: str | None 
     return parse_with_overrides(parser, arguments, list_option="devices")
 
 
-def dry_run(config: Config, world_size: int, device: str) -> None:
+def dry_run(config: Config, world_size: int, devices: Sequence[str]) -> None:
     """Print the settings and what they need. Raises the error that a start would end with before its first step."""
     from dmtjepa.training.check import check_dry_run, check_settings
     from dmtjepa.training.estimate import describe
 
     check_settings(config, world_size)  # what they do not allow cannot be described
-    print(describe(config, world_size, device), flush=True)
-    print(f"\n{check_dry_run(config, world_size, device.partition(':')[0])}", flush=True)
+    print(describe(config, world_size, devices[0]), flush=True)
+    print(f"\n{check_dry_run(config, world_size, devices)}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -70,7 +70,7 @@ def train(options: argparse.Namespace) -> int:
     for name in devices:
         check(name)
     if options.dry_run:
-        dry_run(config, world_size if under_torchrun else len(devices), devices[0])
+        dry_run(config, world_size if under_torchrun else len(devices), devices)
         return 0
     if under_torchrun:
         hand_over(run_process(config, devices[0].partition(":")[0]))

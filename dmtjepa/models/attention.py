@@ -39,6 +39,28 @@ HALF = (torch.bfloat16, torch.float16)
 SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+def check_attention(backend: str, head_dim: int) -> None:
+    """Check that `choose_attention` can serve a GPU. Needs none.
+
+    Args:
+        backend: `xformers`, `sdpa` or `auto`.
+        head_dim: head size E.
+
+    Raises:
+        ValueError: the backend is unknown, or it is `xformers`, which has no kernel for the head size.
+        ModuleNotFoundError: the backend is `xformers`, which is not installed.
+    """
+    if backend not in ("auto", "xformers", "sdpa"):
+        raise ValueError(f"attention backend {backend!r}: choose auto, xformers or sdpa")
+    if backend == "xformers" and head_dim % HEAD_SIZE_MULTIPLE:
+        raise ValueError(
+            f"attention backend xformers has no kernel for heads of {head_dim} channels, only for multiples of "
+            f"{HEAD_SIZE_MULTIPLE}; choose runtime.attention: sdpa or auto"
+        )
+    if backend == "xformers" and importlib.util.find_spec("xformers") is None:
+        raise ModuleNotFoundError("attention backend xformers: not installed; pip install xformers, or choose sdpa")
+
+
 def choose_attention(backend: str, device_type: str, head_dim: int) -> AttentionFunction:
     """Return the attention function for a model.
 
@@ -50,25 +72,15 @@ def choose_attention(backend: str, device_type: str, head_dim: int) -> Attention
         head_dim: head size E.
 
     Raises:
-        ValueError: the backend is unknown, or it is `xformers`, which has no kernel for the head size.
-        ModuleNotFoundError: the backend is `xformers`, which is not installed.
+        ValueError, ModuleNotFoundError: see `check_attention`.
     """
-    if backend not in ("auto", "xformers", "sdpa"):
-        raise ValueError(f"attention backend {backend!r}: choose auto, xformers or sdpa")
     if device_type != "cuda":
         return cpu_attention
+    check_attention(backend, head_dim)
     _count_varlen_flops()
-    fits = head_dim % HEAD_SIZE_MULTIPLE == 0
-    if backend == "sdpa" or (backend == "auto" and not fits):
+    if backend == "sdpa" or head_dim % HEAD_SIZE_MULTIPLE:
         return flash_attention
-    if not fits:
-        raise ValueError(
-            f"attention backend xformers has no kernel for heads of {head_dim} channels, only for multiples of "
-            f"{HEAD_SIZE_MULTIPLE}; choose runtime.attention: sdpa or auto"
-        )
     if importlib.util.find_spec("xformers") is None:
-        if backend == "xformers":
-            raise ModuleNotFoundError("attention backend xformers: not installed; pip install xformers, or choose sdpa")
         warnings.warn("xFormers is not installed: attention runs on PyTorch's own flash kernels", stacklevel=2)
         return flash_attention
     if backend == "auto" and MEASURED_CHOICES.get((torch.cuda.get_device_capability(), head_dim)) == "sdpa":

@@ -13,7 +13,7 @@ from dmtjepa.config import Config
 from dmtjepa.data import StoredSource
 from dmtjepa.data.sources.base import make_printable
 from dmtjepa.training.compute_plan import ComputePlan
-from dmtjepa.training.distributed import World
+from dmtjepa.training.distributed import World, find_device
 from dmtjepa.training.schedules import Schedules
 
 
@@ -57,7 +57,7 @@ def describe_start(
     Args:
         source: of the images.
         world_size: number of processes.
-        device: of this process; the others have the same kind.
+        device: of this process; the others have the same kind. This machine may lack it, in a dry run.
         loader: its name, after `auto` was resolved.
         steps_per_epoch: optimizer steps.
         num_parameters: that are trained.
@@ -66,11 +66,6 @@ def describe_start(
     data, runtime, optimization = config.data, config.runtime, config.optimization
     plan = ComputePlan.from_config(config, device.type)
     method = "I-JEPA" if not config.patch.local_agg_head else f"DMT-JEPA, patch.query {config.patch.query}"
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {_count(torch.get_num_threads(), 'thread')}"
-    )
     height, width = data.image_size
     processes = _count(world_size, "process", "processes")
     num_steps = optimization.epochs * steps_per_epoch
@@ -79,7 +74,7 @@ def describe_start(
         "loader": f"{loader}, {_count(data.num_workers, 'worker')} for each process",
         "model": f"{config.meta.model_name}, patches of {config.mask.patch_size} in {height}x{width} pixels, "
         f"{num_parameters / 1e6:.1f} M trained parameters ({method})",
-        "device": f"{world_size} x {name}, {str(plan.dtype).removeprefix('torch.')}"
+        "device": f"{world_size} x {_name_device(device)}, {str(plan.dtype).removeprefix('torch.')}"
         + (", compiled" if plan.compiled else ""),
         "batch": f"{config.global_batch(world_size)} images = {data.batch_size} x {processes}"
         + (f" x {runtime.accumulation} accumulated" if runtime.accumulation > 1 else ""),
@@ -87,6 +82,14 @@ def describe_start(
         "run": f"{os.path.abspath(config.logging.path)}, " + (f"resumes at step {step}" if step else "new"),
     }
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
+
+
+def _name_device(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"CPU, {_count(torch.get_num_threads(), 'thread')}"
+    if find_device(str(device)) is None:
+        return "GPU (not on this machine)"
+    return torch.cuda.get_device_name(device)
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +18,14 @@ from dmtjepa.evaluation.evaluator import open_splits
 from dmtjepa.interop import load_model
 from dmtjepa.interop.sources import find_initial_weights
 from dmtjepa.masks import check_masks
+from dmtjepa.models import ARCHITECTURES
+from dmtjepa.models.attention import check_attention
 from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.run_folder import RunFolder, RunFolderError
 from dmtjepa.training.banner import count_trained, describe_start
 from dmtjepa.training.compiler import check_compiler
+from dmtjepa.training.compute_plan import ComputePlan
+from dmtjepa.training.distributed import find_device, parse_device
 from dmtjepa.training.graphs import check_graphs
 from dmtjepa.training.images import check_images, check_steps_per_epoch
 from dmtjepa.training.parallelize import check_shard_size
@@ -44,10 +49,12 @@ def check_start(config: Config, world_size: int, device_type: str) -> StoredSour
     """
     check_settings(config, world_size)
     check_loggers(config)
-    here = device_type if device_type == "cpu" or torch.cuda.is_available() else "cpu"
+    check_graphs(config, world_size, device_type)
+    here = _find_type_here(device_type)
     if here == device_type:
         check_compiler(config, device_type)
-        check_graphs(config, world_size, device_type)
+    else:
+        _check_attention(config)
     folder = RunFolder.from_config(config)
     folder.check(config, config.global_batch(world_size))
     check_loader(config.data)
@@ -104,37 +111,76 @@ def check_checkpoint(
     return checkpoint, check_images(config, folder, source, loader, checkpoint)
 
 
-def check_dry_run(config: Config, world_size: int, device_type: str) -> str:
+def check_dry_run(config: Config, world_size: int, devices: Sequence[str]) -> str:
     """All that a start checks before its first step, on this machine, and whether a few images can be decoded.
 
+    Args:
+        devices: at least one, of one kind, which this machine need not have.
+
     Returns:
-        What the start would say (`describe_start`).
+        What the start would say (`describe_start`), and what could not be checked here.
 
     Raises:
         CheckpointError: see `check_checkpoint`; and what `check_start` and `check_sample` raise.
     """
-    source = check_start(config, world_size, device_type)
+    device = parse_device(devices[0])
+    here = _find_type_here(device.type)  # a login node may have no GPU
+    source = check_start(config, world_size, device.type)
     check_sample(source, config.data)
     if config.evaluation.every_epochs:
         check_sample(open_splits(config).validation, config.data)
     folder = RunFolder.from_config(config)
     folder.check_unlocked()
-    device = device_type if torch.cuda.is_available() else "cpu"  # a login node may have no GPU
-    loader = build_loader(config.data, seed=config.runtime.seed, world_size=world_size, device=device, source=source)
+    loader = build_loader(config.data, seed=config.runtime.seed, world_size=world_size, device=here, source=source)
     loader.close()
     checkpoint, _ = check_checkpoint(config, folder, source, loader.name, world_size)
     with torch.device("meta"):
-        model = build_model_for(config, device)
-    return describe_start(
+        model = build_model_for(config, here)
+    facts = describe_start(
         config,
         source,
         world_size=world_size,
-        device=torch.device(device),
+        device=device,
         loader=loader.name,
         steps_per_epoch=count_steps_per_epoch(config, world_size, len(source)),
         num_parameters=count_trained(model),
         step=0 if checkpoint is None else step_of(checkpoint),
     )
+    missing = [name for name in devices if find_device(name) is None]
+    if not missing:
+        return facts
+    unchecked = "" if here == device.type else f". Not checked: {', '.join(_list_unchecked(config, loader.name))}"
+    return f"{facts}\n\nthis machine has no {', '.join(missing)}{unchecked}"
+
+
+def _find_type_here(device_type: str) -> str:
+    """`device_type`, or `cpu` on a machine without a GPU."""
+    return device_type if torch.cuda.is_available() else "cpu"
+
+
+def _check_attention(config: Config) -> None:
+    """What building a model for a GPU checks of `runtime.attention`.
+
+    Raises:
+        ConfigError: the backend has no kernel for a head size, or is not installed.
+    """
+    architecture = ARCHITECTURES[config.meta.model_name]
+    for width in (architecture["embed_dim"], config.meta.pred_emb_dim):
+        try:
+            check_attention(config.runtime.attention, width // architecture["num_heads"])
+        except (ValueError, ModuleNotFoundError) as error:
+            raise ConfigError(str(error)) from error
+
+
+def _list_unchecked(config: Config, loader: str) -> Iterator[str]:
+    """What a start on a GPU needs, and a machine without one cannot tell."""
+    if ComputePlan.from_config(config, "cuda").compiled or config.runtime.kernels == "triton":
+        yield "the C compiler and its cache"
+    if config.runtime.teacher_precision == "fp8":
+        yield "whether the GPU multiplies in float8"
+    if loader == "dali":
+        yield "DALI on the GPU"
+    yield "whether its memory suffices for the estimate above"
 
 
 def check_space(folder: RunFolder, model: DMTJEPA) -> None:

@@ -81,6 +81,14 @@ def check_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
+def find_device(name: str) -> torch.device | None:
+    """The device called `name` (see `check_device`), or None where this machine does not have it."""
+    try:
+        return check_device(name)
+    except DeviceError:
+        return None
+
+
 def read_rank() -> tuple[int, int]:
     """Rank and number of processes, from RANK and WORLD_SIZE. A process without RANK trains alone.
 

@@ -18,6 +18,7 @@ from dmtjepa.masks import MaskSampler
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
 from dmtjepa.training.compute_plan import ComputePlan
+from dmtjepa.training.distributed import find_device
 from dmtjepa.training.optimizer import UPDATED_BYTES
 from dmtjepa.training.parallelize import UNIT_PARAMETERS
 from dmtjepa.training.schedules import build_schedules
@@ -219,8 +220,8 @@ def describe(config: Config, world_size: int, device: str) -> str:
     mean, largest = measure_masks(config)
     flops, parameters = step_flops(config, mean), count_parameters(config)
     resolved = config
-    if on_cuda and torch.cuda.is_available():  # a login node may have no GPU
-        resolved = resolve_checkpointing(config, world_size, torch.device(device))
+    if here := find_device(device):  # a login node may have no GPU
+        resolved = resolve_checkpointing(config, world_size, here)
     memory = memory_bytes(resolved, largest, world_size, on_cuda)
     recompute = ComputePlan.from_config(resolved, "cuda" if on_cuda else "cpu").recompute
     global_batch = config.global_batch(world_size)

@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 MAX_WAIT, WAIT_STEPS = 0.05, 100
 
 
+# Without steps per second, which images per second tell: a line of 80 columns is short.
+BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """A step that was enqueued on the device."""
@@ -105,8 +109,9 @@ class Metrics:
             self._board = EventFile(folder.tensorboard, purge_step=first_step)
             if sys.stderr.isatty():
                 self._bar = tqdm(
-                    total=schedules.num_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1
-                )
+                    total=schedules.num_steps, initial=first_step, dynamic_ncols=True, smoothing=0.1,
+                    bar_format=BAR_FORMAT,
+                )  # fmt: skip
 
     def record(self, batch: StepBatch, loss: Tensor, norm: Tensor, reading: Reading | None = None) -> None:
         """Note a step that was enqueued. Reads nothing from the device.
@@ -245,7 +250,7 @@ class Metrics:
             text["rank"] = f"{self._shown['features/effective_rank']:.1f}"
         if self._bar is not None:
             self._bar.set_description(f"epoch {last.epoch + 1}", refresh=False)
-            self._bar.set_postfix(text)
+            show_figures(self._bar, text)
             return
         num_steps = self._schedules.num_steps
         remaining = (num_steps - last.step - 1) * self._global_batch
@@ -288,3 +293,16 @@ class Metrics:
             "train/images_per_second": rate,
             "train/data_wait": wait_share,
         } | last.figures
+
+
+def show_figures(bar: tqdm, figures: Mapping[str, str]) -> None:
+    """Show figures behind a progress bar: as many of the first ones as leave it ten characters in the terminal."""
+    names = list(figures)
+    while True:
+        bar.set_postfix({name: figures[name] for name in names}, refresh=False)
+        state = bar.format_dict
+        columns = state["ncols"]
+        if not names or columns is None or len(bar.format_meter(**state | {"ncols": None})) < columns:
+            break
+        names.pop()
+    bar.refresh()

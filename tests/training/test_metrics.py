@@ -1,18 +1,21 @@
 """Losses reach the CSV and TensorBoard, and a run whose logs cannot be written goes on."""
 
 import errno
+import io
 import os
+import re
 import sys
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from dmtjepa.metrics_file import read_metrics
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.step_csv import read_losses
 from dmtjepa.training.launch import launch
-from dmtjepa.training.metrics import Metrics, StepRecord, StepValues
+from dmtjepa.training.metrics import BAR_FORMAT, Metrics, StepRecord, StepValues, show_figures
 from dmtjepa.training.schedules import Schedules
 from tests.helpers.streams import BrokenPipe
 
@@ -54,6 +57,26 @@ def test_a_later_start_hides_the_steps_that_it_repeats(tmp_path):
             next(folder.tensorboard.iterdir()).rename(folder.tensorboard / "events.out.tfevents.0")
     board = EventAccumulator(str(folder.tensorboard)).Reload()
     assert [event.step for event in board.Scalars("train/loss")] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (80, ["loss=0.2571", "images/s=865"]),
+        (60, []),
+        (120, ["loss=0.2571", "images/s=865", "data wait=3%", "explained=45%", "rank=9.8"]),
+    ],
+)
+def test_a_narrow_terminal_keeps_its_progress_bar(columns, shown):
+    figures = {"loss": "0.2571", "images/s": "865", "data wait": "3%", "explained": "45%", "rank": "9.8"}
+    terminal = io.StringIO()
+    with tqdm(total=100_000, initial=50_000, ncols=columns, ascii=" #", bar_format=BAR_FORMAT, file=terminal) as bar:
+        bar.set_description("epoch 12", refresh=False)
+        show_figures(bar, figures)
+    line = terminal.getvalue().split("\r")[-1].rstrip("\n")
+    assert len(line) <= columns
+    assert line.count("#") >= 5  # of at least ten characters, one half
+    assert re.findall(r"[a-z/ ]+=[\d.%]+", line.replace(", ", ",")) == shown
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -607,14 +608,21 @@ int cublasSgemmStridedBatched(cudaStream_t *handle) { return launch(__func__, *h
 /* ---- NCCL: as many ranks as were said to be there, each on its own */
 
 typedef struct {
-    char bytes[128];
+    unsigned long name;
+    char unused[120];
 } UniqueId;
 
 typedef struct {
-    int num_ranks, rank;
+    int num_ranks, rank, num_splits;
+    unsigned long name;
 } Communicator;
 
 enum { NCCL_FLOAT = 7 };
+
+int ncclGetUniqueId(UniqueId *id) {
+    *id = (UniqueId){0};
+    return getrandom(&id->name, sizeof id->name, 0) != sizeof id->name;
+}
 
 int ncclGetVersion(int *version) {
     *version = 22900;
@@ -627,7 +635,7 @@ const char *ncclGetLastError(Communicator *communicator) { return ""; }
 int ncclCommInitRankConfig(Communicator **communicator, int num_ranks, UniqueId id, int rank, void *config) {
     fake_cuda_need_context(__func__);
     *communicator = malloc(sizeof **communicator);
-    **communicator = (Communicator){num_ranks, rank};
+    **communicator = (Communicator){num_ranks, rank, 0, id.name};
     return 0;
 }
 
@@ -637,9 +645,37 @@ int ncclCommCount(Communicator *communicator, int *count) {
     return 0;
 }
 
-/* How many ranks a part of a communicator has, only they all together would know. */
+/* Where the ranks of a communicator tell each other which part each of them joins. */
+typedef struct {
+    atomic_int num_arrived, num_left;
+    int parts[];
+} Split;
+
+/* As NCCL does, waits until all ranks of the communicator have called this; -1 joins no part. */
 int ncclCommSplit(Communicator *communicator, int part, int rank, Communicator **made, void *config) {
-    return ncclCommInitRankConfig(made, 0, (UniqueId){0}, rank, config);
+    int num_ranks = communicator->num_ranks, size = 0;
+    size_t bytes = sizeof(Split) + num_ranks * sizeof(int);
+    char path[64];
+    snprintf(path, sizeof path, "/dev/shm/fake-nccl-%lx-%d", communicator->name, communicator->num_splits++);
+    int file = open(path, O_CREAT | O_RDWR | O_CLOEXEC, 0600);
+    if (file < 0 || ftruncate(file, bytes) != 0)
+        return 1;
+    Split *split = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    if (split == MAP_FAILED)
+        return 1;
+    split->parts[communicator->rank] = part;
+    split->num_arrived++;
+    while (split->num_arrived < num_ranks)
+        usleep(100);
+    for (int other = 0; other < num_ranks; other++)
+        size += split->parts[other] == part;
+    if (++split->num_left == num_ranks)
+        unlink(path);
+    munmap(split, bytes);
+    *made = NULL;
+    UniqueId id = {communicator->name * 31 + communicator->num_splits * 7919 + part};
+    return part < 0 ? 0 : ncclCommInitRankConfig(made, size, id, rank, config);
 }
 
 int ncclCommDestroy(Communicator *communicator) {
