@@ -7,6 +7,8 @@ JOBS ?= 3
 # .venv; .venv-newest-python3.13 for the example above.
 VENV := .venv$(patsubst constraints%.txt,%,$(notdir $(CONSTRAINTS)))$(patsubst -python3,,-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
+# What is not compiled at the installation, but at the first import, if ever.
+RARELY_IMPORTED := /tests?/|transformers/models/|/(pip|setuptools|pkg_resources|sklearn|pandas|narwhals|pygments|fontTools|libcst|mypyc?|onnxscript)/
 # Tests start many programs, which start sooner from cached bytecode.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
@@ -17,7 +19,7 @@ venv: $(VENV)/.installed
 $(VENV)/.installed: setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable ".[dev,dali,docs,export,hf]"
-	-$(RUN) -m compileall -qq -j 0 -x '/tests?/|transformers/models/' $(VENV)/lib  # on all cores; pip would use one
+	-$(RUN) -m compileall -qq -j 0 -x '$(RARELY_IMPORTED)' $(VENV)/lib  # on all cores; pip would use one
 	touch $@
 
 quickstart: venv

@@ -146,7 +146,7 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
     )
     if config.patch.local_agg_head:
         activations += batch * shapes.context * 2 * 14 * dim
-    return {
+    uses = {
         "student, gradients, AdamW": 16 * student / shards,
         "teacher": 4 * teacher / shards,
         "copies for update norms": min(4 * student / shards, UPDATED_BYTES),
@@ -158,6 +158,11 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
         * (config.mask.num_pred_masks * shapes.target * 3 + shapes.unique * 8)
         * dim,
     }
+    if runtime.cuda_graphs == "on" and on_cuda:
+        # Their pool holds what a step needs beside the weights, and so does the memory of steps that are not replayed.
+        passing = ("saved activations", "teacher's forward pass", "predictions and targets")
+        uses["CUDA graphs"] = 4 * student + sum(uses[name] for name in passing)
+    return uses
 
 
 class OutOfMemory(UserError, RuntimeError):

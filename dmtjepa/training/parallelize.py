@@ -100,7 +100,9 @@ def parallelize(model: DMTJEPA, mesh: DeviceMesh, plan: ComputePlan) -> DMTJEPA:
         checkpoint_blocks(student_blocks(model), plan.recompute)
     set_memory_budget(plan.recompute)
     if plan.compiled:
-        fuse_reductions_of_any_size()
+        from dmtjepa.training.inductor import configure_inductor  # takes a second to import
+
+        configure_inductor()
         compile_blocks(model)
     teacher, student = teacher_units(model, mesh), student_units(model, mesh)
     shard_units(model, teacher, student, mesh, plan)
@@ -316,25 +318,6 @@ def set_memory_budget(recompute: str) -> None:
     the outputs of pointwise operators first. They suffice for a budget of 0.9.
     """
     torch._functorch.config.activation_memory_budget = 0.9 if recompute == "pointwise" else 1.0
-
-
-def fuse_reductions_of_any_size() -> None:
-    """Let Inductor fuse two reductions over the same gradient whatever the number of patches.
-
-    Otherwise it fuses them only above certain sizes, and compares the number of patches with these limits before each
-    call. A step on the other side of a limit then compiles its blocks again in the middle of a run: for ViT-B/16 with
-    256 images, at a context of 26 patches or fewer.
-    """
-    from torch._inductor import config as inductor  # takes a second to import
-
-    if not hasattr(inductor.triton, "mix_order_reduction_non_strict_mode"):
-        logger.info(
-            "torch %s has no option mix_order_reduction_non_strict_mode: a step with unusually few or many patches may "
-            "compile its blocks again",
-            torch.__version__,
-        )
-        return
-    inductor.triton.mix_order_reduction_non_strict_mode = True
 
 
 def compile_blocks(model: DMTJEPA, compiler: Compiler = torch.compile) -> None:

@@ -12,7 +12,8 @@ from benchmarks.step.providers import parse_provider
 from benchmarks.step.runs import Run
 from benchmarks.workloads import Workload
 from dmtjepa.training.distributed import check_device, process_group
-from dmtjepa.training.graphs import CaptureFailed
+from dmtjepa.training.estimate import memory_bytes
+from dmtjepa.training.graphs import CaptureFailed, GraphedStep
 
 TINY = ("data.crop_size=96", "mask.min_keep=2", "meta.pred_depth=1", "meta.pred_emb_dim=16", "optimization.clip_grad=1")
 MOST_GRAPHS = 3
@@ -38,6 +39,12 @@ def make_steps(run: Run, num_steps: int) -> list[dict]:
         shape = [masks.context_index.shape[1], masks.target_index.shape[2]]
         rows.append({name: after[name] - before[name] for name in after} | {"shape": shape, "graphs": step.num_graphs})
     return rows
+
+
+def pool_bytes(step: GraphedStep) -> int:
+    """Bytes of the memory that all graphs share."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == step._pool)
 
 
 def in_a_thread(function) -> None:
@@ -96,4 +103,6 @@ if __name__ == "__main__":
         run = Run(workload, provider, world)
         run.step.step.most_graphs = MOST_GRAPHS
         rows = make_steps(run, int(sys.argv[1]))
-        print(json.dumps({"rows": rows, "faults": faults(run)}))
+        estimate = memory_bytes(workload.config(*provider.settings), workload.mask_shapes(0), 1, on_cuda=True)
+        memory = {"pool": pool_bytes(run.step.step), "estimate": estimate["CUDA graphs"]}
+        print(json.dumps({"rows": rows, "memory": memory, "faults": faults(run)}))

@@ -59,3 +59,8 @@ def test_what_a_capture_forbids_ends_the_run_with_advice(found, name, reason):
 def test_other_threads_may_ask_for_their_events_during_a_capture(found):
     """As NCCL's watchdog does, which ends the process where it may not."""
     assert found["faults"]["query of a thread"] == ""
+
+
+def test_graphs_share_memory_that_the_estimate_counts(found):
+    segment = 20 << 20  # the allocator takes large memory in such pieces
+    assert 0 < found["memory"]["pool"] <= found["memory"]["estimate"] + segment

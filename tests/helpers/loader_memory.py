@@ -1,4 +1,4 @@
-"""The memory of a loader while it reads 3000 batches, as a program: other tests in its process would show up in it.
+"""The memory of a loader while it reads 2000 batches, as a program: other tests in its process would show up in it.
 
     python -m tests.helpers.loader_memory FOLDER LOADER
 
@@ -43,7 +43,7 @@ def main(folder: str, loader_name: str) -> None:
         if step % 500 == 0:
             gc.collect()
             measured.append(written_memory())
-        if step == 3000:
+        if step == 2000:
             break
     loader.close()
     print(json.dumps(measured))

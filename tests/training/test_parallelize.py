@@ -3,7 +3,6 @@
 import functools
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from dmtjepa.training.parallelize import (
     build_mesh,
     checkpoint_blocks,
     compile_blocks,
-    fuse_reductions_of_any_size,
     group_fsdp_units,
     parallelize,
     set_memory_budget,
@@ -274,17 +272,6 @@ def test_what_is_kept_for_the_backward_pass_of_a_block(recompute, least, most, o
     assert least <= kept <= most
     y.sum().backward()
     torch.testing.assert_close(x.grad, expected)
-
-
-def test_limits_of_fused_reductions_are_removed_where_inductor_has_the_option(monkeypatch, caplog):
-    triton = SimpleNamespace(mix_order_reduction_non_strict_mode=False)
-    monkeypatch.setattr("torch._inductor.config", SimpleNamespace(triton=triton))
-    fuse_reductions_of_any_size()
-    assert triton.mix_order_reduction_non_strict_mode is True
-    monkeypatch.setattr("torch._inductor.config", SimpleNamespace(triton=SimpleNamespace()))
-    with caplog.at_level("INFO"):
-        fuse_reductions_of_any_size()
-    assert "has no option mix_order_reduction_non_strict_mode" in caplog.text
 
 
 @pytest.fixture
