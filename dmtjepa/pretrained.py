@@ -90,9 +90,9 @@ def load(
     """Load an encoder.
 
     Args:
-        source: a run folder (its latest export), a `checkpoints/step-N` folder, a `.pth.tar` file of this project or of
-            the official I-JEPA or DMT-JEPA code, a folder of Hugging Face's `IJepaModel` or of timm, or the name of a
-            repository of Hugging Face, such as `facebook/ijepa_vith14_1k`, which is downloaded once.
+        source: a run folder (its latest weights), a `checkpoints/step-N` folder, a `.pth.tar` file of this project or
+            of the official I-JEPA or DMT-JEPA code, a folder of Hugging Face's `IJepaModel` or of timm, or the name of
+            a repository of Hugging Face, such as `facebook/ijepa_vith14_1k`, which is downloaded once.
         part: `target_encoder`, the teacher, or `encoder`, the student. Weights of Hugging Face or timm hold one.
         image_size: height and width, or the side of a square. None takes that of the training. The position
             embedding is resampled to any other size.

@@ -11,8 +11,8 @@ from dmtjepa.cli.exit_status import run_command
 from dmtjepa.errors import UserError
 
 SOURCE = (
-    "a run folder (its latest export), a checkpoints/step-N folder, a .pth.tar file, a folder of timm or Hugging Face, "
-    "or a name such as facebook/ijepa_vith14_1k"
+    "a run folder (its latest weights), a checkpoints/step-N folder, a .pth.tar file, a folder of timm or Hugging "
+    "Face, or a name such as facebook/ijepa_vith14_1k"
 )
 ALIASES = {"released": "official"}  # the name in earlier versions
 LOADING = {

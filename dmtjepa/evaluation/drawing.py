@@ -31,6 +31,7 @@ BAR_COLORS = {
     "untrained": "#adb5bd",
     "pixels": "#dee2e6",
 }
+WITH_LAYOUT = ", with layout"
 RIGHT_COLOR, WRONG_COLOR = "#2f9e44", "#e03131"
 SMOOTHING = 0.02
 """The smoothed loss averages over this share of the run; over at least 5 steps if the run has 25."""
@@ -64,9 +65,10 @@ def draw_loss(axes: Axes, epoch: np.ndarray, loss: np.ndarray) -> None:
 
 
 def draw_accuracy(axes: Axes, accuracy: Mapping[str, Mapping[int, float]], chance: float | None) -> None:
-    """Bars of k-NN accuracy: one group per k, one bar per kind of features.
+    """Bars of k-NN accuracy: one group per k, one bar per kind of features, hatched for those with layout.
 
-    accuracy: name of the features -> {k: accuracy from 0 to 1}. chance: share of the most frequent class, 0 to 1.
+    accuracy: name of the features, those with layout ending in `WITH_LAYOUT` -> {k: accuracy from 0 to 1}. chance:
+        share of the most frequent class, 0 to 1.
     """
     ks = list(next(iter(accuracy.values())))
     width = 0.8 / len(accuracy)
@@ -74,16 +76,17 @@ def draw_accuracy(axes: Axes, accuracy: Mapping[str, Mapping[int, float]], chanc
         heights = [100 * values[k] for k in ks]
         positions = np.arange(len(ks)) + (i - (len(accuracy) - 1) / 2) * width
         bars = axes.bar(
-            positions, heights, width, label=name, color=BAR_COLORS.get(name), edgecolor="#495057", linewidth=0.5
-        )
-        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
+            positions, heights, width, label=name, color=BAR_COLORS.get(name.removesuffix(WITH_LAYOUT)),
+            hatch="///" if name.endswith(WITH_LAYOUT) else None, edgecolor="#495057", linewidth=0.5,
+        )  # fmt: skip
+        axes.bar_label(bars, fmt="%.1f", fontsize=8 if len(accuracy) * len(ks) <= 15 else 6, padding=1)
     if chance is not None:
         axes.axhline(100 * chance, color="#868e96", linestyle=":", linewidth=1.2, label="most frequent class")
     axes.set_xticks(range(len(ks)), [f"k = {k}" for k in ks])
     top = max(max(values.values()) for values in accuracy.values())
     axes.set(title="k-NN accuracy (%)", ylim=(0, 130 * max(top, chance or 0) + 1))  # with space for the legend
     axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
+    axes.legend(frameon=False, fontsize=8, ncols=2 if len(accuracy) <= 5 else 4, loc="upper center")
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -75,7 +75,8 @@ def evaluate(
     report.verdict = describe(run.read_metrics())
 
     chance = report.data.get("most_frequent_class")
-    figures = collect_figure_data(context, loss=loss, accuracy=report.knn, chance=chance, segmented=segmented)
+    accuracy = report.knn | {f"{name}, with layout": values for name, values in report.knn_layout.items()}
+    figures = collect_figure_data(context, loss=loss, accuracy=accuracy, chance=chance, segmented=segmented)
     with skipping(report):
         figures = add_nearest(figures, context, gallery)
     write_report(report, figures, out, run, config)

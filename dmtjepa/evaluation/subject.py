@@ -10,12 +10,12 @@ from dmtjepa.evaluation.bare_weights import settings_of_weights
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.option_names import KEYWORDS, OptionNames
 from dmtjepa.interop.hub import find_hub_name
-from dmtjepa.interop.sources import find_source
+from dmtjepa.interop.sources import find_source, find_weights_of_run
 from dmtjepa.run_folder import RunFolder, open_run
 
 
 class Subject(NamedTuple):
-    """What is measured. checkpoint: the file of weights. out: the folder of the report."""
+    """What is measured. checkpoint: a file of weights or a folder checkpoints/step-N. out: the folder of the report."""
 
     run: RunFolder
     config: Config
@@ -46,7 +46,8 @@ def find_subject(
 
     Raises:
         EvaluationError: there are no images to measure weights on.
-        RunFolderError, ConfigError, WeightsError: see `open_run` and `settings_of_weights`.
+        RunFolderError, ConfigError, WeightsError, CheckpointError: see `open_run`, `settings_of_weights` and
+            `find_weights_of_run`.
     """
     name = None if source.exists() else find_hub_name(source)
     if name is not None or source.is_file() or (source / "model.safetensors").is_file():
@@ -60,4 +61,4 @@ def find_subject(
         run = RunFolder(stem.parent, stem.name)
         return Subject(run, settings_of_weights(path), checkpoint or path, out or beside)
     run, config = open_run(source)
-    return Subject(run, config, checkpoint or run.latest_export, out or run.report)
+    return Subject(run, config, checkpoint or find_weights_of_run(run), out or run.report)

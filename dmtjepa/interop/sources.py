@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dmtjepa.checkpoint_format import CheckpointError, find_fault, is_checkpoint, read_meta
+from dmtjepa.checkpoint_format import CheckpointError, find_fault, is_checkpoint, newest_whole, read_meta
 from dmtjepa.config import Config, ConfigError, expand_path, parse_config
 from dmtjepa.interop.encoder_file import find_encoder_file
 from dmtjepa.interop.hub import download, find_hub_name
@@ -15,8 +15,8 @@ def find_source(source: Path) -> Path:
     """What to read: a `.pth.tar` or `model.safetensors` file, or a checkpoint folder.
 
     Args:
-        source: one of these, a run folder (its latest export), a folder of Hugging Face or timm, or the name of a
-            repository of Hugging Face.
+        source: one of these, a run folder (see `find_weights_of_run`), a folder of Hugging Face or timm, or the name
+            of a repository of Hugging Face.
 
     Raises:
         WeightsError: the repository cannot be downloaded.
@@ -32,11 +32,22 @@ def find_source(source: Path) -> Path:
         if encoder_file is not None:
             return encoder_file
         run, _ = open_run(source)
-        return run.latest_export
+        return find_weights_of_run(run)
     fault = find_fault(source)
     if fault is not None:
         raise CheckpointError(f"{source} is damaged: {fault}")
     return source
+
+
+def find_weights_of_run(run: RunFolder) -> Path:
+    """The latest export of a run, or its newest checkpoint if it was stopped before it had written an export.
+
+    Raises:
+        CheckpointError: there is no export, and all checkpoints are damaged.
+    """
+    if run.latest_export.exists():
+        return run.latest_export
+    return newest_whole(run.checkpoints) or run.latest_export  # reading what is not there says what is
 
 
 def find_image_size(source: Path) -> tuple[int, int] | None:
@@ -54,8 +65,8 @@ def find_image_size(source: Path) -> tuple[int, int] | None:
 def find_initial_weights(config: Config, folder: RunFolder) -> Path | None:
     """The file that a new run starts from: `meta.read_checkpoint` by itself or below the run folder.
 
-    For a run folder its latest export, for a folder of Hugging Face or timm the file of weights in it, and for the name
-    of a repository of Hugging Face that file from there.
+    For a run folder its latest weights, for a folder of Hugging Face or timm the file of weights in it, and for the
+    name of a repository of Hugging Face that file from there.
 
     Raises:
         WeightsError: the repository cannot be downloaded.

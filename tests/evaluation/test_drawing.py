@@ -45,6 +45,10 @@ def test_accuracy_has_a_labelled_bar_for_every_number(everything):
     assert [text.get_text() for text in axes.texts] == ["70.0", "80.0", "40.0", "50.0", "30.0", "30.0"]
     labels = {text.get_text() for text in axes.get_legend().get_texts()}
     assert labels == {"trained", "untrained", "pixels", "most frequent class"}
+    drawing.draw_accuracy(axes, everything.accuracy | {"trained, with layout": {5: 0.9, 10: 0.95}}, None)
+    pooled, *_, layout = axes.containers[3:]
+    assert [bar.get_facecolor() for bar in layout] == [bar.get_facecolor() for bar in pooled]
+    assert [bar.get_hatch() for bar in layout] == ["///"] * 2
 
 
 def test_smoothed_loss_is_the_running_mean(everything):

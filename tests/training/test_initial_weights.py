@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
+from dmtjepa.checkpoint_format import newest_whole
 from dmtjepa.config import ConfigError
+from dmtjepa.evaluation.subject import find_subject
+from dmtjepa.interop import read_checkpoint
+from dmtjepa.interop.sources import find_source
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.check import find_initial_weights
 from dmtjepa.training.launch import launch
@@ -27,6 +33,21 @@ def test_a_run_starts_from_given_weights(settings, plain):
     for part in ("encoder", "predictor", "target_encoder", "head", "target_head"):
         for name, value in final_step(config)[part].items():
             torch.testing.assert_close(value, expected[part][name], rtol=1e-5, atol=1e-6, msg=f"{part}.{name}")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_before_its_first_export_has_weights(plain, tmp_path):
+    """They are measured, exported and loaded from its newest checkpoint."""
+    folder = tmp_path / "stopped"
+    shutil.copytree(plain.logging.folder, folder, ignore=shutil.ignore_patterns("*.pth.tar"))
+    checkpoint = find_subject(folder, has_images=False).checkpoint
+    assert checkpoint == newest_whole(folder / "checkpoints")
+    assert find_source(folder) == checkpoint
+    found, exported = (
+        dict(read_checkpoint(path)["target_encoder"])
+        for path in (checkpoint, f"{plain.logging.folder}/jepa-latest.pth.tar")
+    )
+    torch.testing.assert_close(found, exported, rtol=0, atol=0)
 
 
 def test_a_folder_that_holds_no_weights_is_refused_by_name(settings, tmp_path):
