@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 LONGEST_ROW = 2048
 
 
-class RowsInRegisters(InductorChoices):
+class RowsInRegisters(InductorChoices):  # type: ignore[misc]  # mypy does not read Inductor
     """Inductor's choices, but that kernels which reduce rows, such as LayerNorms, hold rows of up to `LONGEST_ROW`.
 
     Otherwise those of ViT-H (1,280 channels) read each row in a loop, and again to normalise it. On an H200 they reach
