@@ -168,10 +168,14 @@ def _connect_store(rank: int, timeout: timedelta) -> dist.Store:
     """The store of the run, which rank 0 serves unless torchrun or main.py does. A process alone has its own."""
     if not os.environ.get("RANK"):
         return dist.HashStore()
-    is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
+    store = dist.TCPStore(host, port, is_master=_serves_store(rank), wait_for_workers=False, timeout=timeout)
     return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _serves_store(rank: int) -> bool:
+    """Whether the store ends with this process: under SLURM with rank 0, otherwise with torchrun or main.py."""
+    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _init_process_group(world: World, timeout: timedelta) -> None:
@@ -259,8 +263,8 @@ def first_failure(world: World) -> Iterator[None]:
             raise LostPeer(f"{world.name} lost another rank, which ended without a message: {error}") from None
         if first != text:
             raise DistributedError(f"{world.name} stopped, since {first}") from None
-        if world.rank == 0 and world.world_size > 1:
-            time.sleep(2)  # under SLURM rank 0 serves the store: let the others read this
+        if world.world_size > 1 and _serves_store(world.rank):
+            time.sleep(2)  # let the others read this
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -26,7 +27,7 @@ from dmtjepa.evaluation.verdict import describe
 from dmtjepa.output import configure_logging, protect_output
 from dmtjepa.processes import STOP_SIGNALS
 from dmtjepa.run_folder import RunFolder
-from dmtjepa.training.distributed import check_device, first_failure, process_group, read_rank
+from dmtjepa.training.distributed import DistributedError, check_device, first_failure, process_group, read_rank
 from dmtjepa.training.estimate import OutOfMemory, explain_oom
 from dmtjepa.training.fork_server import enter_rank, start_fork_server
 from dmtjepa.training.loop import Outcome, train
@@ -200,7 +201,9 @@ def _run_child(config: Config, device_name: str, rank: int, world_size: int, por
             raise
         known = isinstance(error, UserError)
         report = f"{type(error).__name__}: {error}" if known else traceback.format_exc()
-        text = f"{time.monotonic()}\nrank {rank} of {world_size} failed:\n{report}"
+        # What quotes the failure of another rank comes after it.
+        when = math.inf if isinstance(error, DistributedError) else time.monotonic()
+        text = f"{when}\nrank {rank} of {world_size} failed:\n{report}"
         writing = Path(folder, f"{rank}.writing")
         writing.write_text(text)
         writing.rename(Path(folder, f"{rank}.txt"))

@@ -288,6 +288,14 @@ def test_first_traceback_is_what_the_user_sees(settings, capfd):
     assert "rank 0 of 2 failed" not in printed
 
 
+@pytest.mark.slow
+def test_the_rank_that_failed_first_speaks_for_those_that_quote_it(settings, capfd):
+    assert launch(settings(**{"data.batch_size": 4096}), ["cpu", "cpu"]) == 1
+    printed = capfd.readouterr().err
+    assert "failed:\nDataError: the batch is larger than the data set" in printed
+    assert "DistributedError" not in printed
+
+
 def ended(rank, code):
     """A process of `launch` that has ended."""
     return SimpleNamespace(name=f"rank {rank}", exitcode=code, join=lambda timeout: None)
