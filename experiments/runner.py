@@ -12,6 +12,7 @@ import fcntl
 import functools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -87,11 +88,12 @@ def claimed(folder: Path) -> Iterator[bool]:
 def train_and_measure(run: Run, images: Path, folder: Path, device: str) -> None:
     """Train, or continue to train, evaluate, and write the result. Raises RunFailed."""
     program = [sys.executable, str(ROOT / "main.py"), "--fname", str(run.base_path), "--devices", device]
-    call([*program, *run.overrides(images, folder)], folder / "train.log")
+    processor_seconds = call([*program, *run.overrides(images, folder)], folder / "train.log")
     program = [sys.executable, "-m", "dmtjepa.evaluation", str(folder.absolute()), "--device", device, "--quick"]
     call(program, folder / "evaluate.log")
     files = RunFolder.from_config(run.config(images, folder))
-    times = read_step_seconds(files.csv_file(0))
+    times, starts = read_step_seconds(files.csv_file(0)), files.read_starts()
+    own_steps = len(times) - starts[-1]["step"]
     result: dict[str, Any] = {
         "variant": run.variant,
         "seed": run.seed,
@@ -100,7 +102,9 @@ def train_and_measure(run: Run, images: Path, folder: Path, device: str) -> None
         "images": images.name,
         "steps": len(times),
         "train_seconds": round(sum(times), 1),
-        "starts": files.read_starts(),
+        # Of the last start and its steps: what earlier ones took may have been lost with the runner.
+        "processor_seconds_per_step": round(processor_seconds / own_steps, 4) if own_steps else None,
+        "starts": starts,
         "metrics": read_metrics(files.metrics_file) if files.metrics_file.is_file() else [],
         "report": json.loads((files.report / "report.json").read_text()),
     }
@@ -113,13 +117,17 @@ def read_step_seconds(path: Path) -> list[float]:
         return [float(row["time (ms)"]) / 1000 for row in csv.DictReader(file)]
 
 
-def call(command: Sequence[str], log: Path) -> None:
+def call(command: Sequence[str], log: Path) -> float:
     """Run a program of the project on one thread until it ends; what it prints is added to `log`.
+
+    Returns:
+        The processor time that it took, with its own programs, in seconds. Other programs on the machine hardly matter.
 
     Raises:
         RunFailed: it ended with an error. KeyboardInterrupt: this process was asked to stop; so was the program, which
             has saved its state.
     """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
     with log.open("a") as file:
         process = subprocess.Popen(
@@ -140,3 +148,5 @@ def call(command: Sequence[str], log: Path) -> None:
     if code:
         lines = log.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
         raise RunFailed(f"exit code {code}: {lines[-1]} (see {log})")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

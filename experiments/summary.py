@@ -96,13 +96,14 @@ def format_table(results: Sequence[Result]) -> str:
     """A Markdown table: mean and standard deviation over seeds of each variant, the untrained network and pixels."""
     rows = collect(results)
     names = [name for name in METRICS if any(name in row for row in rows.values())]
-    lines = [["", "seeds", "steps", "minutes", *names]]
+    lines = [["", "seeds", "steps", "minutes", "processor ms/step", *names]]
     for row, values in rows.items():
         of_row = [result for result in results if result["variant"] == row]
         steps = "/".join(map(str, sorted({result["steps"] for result in of_row}))) or "-"
         minutes = f"{statistics.mean(r['train_seconds'] for r in of_row) / 60:.0f}" if of_row else "-"
+        processor = [1000 * cost for r in of_row if (cost := r.get("processor_seconds_per_step")) is not None]
         count = max(map(len, values.values()))
-        lines.append([row, str(count), steps, minutes, *(format_spread(values.get(name, [])) for name in names)])
+        lines.append([row, str(count), steps, minutes, format_spread(processor), *(format_spread(values.get(name, [])) for name in names)])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -72,6 +72,7 @@ def test_a_killed_table_continues_where_it_was(images, tmp_path):
     assert (result["variant"], result["seed"], result["steps"]) == ("patch", 3, 24)
     assert len(result["starts"]) == 2
     assert result["starts"][1]["step"] > 0
+    assert result["processor_seconds_per_step"] > 0
     assert set(result["report"]["knn"]) >= {"trained", "untrained", "pixels"}
 
 
@@ -122,6 +123,12 @@ def test_a_result_of_other_settings_is_refused(table, computed, tmp_path):
     changed = table.model_copy(update={"settings": [*table.settings, "optimization.lr=1e-4"]})
     with pytest.raises(TableError, match="holds the result of other settings"):
         compute(changed, tmp_path, tmp_path)
+
+
+def test_a_program_takes_processor_time_not_the_time_of_others(tmp_path):
+    computes = "import time\nwhile time.process_time() < 1: pass"
+    assert runner.call([sys.executable, "-c", computes], tmp_path / "x.log") >= 1
+    assert runner.call([sys.executable, "-c", "import time; time.sleep(2)"], tmp_path / "x.log") < 1.9
 
 
 def test_a_program_that_fails_is_quoted(tmp_path):
