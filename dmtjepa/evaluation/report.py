@@ -107,6 +107,7 @@ def describe_data(splits: Splits) -> dict[str, Any]:
         "train_images": len(splits.train),
         "validation_images": len(splits.validation),
         "classes": len(splits.train.class_names) if splits.unlabelled is None else None,
+        "most_frequent_class": None,  # known once the labels have been read
     }
 
 

@@ -255,7 +255,6 @@ def test_table_marks_what_was_not_measured():
 @pytest.fixture
 def without_figures(monkeypatch):
     monkeypatch.setattr("dmtjepa.evaluation.report.save_figures", lambda *_: [])
-    monkeypatch.setattr("dmtjepa.evaluation.report.make_report_page", lambda *_: "")
 
 
 def test_few_training_images_skip_the_linear_probe(run, tmp_path, capsys, without_figures):

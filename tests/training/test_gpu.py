@@ -70,7 +70,8 @@ def _no_waiting(monkeypatch):
 def test_no_step_between_two_logged_ones_waits_for_the_device(settings, losses, changes):
     if changes.get("runtime.teacher_precision") == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no float8 products")
-    config = settings(**{"runtime.compile": "off", "optimization.epochs": 2} | changes)
+    briefly = {"runtime.compile": "off", "optimization.epochs": 2, "runtime.save_every_epochs": 2}
+    config = settings(**briefly | changes)
     assert launch(config, ["cuda:0"]) == 0
     assert all(map(math.isfinite, losses(config)))
 
