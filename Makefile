@@ -2,8 +2,8 @@
 # make PYTHON=python3.13 CONSTRAINTS=constraints-newest.txt ... Each combination has an environment of its own.
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
-# Processes that run tests at a time, with one thread each: one more than two cores, because some tests only wait.
-JOBS ?= 3
+# Processes that run tests at a time, with one thread each: more than two cores, because some tests only wait.
+JOBS ?= 4
 # .venv; .venv-newest-python3.13 for the example above.
 VENV := .venv$(patsubst constraints%.txt,%,$(notdir $(CONSTRAINTS)))$(patsubst -python3,,-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
