@@ -103,16 +103,8 @@ def format_table(results: Sequence[Result]) -> str:
         minutes = f"{statistics.mean(r['train_seconds'] for r in of_row) / 60:.0f}" if of_row else "-"
         processor = [1000 * cost for r in of_row if (cost := r.get("processor_seconds_per_step")) is not None]
         count = max(map(len, values.values()))
-        lines.append(
-            [
-                row,
-                str(count),
-                steps,
-                minutes,
-                format_spread(processor),
-                *(format_spread(values.get(name, [])) for name in names),
-            ]
-        )
+        spreads = [format_spread(values.get(name, [])) for name in names]
+        lines.append([row, str(count), steps, minutes, format_spread(processor), *spreads])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

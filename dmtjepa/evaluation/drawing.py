@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
+from dmtjepa.evaluation.formatting import WITH_LAYOUT
 from dmtjepa.evaluation.retrieval import NearestImages
 from dmtjepa.evaluation.segmentation import VOID, SegmentedImages
 
@@ -31,7 +32,6 @@ BAR_COLORS = {
     "untrained": "#adb5bd",
     "pixels": "#dee2e6",
 }
-WITH_LAYOUT = ", with layout"
 RIGHT_COLOR, WRONG_COLOR = "#2f9e44", "#e03131"
 SMOOTHING = 0.02
 """The smoothed loss averages over this share of the run; over at least 5 steps if the run has 25."""

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+WITH_LAYOUT = ", with layout"
+"""Ends the names of features that keep the layout of the image, where they stand beside pooled ones."""
+
 
 @dataclass
 class Report:
@@ -61,7 +64,7 @@ def format_table(report: Report) -> str:
             lines.append([name, *("-" if score is None else f"{100 * score:.1f}" for score in scores)])
     for name, values in report.knn_layout.items():
         cells = [f"{100 * values[k]:.1f}" for k in ks]
-        lines.append([f"{name}, with layout", *cells, *"-" * (len(header) - 1 - len(ks))])
+        lines.append([name + WITH_LAYOUT, *cells, *"-" * (len(header) - 1 - len(ks))])
     if len(lines) == 1:
         return ""
     return align_columns(lines)

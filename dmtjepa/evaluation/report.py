@@ -20,7 +20,7 @@ from dmtjepa.evaluation.context import EvaluationContext, load_encoders, load_st
 from dmtjepa.evaluation.errors import NotMeasuredError
 from dmtjepa.evaluation.figure_data import NUM_SHOWN, add_nearest, collect_figure_data
 from dmtjepa.evaluation.figures import FigureData, save_figures
-from dmtjepa.evaluation.formatting import Report
+from dmtjepa.evaluation.formatting import WITH_LAYOUT, Report
 from dmtjepa.evaluation.option_names import KEYWORDS, OptionNames
 from dmtjepa.evaluation.page.report_page import make_report_page
 from dmtjepa.evaluation.retrieval import FeaturedImages
@@ -75,7 +75,7 @@ def evaluate(
     report.verdict = describe(run.read_metrics())
 
     chance = report.data.get("most_frequent_class")
-    accuracy = report.knn | {f"{name}, with layout": values for name, values in report.knn_layout.items()}
+    accuracy = report.knn | {name + WITH_LAYOUT: values for name, values in report.knn_layout.items()}
     figures = collect_figure_data(context, loss=loss, accuracy=accuracy, chance=chance, segmented=segmented)
     with skipping(report):
         figures = add_nearest(figures, context, gallery)

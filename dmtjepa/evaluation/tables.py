@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dmtjepa.evaluation.formatting import Report, accuracy_error, format_verdict
+from dmtjepa.evaluation.formatting import WITH_LAYOUT, Report, accuracy_error, format_verdict
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _tabulate_accuracy(report: Report) -> Table | None:
         ]
         rows.append([name, *cells, *probes])
     for name, values in report.knn_layout.items():
-        rows.append([f"{name}, with layout", *(f"{100 * values[k]:.1f}" for k in ks), "-", "-"])
+        rows.append([name + WITH_LAYOUT, *(f"{100 * values[k]:.1f}" for k in ks), "-", "-"])
     return Table(
         "Accuracy (%)",
         ["features", *(f"k-NN, k = {k}" for k in ks), "linear probe", "attentive probe"],
