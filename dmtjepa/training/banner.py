@@ -95,7 +95,7 @@ def _describe_masks(config: Config, num_shards: int) -> str:
     if config.mask.pack:
         return text
     if size < whole / 2:
-        return f"{text}; contexts are cut to the shortest of a batch: mask.pack=true keeps {whole:.1f}, and learns more"
+        return f"{text}; contexts are cut to the shortest of a batch: mask.pack=true keeps {whole:.1f}"
     return f"{text} ({whole:.1f} before contexts are cut to the shortest of a batch)"
 
 
