@@ -8,7 +8,7 @@ JOBS ?= 4
 VENV := .venv$(patsubst constraints%.txt,%,$(notdir $(CONSTRAINTS)))$(patsubst -python3,,-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
 # What is not compiled at the installation, but at the first import, if ever.
-RARELY_IMPORTED := /tests?/|transformers/models/|/(pip|setuptools|pkg_resources|sklearn|pandas|narwhals|pygments|fontTools|libcst|mypyc?|onnxscript)/
+RARELY_IMPORTED := /tests?/|transformers/models/|/(pip|setuptools|pkg_resources|sklearn|pandas|narwhals|pygments|fontTools|libcst|mypyc?|onnxscript|mlflow|wandb|databricks|opentelemetry|fastapi|git)/
 # Tests start many programs, which start sooner from cached bytecode.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
@@ -18,7 +18,7 @@ venv: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable ".[dev,dali,docs,export,hf]"
+	$(VENV)/bin/pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable ".[dev,dali,docs,export,hf,loggers]"
 	-$(RUN) -m compileall -qq -j 0 -x '$(RARELY_IMPORTED)' $(VENV)/lib  # on all cores; pip would use one
 	touch $@
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import re
 import shlex
 import sys
@@ -12,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dmtjepa import cli
 from dmtjepa.cli import submit, train
 from dmtjepa.config import find_settings, load_config
-from tests.helpers.run_folders import write_images
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
@@ -105,29 +102,6 @@ def test_programs_take_every_command(page, capsys):
             continue
         except SystemExit:
             pytest.fail(f"{page.name}: {command}\n{capsys.readouterr().err}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("page", "printed"),
-    [
-        ("cluster", "#SBATCH --gpus-per-node=8"),
-        ("data", "data.mean="),
-        ("design", "96 images of 3 classes"),
-        ("settings", "| `data.batch_size` |"),
-    ],
-)
-def test_the_first_command_of_a_page_runs(page, printed, tmp_path, monkeypatch, capsys):
-    """Those that need neither a GPU nor a finished run, which tests/test_first_hour.py makes."""
-    write_images(tmp_path / "photos" / "train", 32, seed=0)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LOGS", str(tmp_path))
-    monkeypatch.setattr("dmtjepa.data.build.find_shapes", lambda: tmp_path / "photos")
-    command = commands_of((ROOT / f"docs/{page}.md").read_text())[0].partition(" > ")[0]
-    program, *arguments = shlex.split(os.path.expandvars(command))
-    assert program == "dmtjepa"
-    assert cli.main(arguments) == 0
-    assert printed in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)
