@@ -210,7 +210,8 @@ def find_no_learning(rows: Sequence[Row]) -> Finding | None:
         "no_learning",
         text,
         "Raise optimization.lr or train longer. If that does not help, the hidden patches cannot be told from the "
-        "visible ones: hide smaller blocks (mask.pred_mask_scale), or look at the images",
+        "visible ones: hide smaller blocks (mask.pred_mask_scale), let the student see whole contexts (mask.pack), or "
+        "look at the images",
     )
 
 

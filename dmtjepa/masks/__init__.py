@@ -3,6 +3,6 @@
 from dmtjepa.masks.batch import MaskBatch
 from dmtjepa.masks.feasibility import check_masks
 from dmtjepa.masks.placement import MaskError
-from dmtjepa.masks.sampler import MaskSampler
+from dmtjepa.masks.sampler import MaskSampler, mean_context_sizes
 
-__all__ = ["MaskBatch", "MaskError", "MaskSampler", "check_masks"]
+__all__ = ["MaskBatch", "MaskError", "MaskSampler", "check_masks", "mean_context_sizes"]

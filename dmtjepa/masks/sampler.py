@@ -21,7 +21,7 @@ carried from step to step, and an image of the global batch has the same blocks 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -149,6 +149,21 @@ class MaskSampler:
             return _first_patches(context, num_kept), (None, None)
         words = random_words(self.seed, step, CUT, 0, shard * context.size, context.size)
         return _random_patches(context, num_kept, words.reshape(context.shape)), (None, None)
+
+
+def mean_context_sizes(config: Config, num_shards: int = 1, num_steps: int = 8) -> tuple[float, float]:
+    """Return the mean number of context patches per image that a run has, and that it would have with `mask.pack`.
+
+    The mean is over the first shard of the first `num_steps` steps. Without `mask.pack`, contexts are cut to the
+    shortest of a batch.
+    """
+    packed = config.mask.model_copy(update={"pack": True})
+    sampler = MaskSampler.from_config(config)
+    sizes = [
+        sum(chosen.sample(step, 0, num_shards).context_size for step in range(num_steps)) / num_steps
+        for chosen in (sampler, replace(sampler, settings=packed))
+    ]
+    return sizes[0], sizes[1]
 
 
 def _first_patches(context: np.ndarray, num_kept: int) -> np.ndarray:

@@ -2,6 +2,10 @@
 
 PyTorch computes float32 products by MKL: it copies the bias to the output and then adds the product. oneDNN adds the
 bias when it writes the output, and is faster for `x @ weight.T` and `grad @ weight` (docs/performance.md).
+
+oneDNN generates code for each new shape, which takes it longer than a small product, and keeps it in memory. The number
+of covered patches, and with `mask.pack` that of context patches, is another one in nearly every step. So rows are
+padded to numbers that come again.
 """
 
 from __future__ import annotations
@@ -52,8 +56,20 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dtype == weight.dtype and (
         x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     ):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        rows = x.flatten(0, -2)
+        out = torch.ops.mkldnn._linear_pointwise(pad_rows(rows), weight, bias, "none", [], "")
+        return out[: len(rows)].unflatten(0, x.shape[:-1])
     return F.linear(x, weight, bias)
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """Append rows of zeros to [M, K], so that M is one of at most 32 numbers between two powers of two.
+
+    M grows by less than a 32nd. What is computed of each row does not change.
+    """
+    step = 1 << max(len(x).bit_length() - 6, 0)
+    missing = -len(x) % step
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 @_onednn_linear.register_fake
@@ -70,9 +86,21 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     flat_grad = grad.flatten(0, -2)
     for_x = onednn_linear(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
-    # MKL is faster than oneDNN here.
-    for_weight = flat_grad.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+    for_weight = _weight_gradient(flat_grad, x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
     return for_x, for_weight, flat_grad.sum(0) if ctx.needs_input_grad[2] else None
+
+
+@torch.library.custom_op("dmtjepa::weight_gradient", mutates_args=(), device_types="cpu")
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Compute `grad.T @ x`: [M, N], [M, K] -> [N, K]."""
+    if grad.dtype == torch.bfloat16:  # PyTorch computes bfloat16 by oneDNN, and float32 by MKL, which is faster here
+        grad, x = pad_rows(grad), pad_rows(x)
+    return grad.t() @ x
+
+
+@_weight_gradient.register_fake
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(grad.shape[1], x.shape[1])
 
 
 _onednn_linear.register_autograd(_differentiate, setup_context=_save)
@@ -81,3 +109,8 @@ _onednn_linear.register_autograd(_differentiate, setup_context=_save)
 @register_flop_formula(torch.ops.dmtjepa.onednn_linear)
 def _flops(x: Sequence[int], weight: Sequence[int], _bias: object, **_keywords: object) -> int:
     return 2 * math.prod(x) * weight[0]
+
+
+@register_flop_formula(torch.ops.dmtjepa.weight_gradient)
+def _weight_gradient_flops(grad: Sequence[int], x: Sequence[int], **_keywords: object) -> int:
+    return 2 * math.prod(grad) * x[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 
@@ -12,6 +13,7 @@ from torch import nn
 from dmtjepa.config import Config
 from dmtjepa.data import StoredSource
 from dmtjepa.data.sources.base import make_printable
+from dmtjepa.masks import mean_context_sizes
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, find_device
 from dmtjepa.training.schedules import Schedules
@@ -52,7 +54,7 @@ def describe_start(
     num_parameters: int,
     step: int = 0,
 ) -> str:
-    """The facts of a start as lines of text: images, loader, model, device, batch, length, and where it writes.
+    """The facts of a start as lines of text: images, loader, model, masks, device, batch, length, and where it writes.
 
     Args:
         source: of the images.
@@ -74,6 +76,7 @@ def describe_start(
         "loader": f"{loader}, {_count(data.num_workers, 'worker')} for each process",
         "model": f"{config.meta.model_name}, patches of {config.mask.patch_size} in {height}x{width} pixels, "
         f"{num_parameters / 1e6:.1f} M trained parameters ({method})",
+        "masks": _describe_masks(config, world_size * runtime.accumulation),
         "device": f"{world_size} x {_name_device(device)}, {str(plan.dtype).removeprefix('torch.')}"
         + (", compiled" if plan.compiled else ""),
         "batch": f"{config.global_batch(world_size)} images = {data.batch_size} x {processes}"
@@ -82,6 +85,18 @@ def describe_start(
         "run": f"{os.path.abspath(config.logging.path)}, " + (f"resumes at step {step}" if step else "new"),
     }
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
+
+
+def _describe_masks(config: Config, num_shards: int) -> str:
+    """How much of an image the student sees. On small grids the shortest context of a batch is much below the mean."""
+    size, whole = mean_context_sizes(config, num_shards)
+    blocks, num_patches = _count(config.mask.num_pred_masks, "block"), math.prod(config.grid_size)
+    text = f"{blocks} to predict from {size:.1f} of {num_patches} patches, on average"
+    if config.mask.pack:
+        return text
+    if size < whole / 2:
+        return f"{text}; contexts are cut to the shortest of a batch: mask.pack=true keeps {whole:.1f}"
+    return f"{text} ({whole:.1f} before contexts are cut to the shortest of a batch)"
 
 
 def _name_device(device: torch.device) -> str:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmtjepa.config import parse_config
 from dmtjepa.masks import MaskSampler
 from dmtjepa.models.layers import Linear
-from dmtjepa.models.onednn import compute_by_onednn, onednn_linear
+from dmtjepa.models.onednn import compute_by_onednn, onednn_linear, pad_rows
 from dmtjepa.objective import build_model
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -60,6 +60,34 @@ def test_a_gradient_that_is_not_needed_is_not_computed():
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(5, 16)).sum().backward()
     assert counter.get_total_flops() == 2 * (2 * 5 * 16 * 8)  # outputs and the gradient of the weight
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_of_rows_come_again_and_rows_do_not_change(monkeypatch, dtype):
+    """oneDNN generates code for each new shape."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("a CPU without bfloat16")
+    multiply, seen = torch.ops.mkldnn._linear_pointwise, set()
+
+    def watch(x, *others):
+        seen.add(len(x))
+        return multiply(x, *others)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watch)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1100, 16).to(dtype), torch.randn(8, 16).to(dtype), torch.randn(8).to(dtype)
+    whole = onednn_linear(x, weight, bias)
+    for num_rows in range(1024, 1100):
+        assert torch.equal(onednn_linear(x[:num_rows], weight, bias), whole[:num_rows])
+    assert len(seen) <= 4  # of the 32 from 1024 to 2048
+
+
+def test_rows_are_padded_by_less_than_a_32nd():
+    for num_rows in [*range(200), 1000, 1025, 2047, 2049, 10_000, 12_345]:
+        padded = pad_rows(torch.ones(num_rows, 1))
+        assert num_rows <= len(padded) <= num_rows * 33 / 32
+        assert padded.sum() == num_rows
 
 
 SMALL = {

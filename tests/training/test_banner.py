@@ -1,10 +1,17 @@
 """What a start says before its first step."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
+from dmtjepa.config import load_config
 from dmtjepa.data import open_images
+from dmtjepa.masks import MaskSampler, mean_context_sizes
 from dmtjepa.training.banner import count_trained, describe_start
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_facts_of_a_start(settings, image_folder):
@@ -27,6 +34,26 @@ def test_facts_of_a_start(settings, image_folder):
     assert "dali, 1 worker for each process" in text
     assert "8 images = 8 x 1 process\n" in text
     assert "1 epoch of 1 step, 1 in all" in text
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_start_tells_how_much_of_an_image_is_seen(image_folder, pack):
+    """Of 16 patches, the shortest context of 64 images has 2 or 3, where the images have 6 on average."""
+    config = load_config(CONFIGS / "quickstart.yaml", [f"mask.pack={str(pack).lower()}"])
+    sampler = MaskSampler.from_config(config)
+    mean = sum(sampler.sample(step).context_size for step in range(8)) / 8
+    facts = {"world_size": 1, "device": torch.device("cpu"), "loader": "dali", "num_parameters": 1}
+    text = describe_start(config, open_images(image_folder), steps_per_epoch=1, **facts)
+    line = next(line for line in text.splitlines() if line.startswith("masks"))
+    assert f"4 blocks to predict from {mean:.1f} of 16 patches" in line
+    assert (mean < 4) == (not pack)
+    assert ("mask.pack=true" in line) == (not pack)
+
+
+def test_official_masks_need_no_packing():
+    config = load_config(CONFIGS / "in1k_vith14_ep300.yaml", ["data.root_path=/datasets"])
+    size, whole = mean_context_sizes(config)
+    assert whole / 2 < size < whole
 
 
 def test_the_teacher_is_not_trained():
