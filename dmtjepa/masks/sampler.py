@@ -156,6 +156,9 @@ def mean_context_sizes(config: Config, num_shards: int = 1, num_steps: int = 8) 
 
     The mean is over the first shard of the first `num_steps` steps. Without `mask.pack`, contexts are cut to the
     shortest of a batch.
+
+    Args:
+        num_shards: of the global batch, see `MaskSampler.sample`.
     """
     packed = config.mask.model_copy(update={"pack": True})
     sampler = MaskSampler.from_config(config)

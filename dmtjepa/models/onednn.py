@@ -3,9 +3,9 @@
 PyTorch computes float32 products by MKL: it copies the bias to the output and then adds the product. oneDNN adds the
 bias when it writes the output, and is faster for `x @ weight.T` and `grad @ weight` (docs/performance.md).
 
-oneDNN generates code for each new shape, which takes it longer than a small product, and keeps it in memory. The number
-of covered patches, and with `mask.pack` that of context patches, is another one in nearly every step. So rows are
-padded to numbers that come again.
+oneDNN generates code for each new shape and keeps it in memory; that takes about as long as a product of 2,500 rows.
+The number of covered patches, and with `mask.pack` that of context patches, differs in nearly every step. So rows are
+padded to few different numbers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def pad_rows(x: Tensor) -> Tensor:
     """Append rows of zeros to [M, K], so that M is one of at most 32 numbers between two powers of two.
 
-    M grows by less than a 32nd. What is computed of each row does not change.
+    M grows by less than a 32nd. The result of each row does not change.
     """
     step = 1 << max(len(x).bit_length() - 6, 0)
     missing = -len(x) % step
@@ -92,7 +92,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 @torch.library.custom_op("dmtjepa::weight_gradient", mutates_args=(), device_types="cpu")
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """Compute `grad.T @ x`: [M, N], [M, K] -> [N, K]."""
+    """Compute `grad.T @ x`: [M, N], [M, K] -> [N, K]. An operator, so that torch.compile does not trace its padding."""
     if grad.dtype == torch.bfloat16:  # PyTorch computes bfloat16 by oneDNN, and float32 by MKL, which is faster here
         grad, x = pad_rows(grad), pad_rows(x)
     return grad.t() @ x

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dmtjepa.config import parse_config
 from dmtjepa.masks import MaskSampler
+from dmtjepa.models import onednn
 from dmtjepa.models.layers import Linear
 from dmtjepa.models.onednn import compute_by_onednn, onednn_linear, pad_rows
 from dmtjepa.objective import build_model
@@ -18,7 +19,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("shape", [(1, 40), (7, 40), (3, 5, 40), (2, 3, 5, 40), (0, 40)])
+@pytest.mark.parametrize("shape", [(1, 40), (7, 40), (3, 5, 40), (2, 3, 5, 40), (3, 43, 40), (0, 40)])
 def test_outputs_and_gradients_equal_the_definition(shape, dtype, compiled):
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -81,6 +82,24 @@ def test_numbers_of_rows_come_again_and_rows_do_not_change(monkeypatch, dtype):
     for num_rows in range(1024, 1100):
         assert torch.equal(onednn_linear(x[:num_rows], weight, bias), whole[:num_rows])
     assert len(seen) <= 4  # of the 32 from 1024 to 2048
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_pass_pads_what_onednn_computes(monkeypatch, dtype):
+    """The gradient of the inputs, and in bfloat16 that of the weight: MKL computes float32 and needs no padding."""
+    seen = []
+
+    def watch(x):
+        seen.append(tuple(x.shape))
+        return pad_rows(x)
+
+    x, weight = torch.randn(129, 16).to(dtype).requires_grad_(), torch.randn(8, 16).to(dtype).requires_grad_()
+    out = onednn_linear(x, weight, None)
+    monkeypatch.setattr(onednn, "pad_rows", watch)
+    out.sum().backward()
+    supported = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    expected = [(129, 8)] * supported + [(129, 8), (129, 16)] * (dtype == torch.bfloat16)
+    assert sorted(seen) == sorted(expected)
 
 
 def test_rows_are_padded_by_less_than_a_32nd():

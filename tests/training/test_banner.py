@@ -50,6 +50,17 @@ def test_a_start_tells_how_much_of_an_image_is_seen(image_folder, pack):
     assert ("mask.pack=true" in line) == (not pack)
 
 
+def test_contexts_cut_over_all_processes(image_folder):
+    config = load_config(CONFIGS / "quickstart.yaml", ["mask.pack=false", "mask.context_cut=global"])
+    sampler = MaskSampler.from_config(config)
+    mean = sum(sampler.sample(step, 0, 4).context_size for step in range(8)) / 8
+    assert mean < sum(sampler.sample(step).context_size for step in range(8)) / 8
+    assert mean_context_sizes(config, 4)[0] == mean
+    facts = {"device": torch.device("cpu"), "loader": "dali", "num_parameters": 1, "steps_per_epoch": 1}
+    text = describe_start(config, open_images(image_folder), world_size=4, **facts)
+    assert f"from {mean:.1f} of 16" in text
+
+
 def test_official_masks_need_no_packing():
     config = load_config(CONFIGS / "in1k_vith14_ep300.yaml", ["data.root_path=/datasets"])
     size, whole = mean_context_sizes(config)
