@@ -152,21 +152,27 @@ class MaskSampler:
 
 
 def mean_context_sizes(config: Config, num_shards: int = 1, num_steps: int = 8) -> tuple[float, float]:
-    """Return the mean number of context patches per image that a run has, and that it would have with `mask.pack`.
+    """Count context patches per image: as a run has them, and whole, as with `mask.pack`.
 
-    The mean is over the first shard of the first `num_steps` steps. Without `mask.pack`, contexts are cut to the
-    shortest of a batch.
+    Without `mask.pack`, contexts are cut to the shortest of a batch.
 
     Args:
         num_shards: of the global batch, see `MaskSampler.sample`.
+        num_steps: the first steps, over whose first shard the counts are averaged.
+
+    Returns:
+        The two means. They are equal with `mask.pack`.
+
+    Raises:
+        MaskError: as `MaskSampler.sample`.
     """
-    packed = config.mask.model_copy(update={"pack": True})
+
+    def mean(sampler: MaskSampler) -> float:
+        return sum(sampler.sample(step, 0, num_shards).context_size for step in range(num_steps)) / num_steps
+
     sampler = MaskSampler.from_config(config)
-    sizes = [
-        sum(chosen.sample(step, 0, num_shards).context_size for step in range(num_steps)) / num_steps
-        for chosen in (sampler, replace(sampler, settings=packed))
-    ]
-    return sizes[0], sizes[1]
+    whole = mean(replace(sampler, settings=config.mask.model_copy(update={"pack": True})))
+    return whole if config.mask.pack else mean(sampler), whole
 
 
 def _first_patches(context: np.ndarray, num_kept: int) -> np.ndarray:

@@ -48,6 +48,7 @@ def test_a_start_tells_how_much_of_an_image_is_seen(image_folder, pack):
     assert f"4 blocks to predict from {mean:.1f} of 16 patches" in line
     assert (mean < 4) == (not pack)
     assert ("mask.pack=true" in line) == (not pack)
+    assert line.endswith("on average") == pack
 
 
 def test_contexts_cut_over_all_processes(image_folder):
