@@ -151,7 +151,7 @@ class MaskSampler:
         return _random_patches(context, num_kept, words.reshape(context.shape)), (None, None)
 
 
-def mean_context_sizes(config: Config, num_shards: int = 1, num_steps: int = 8) -> tuple[float, float]:
+def mean_context_sizes(config: Config, num_shards: int = 1, num_steps: int = 32) -> tuple[float, float]:
     """Count context patches per image: as a run has them, and whole, as with `mask.pack`.
 
     Without `mask.pack`, contexts are cut to the shortest of a batch.

@@ -89,7 +89,8 @@ def describe_start(
 
 def _describe_masks(config: Config, num_shards: int) -> str:
     """How much of an image the student sees. On small grids the shortest context of a batch is much below the mean."""
-    size, whole = mean_context_sizes(config, num_shards)
+    cut_together = num_shards if config.mask.context_cut == "global" else 1  # shards that a step has to sample
+    size, whole = mean_context_sizes(config, num_shards, num_steps=max(1, 32 // cut_together))
     blocks, num_patches = _count(config.mask.num_pred_masks, "block"), math.prod(config.grid_size)
     text = f"{blocks} to predict from {size:.1f} of {num_patches} patches, on average"
     if config.mask.pack:

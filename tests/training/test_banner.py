@@ -41,7 +41,7 @@ def test_a_start_tells_how_much_of_an_image_is_seen(image_folder, pack):
     """Of 16 patches, the shortest context of 64 images has 2 or 3, where the images have 6 on average."""
     config = load_config(CONFIGS / "quickstart.yaml", [f"mask.pack={str(pack).lower()}"])
     sampler = MaskSampler.from_config(config)
-    mean = sum(sampler.sample(step).context_size for step in range(8)) / 8
+    mean = sum(sampler.sample(step).context_size for step in range(32)) / 32
     facts = {"world_size": 1, "device": torch.device("cpu"), "loader": "dali", "num_parameters": 1}
     text = describe_start(config, open_images(image_folder), steps_per_epoch=1, **facts)
     line = next(line for line in text.splitlines() if line.startswith("masks"))
@@ -56,7 +56,7 @@ def test_contexts_cut_over_all_processes(image_folder):
     sampler = MaskSampler.from_config(config)
     mean = sum(sampler.sample(step, 0, 4).context_size for step in range(8)) / 8
     assert mean < sum(sampler.sample(step).context_size for step in range(8)) / 8
-    assert mean_context_sizes(config, 4)[0] == mean
+    assert mean_context_sizes(config, 4, num_steps=8)[0] == mean
     facts = {"device": torch.device("cpu"), "loader": "dali", "num_parameters": 1, "steps_per_epoch": 1}
     text = describe_start(config, open_images(image_folder), world_size=4, **facts)
     assert f"from {mean:.1f} of 16" in text
