@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from PIL import Image
 from dmtjepa.cli import check
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_eval_loader, build_loader
-from dmtjepa.data.resources import is_memory_left
 from tests.helpers.images import LOADERS
 
 
@@ -68,11 +68,14 @@ def test_images_above_the_limit_are_refused_by_both_loaders(tmp_path: Path, load
 
 
 def test_the_memory_that_is_left_is_found_out():
-    """In a child with room for 64 MiB more."""
-    pid = os.fork()
-    if pid == 0:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
-        found = [is_memory_left(num_bytes) for num_bytes in (1 << 20, 1 << 30, 0)]
-        os._exit(0 if found == [True, False, False] else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    """In a fresh process with room for 64 MiB more: a process that has freed much can allocate that again."""
+    program = """
+import resource
+from pathlib import Path
+from dmtjepa.data.resources import is_memory_left
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+print([is_memory_left(num_bytes) for num_bytes in (1 << 20, 1 << 30, 0)])
+"""
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed == "[True, False, False]\n"
