@@ -247,6 +247,12 @@ class EvaluationSettings(Section):
     batch_size: Free[int] = Field(256, ge=1, description="images per batch of feature extraction")
     neighbors: Free[tuple[int, ...]] = Field((5, 10, 20), description="k of the k-NN accuracies of the report")
     every_epochs: Free[int] = Field(0, ge=0, description="epochs between evaluations during training; 0: none")
+    measure_start: Free[bool] = Field(
+        True,
+        description="also with every_epochs 0, a run that starts from weights (meta.read_checkpoint) is measured "
+        "before its first step and after its last, if there are labels or masks to measure with; the log says how long "
+        "that takes. false: not",
+    )
     data: Free[str | None] = Field(
         None,
         description="images that are measured during training, with labels or masks: a folder, a list, tar shards or "
@@ -319,6 +325,12 @@ class Config(Section):
         """Rows and columns of patches in a crop."""
         height, width = self.data.image_size
         return height // self.mask.patch_size, width // self.mask.patch_size
+
+    @property
+    def measures_start(self) -> bool:
+        """Whether the run starts from weights that are to be measured before its first step."""
+        starts_from_weights = self.meta.load_checkpoint and self.meta.read_checkpoint is not None
+        return starts_from_weights and self.evaluation.measure_start
 
     def to_yaml(self) -> str:
         """The settings as YAML which `load_config` reads back to an equal `Config`."""
