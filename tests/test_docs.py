@@ -91,6 +91,15 @@ def test_links_lead_somewhere(path):
     assert not missing
 
 
+def test_every_fault_names_its_tests():
+    tables, tests = (ROOT / "docs/faults.md").read_text().split("## Tests\n")
+    faults = re.findall(r"^\| ([A-Z])(\d+) \|", tables, re.MULTILINE)
+    assert re.findall(r"^\* ([A-Z])(\d+): `\w.*::test_", tests, re.MULTILINE) == faults
+    for letter in dict(faults):
+        numbers = [int(number) for first, number in faults if first == letter]
+        assert numbers == list(range(1, len(numbers) + 1))
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {target for path in DOCUMENTS for target in TARGET.findall(path.read_text())}
