@@ -217,7 +217,8 @@ class RuntimeSettings(Section):
     on_collapse: Free[Literal["warn", "stop", "rollback"]] = Field(
         "warn",
         description="what a run does that has collapsed, besides saying so: go on (warn); save and stop; or go on from "
-        "the last good checkpoint with half the learning rate, at most 3 times (rollback). See docs/training_figures.md",
+        "the last good checkpoint with half the learning rate, at most 3 times (rollback). See "
+        "docs/training_figures.md",
     )
     log_every: Free[int] = Field(10, ge=1, description="steps between two reads of the losses, when rows are written")
     save_every_steps: Free[int | None] = Field(
