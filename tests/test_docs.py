@@ -30,6 +30,12 @@ MODULE = re.compile(r"python -m ([\w.]+)")
 DOTTED = re.compile(r"`((?:dmtjepa|benchmarks)(?:\.\w+)+)`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 TARGET = re.compile(r"(?:`|^)make ([a-z][a-z-]*)", re.MULTILINE)
+# Prose is British; names in the code are American.
+AMERICAN = re.compile(
+    r"(?<![\w.])((?:neighbor|color|behavior)\w*|center(?:ed|s)?|learned|gray|labeled|misspelled"
+    r"|(?:normal|standard|quant|recogn|special|initial)iz\w+)\b(?!/)",
+    re.IGNORECASE,
+)
 FOREIGN = {"NAME", "pytest", "pip", "torch.distributed.run", "venv", "mypy", "module"}
 
 
@@ -102,6 +108,13 @@ def test_every_fault_names_its_tests():
     for letter in dict(faults):
         numbers = [int(number) for first, number in faults if first == letter]
         assert numbers == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_prose_has_one_spelling(path):
+    prose = re.sub(r"^```.*?^```$|^ {4}\S.*$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"`[^`]*`|\]\([^)]*\)|^::: .*$", "", prose, flags=re.MULTILINE)
+    assert not AMERICAN.findall(prose)
 
 
 def test_there_is_one_rule_for_the_first_momentum():
