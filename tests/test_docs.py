@@ -136,6 +136,14 @@ def test_the_predictions_for_many_gpus_are_quoted(capsys):
         assert f" {1000 * steps['H200']:.0f}, measured |" in text
 
 
+def test_every_history_of_the_verdict_is_in_its_table():
+    text = (ROOT / "docs/training_figures.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| [^|]+ \|$", text.split("| made to fail by |")[1], re.MULTILINE)
+    names = [path.stem for path in (ROOT / "tests/evaluation/histories").glob("*.jsonl")]
+    healthy = [name for name in names if name.startswith("healthy")]
+    assert (len(rows), len(healthy)) == (len(names) - len(healthy), 6)
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {target for path in DOCUMENTS for target in TARGET.findall(path.read_text())}
