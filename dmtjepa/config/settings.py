@@ -125,7 +125,9 @@ class OptimizationSettings(Section):
     """AdamW and its schedules, all functions of the step."""
 
     ema: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = Field(
-        (0.996, 1.0), description="teacher momentum, first and last"
+        (0.996, 1.0),
+        description="teacher momentum, first and last. Rule of thumb for the first: 0.98 in a run of less than about "
+        "3,000 steps, 0.99 up to about 6,000, 0.996 in longer ones",
     )
     epochs: int = Field(300, ge=1, description="epochs to train")
     final_lr: float = Field(1e-6, ge=0, description="learning rate at the end")
@@ -217,7 +219,8 @@ class RuntimeSettings(Section):
     on_collapse: Free[Literal["warn", "stop", "rollback"]] = Field(
         "warn",
         description="what a run does that has collapsed, besides saying so: go on (warn); save and stop; or go on from "
-        "the last good checkpoint with half the learning rate, at most 3 times (rollback). See docs/evaluation.md",
+        "the last good checkpoint with half the learning rate, at most 3 times (rollback). See "
+        "docs/training_figures.md",
     )
     log_every: Free[int] = Field(10, ge=1, description="steps between two reads of the losses, when rows are written")
     save_every_steps: Free[int | None] = Field(
@@ -247,6 +250,12 @@ class EvaluationSettings(Section):
     batch_size: Free[int] = Field(256, ge=1, description="images per batch of feature extraction")
     neighbors: Free[tuple[int, ...]] = Field((5, 10, 20), description="k of the k-NN accuracies of the report")
     every_epochs: Free[int] = Field(0, ge=0, description="epochs between evaluations during training; 0: none")
+    measure_start: Free[bool] = Field(
+        True,
+        description="also with every_epochs 0, a run that starts from weights (meta.read_checkpoint) is measured "
+        "before its first step and after its last, if there are labels or masks to measure with; the log says how long "
+        "that takes. false: not",
+    )
     data: Free[str | None] = Field(
         None,
         description="images that are measured during training, with labels or masks: a folder, a list, tar shards or "
@@ -319,6 +328,12 @@ class Config(Section):
         """Rows and columns of patches in a crop."""
         height, width = self.data.image_size
         return height // self.mask.patch_size, width // self.mask.patch_size
+
+    @property
+    def measures_start(self) -> bool:
+        """Whether the run starts from weights that are to be measured before its first step."""
+        starts_from_weights = self.meta.load_checkpoint and self.meta.read_checkpoint is not None
+        return starts_from_weights and self.evaluation.measure_start
 
     def to_yaml(self) -> str:
         """The settings as YAML which `load_config` reads back to an equal `Config`."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmtjepa.config import Config, expand_path
+from dmtjepa.config import Config, ConfigError, expand_path
 from dmtjepa.data import DataError, build_eval_loader
 from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.data.sources.huggingface import is_reference
@@ -78,6 +78,27 @@ class _Part:
         self.features.setdefault(key, []).append(features.cpu())
 
 
+def open_asked_splits(config: Config, on_fault: Callable[[str], None] = lambda reason: None) -> Splits | None:
+    """The images of `open_splits`, or None if the settings ask for no evaluation during training.
+
+    Args:
+        on_fault: called with the reason if only `evaluation.measure_start` asks, and nothing can be measured: the run
+            goes on without.
+
+    Raises:
+        DataError, ConfigError: as `open_splits`, if `evaluation.every_epochs` asks.
+    """
+    if config.evaluation.every_epochs:
+        return open_splits(config)
+    if not config.measures_start:
+        return None
+    try:
+        return open_splits(config)
+    except (DataError, ConfigError) as error:
+        on_fault(str(error))
+        return None
+
+
 def open_splits(config: Config) -> Splits:
     """The images that the settings name for evaluations during training.
 
@@ -96,10 +117,11 @@ def open_splits(config: Config) -> Splits:
         max_images=config.evaluation.max_images,
     )
     if splits.unlabelled is not None and not all(len(find_masked(part)) for part in (splits.train, splits.validation)):
+        every_epochs = config.evaluation.every_epochs
+        asks, off = ("evaluation.every_epochs", 0) if every_epochs else ("evaluation.measure_start", "false")
         raise DataError(
-            f"evaluation.every_epochs: nothing can be measured during training on {splits.description}: "
-            f"{splits.unlabelled}; and there are no masks beside them. Set evaluation.data to images with labels or "
-            "masks, or evaluation.every_epochs: 0"
+            f"{asks}: nothing can be measured during training on {splits.description}: {splits.unlabelled}; and there "
+            f"are no masks beside them. Set evaluation.data to images with labels or masks, or {asks}: {off}"
         )
     return splits
 

@@ -72,7 +72,7 @@ def evaluate(
     with skipping(report):
         loss = read_loss_curve(run)
         report.loss = measurements.summarize_loss(loss)
-    report.verdict = describe(run.read_metrics())
+    report.verdict = describe(run.read_metrics(), config.patch)
 
     chance = report.data.get("most_frequent_class")
     accuracy = report.knn | {name + WITH_LAYOUT: values for name, values in report.knn_layout.items()}

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from dmtjepa.config.settings import PatchSettings
+
 NUM_LOOKS = 3
 """A run has collapsed if so many looks in a row show it."""
 GRACE_LOOKS = 10
@@ -34,11 +36,12 @@ MAX_DECAY = 0.01
 """Share of the weights that weight decay takes in a step, above which a run that fails has too much of it."""
 MIN_MOMENTUM = 0.9
 MIN_CHANGED = 0.002
-"""Share of neighbors that change from look to look, below which the teacher does not move."""
+"""Share of neighbours that change from look to look, below which the teacher does not move."""
+MOMENTA = "0.98 in a run of less than about 3,000 steps, 0.99 up to about 6,000, 0.996 in longer ones"
 SCORES = ("eval/linear", "eval/miou", "eval/knn_20")
 """The evaluations during training that tell of over-training."""
 MIN_EVALUATIONS = 4
-COLLAPSES = ("collapse", "position")
+COLLAPSES = ("collapse", "position", "image_collapse")
 """Names of the findings that say that a run has collapsed."""
 
 Row = Mapping[str, Any]
@@ -49,8 +52,8 @@ class Finding:
     """Something that a run shows.
 
     Args:
-        name: `collapse`, `position`, `image_constant`, `small_steps`, `large_steps`, `no_learning`, `slow_teacher`,
-            `fast_teacher`, `over_training`, `worse_than_start`.
+        name: `collapse`, `position`, `image_collapse`, `image_constant`, `small_steps`, `large_steps`, `no_learning`,
+            `slow_teacher`, `fast_teacher`, `over_training`, `worse_than_start`.
         text: what is seen, with figures.
         remedy: what to change.
     """
@@ -63,18 +66,22 @@ class Finding:
         return f"{self.text}. {self.remedy}"
 
 
-def judge(rows: Sequence[Row]) -> list[Finding]:
+def judge(rows: Sequence[Row], patch: PatchSettings) -> list[Finding]:
     """Judge a run by the rows of its `metrics.jsonl`. Empty if nothing is wrong, or too little is known.
 
     A collapse comes alone: it explains the rest.
+
+    Args:
+        patch: of the run. It tells the method, on which it depends what is normal.
     """
-    collapse = find_collapse(select_looks(rows), rows)
+    collapse = find_collapse(select_looks(rows), patch, rows)
     if collapse is not None:
         return [collapse]
     learning, teacher = find_no_learning(rows), find_teacher(rows)
     if learning is not None and learning.name == "no_learning" and teacher is not None:
         learning = None  # the teacher explains it
-    findings = (find_image_constant(rows), learning, teacher, find_over_training(rows))
+    note = None if has_local_targets(patch) else find_image_constant(rows)
+    findings = (note, learning, teacher, find_over_training(rows))
     return [finding for finding in findings if finding is not None]
 
 
@@ -83,9 +90,14 @@ def select_looks(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.get("features/mean_cosine") is not None]
 
 
-def describe(rows: Sequence[Row]) -> list[str]:
+def has_local_targets(patch: PatchSettings) -> bool:
+    """Whether targets differ within an image: those of I-JEPA, and those of DMT-JEPA that start from the patch."""
+    return not patch.local_agg_head or patch.query == "patch"
+
+
+def describe(rows: Sequence[Row], patch: PatchSettings) -> list[str]:
     """How much was learnt and what is wrong, as sentences. Empty if nothing was measured."""
-    findings = judge(rows)
+    findings = judge(rows, patch)
     sentences = [str(finding) for finding in findings]
     explained = _values(rows, "targets/explained_variance")
     # Constant targets are easy to predict, so the share says nothing of a run that has collapsed.
@@ -109,21 +121,24 @@ def describe(rows: Sequence[Row]) -> list[str]:
 # ---- Collapse
 
 
-def find_collapse(looks: Sequence[Row], rows: Sequence[Row] = ()) -> Finding | None:
-    """Collapse, if each of the last `NUM_LOOKS` looks shows it: of the features, of the targets, or to position.
+def find_collapse(looks: Sequence[Row], patch: PatchSettings, rows: Sequence[Row] = ()) -> Finding | None:
+    """Collapse, if each of the last `NUM_LOOKS` looks shows it: of the features, of the targets, to position, or to a
+    constant per image.
 
     The features of a network that was not trained are similar for all images, and depend on position more than on the
     image. So a run that has never looked healthy gets more time.
 
     Args:
         looks: all rows of a run that hold figures of features.
+        patch: of the run.
         rows: others that can tell of steps that were too large.
     """
     recent = looks[-NUM_LOOKS:]
-    if len(recent) < NUM_LOOKS or not all(map(shows_collapse, recent)):
+    if len(recent) < NUM_LOOKS or not all(shows_collapse(look, patch) for look in recent):
         return None
-    alike, was_healthy = all(map(_is_alike, recent)), not all(map(shows_collapse, looks))
-    if not was_healthy and len(looks) < (GRACE_LOOKS if alike else POSITION_GRACE_LOOKS):
+    alike, constant = all(map(_is_alike, recent)), all(_is_image_constant(look, patch) for look in recent)
+    was_healthy = not all(shows_collapse(look, patch) for look in looks)
+    if not was_healthy and len(looks) < (GRACE_LOOKS if alike or constant else POSITION_GRACE_LOOKS):
         return None
     last, (cause, remedy) = looks[-1], _find_large_steps([*looks, *rows]) or ("", "")
     if all(map(_is_positional, recent)):
@@ -134,6 +149,16 @@ def find_collapse(looks: Sequence[Row], rows: Sequence[Row] = ()) -> Finding | N
             remedy
             or "Look at the images that are trained on (are they all alike?), widen data.crop_scale, lower "
             "optimization.lr, or raise the first value of optimization.ema",
+        )
+    if constant and not alike:
+        return Finding(
+            "image_collapse",
+            f"COLLAPSED to a constant for each image at step {last['step'] + 1}: "
+            f"{last['targets/variance_between_images']:.0%} of the targets' variance lie between images, and so "
+            f"within an image there is hardly anything to predict{cause}",
+            remedy
+            or "Lower optimization.lr, raise the first value of optimization.ema, or look at the images that are "
+            "trained on: if a crop shows a single texture, raise the first value of data.crop_scale",
         )
     return Finding(
         "collapse",
@@ -147,13 +172,18 @@ def find_collapse(looks: Sequence[Row], rows: Sequence[Row] = ()) -> Finding | N
     )
 
 
-def shows_collapse(look: Row) -> bool:
+def shows_collapse(look: Row, patch: PatchSettings) -> bool:
     """Whether a single look shows what is a collapse if it stays."""
-    return _is_alike(look) or _is_positional(look)
+    return _is_alike(look) or _is_positional(look) or _is_image_constant(look, patch)
 
 
 def _is_positional(row: Row) -> bool:
     return (row.get("targets/variance_of_position") or 0) > MAX_POSITION
+
+
+def _is_image_constant(row: Row, patch: PatchSettings) -> bool:
+    """Whether targets that should differ within an image are nearly the same there."""
+    return has_local_targets(patch) and (row.get("targets/variance_between_images") or 0) > MAX_BETWEEN
 
 
 def _is_alike(row: Row) -> bool:
@@ -168,7 +198,10 @@ def _is_alike(row: Row) -> bool:
 
 
 def find_image_constant(rows: Sequence[Row]) -> Finding | None:
-    """Targets that are nearly the same for all patches of an image: the normal state of the published DMT-JEPA."""
+    """Targets that are nearly the same for all patches of an image: the normal state of the published DMT-JEPA.
+
+    Where targets start from the patch, it is a collapse, see `find_collapse`.
+    """
     shares = _values(rows, "targets/variance_between_images")[-3:]
     if len(shares) < 3 or np.median(shares) < MAX_BETWEEN:
         return None
@@ -226,7 +259,7 @@ def find_teacher(rows: Sequence[Row]) -> Finding | None:
             "fast_teacher",
             f"The teacher follows the student within {1 / (1 - momentum):.1f} steps (momentum {momentum:g}): targets "
             "move with the predictions, which invites a collapse",
-            "Raise the first value of optimization.ema, to 0.98 in a run of a few thousand steps, 0.996 in a long one",
+            f"Raise the first value of optimization.ema: {MOMENTA}",
         )
     # Momentum rises towards 1, so that the teacher slows down in any run: only the first half tells.
     middle = rows[-1]["step"] / 2
@@ -236,9 +269,9 @@ def find_teacher(rows: Sequence[Row]) -> Finding | None:
         return None
     return Finding(
         "slow_teacher",
-        f"The teacher hardly moves: of the neighbors that it chooses, {np.median(changed):.2%} changed from look to "
+        f"The teacher hardly moves: of the neighbours that it chooses, {np.median(changed):.2%} changed from look to "
         f"look (momentum {momentum:g}). The student learns the features of a nearly untrained network",
-        "Lower the first value of optimization.ema, to 0.98 in a run of a few thousand steps",
+        f"Lower the first value of optimization.ema: {MOMENTA}",
     )
 
 

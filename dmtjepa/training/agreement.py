@@ -76,6 +76,11 @@ def check_weights_agree(path: Path, world: World) -> None:
     )
 
 
+def all_agree(value: bool, world: World) -> bool:
+    """Whether `value` is true on all ranks. All ranks call this."""
+    return all(_gather(value, world))
+
+
 def check_evaluation_agrees(evaluator: Evaluator, world: World) -> None:
     """Refuse ranks that would be measured on other images than rank 0: each rank reads a part. All ranks call this.
 

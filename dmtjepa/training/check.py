@@ -14,7 +14,7 @@ from dmtjepa.config import Config, ConfigError
 from dmtjepa.data import StoredSource, build_loader, check_batch_fits, check_loader, open_source
 from dmtjepa.data.check import check_sample
 from dmtjepa.data.fingerprint import Fingerprint
-from dmtjepa.evaluation.evaluator import open_splits
+from dmtjepa.evaluation.evaluator import open_asked_splits
 from dmtjepa.interop import load_model
 from dmtjepa.interop.sources import find_initial_weights
 from dmtjepa.masks import check_masks
@@ -61,8 +61,7 @@ def check_start(config: Config, world_size: int, device_type: str) -> StoredSour
     source = open_source(config.data)
     check_batch_fits(config.data, len(source), world_size)
     count_steps_per_epoch(config, world_size, len(source))
-    if config.evaluation.every_epochs:
-        open_splits(config)
+    open_asked_splits(config)
     with torch.device("meta"):  # shapes alone
         model = build_model_for(config, here)
     check_space(folder, model)
@@ -127,8 +126,9 @@ def check_dry_run(config: Config, world_size: int, devices: Sequence[str]) -> st
     here = _find_type_here(device.type)  # a login node may have no GPU
     source = check_start(config, world_size, device.type)
     check_sample(source, config.data)
-    if config.evaluation.every_epochs:
-        check_sample(open_splits(config).validation, config.data)
+    splits = open_asked_splits(config)
+    if splits is not None:
+        check_sample(splits.validation, config.data)
     folder = RunFolder.from_config(config)
     folder.check_unlocked()
     loader = build_loader(config.data, seed=config.runtime.seed, world_size=world_size, device=here, source=source)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmtjepa.config import Config
 from dmtjepa.evaluation.errors import EvaluationError
-from dmtjepa.evaluation.evaluator import Evaluator, open_splits
+from dmtjepa.evaluation.evaluator import Evaluator, open_asked_splits
 from dmtjepa.evaluation.ranks import Ranks
 from dmtjepa.evaluation.verdict import find_over_training
 from dmtjepa.interop import write_official
@@ -21,7 +21,7 @@ from dmtjepa.models import VisionTransformer
 from dmtjepa.objective import build_frozen_encoder
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.tensors import whole_tensors
-from dmtjepa.training.agreement import check_evaluation_agrees
+from dmtjepa.training.agreement import all_agree, check_evaluation_agrees
 from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
 from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.phase import Phase
@@ -43,8 +43,9 @@ class PeriodicEvaluation:
     """Measures student and teacher every `evaluation.every_epochs` epochs, and after the last.
 
     A run that starts from weights (`meta.read_checkpoint`) is measured before its first step, too: that row of figures
-    has step -1. Training waits meanwhile. Its random numbers are not touched: the losses are those of a run without
-    evaluation.
+    has step -1. Unless `evaluation.measure_start` is false, it is measured then and after its last step in any case, if
+    its images allow it. Training waits meanwhile. Its random numbers are not touched: the losses are those of a run
+    without evaluation.
 
     Args:
         config, world, folder, schedules, state, metrics, watchdog: of the run.
@@ -65,26 +66,38 @@ class PeriodicEvaluation:
         self._every_epochs = config.evaluation.every_epochs
         self._evaluator: Evaluator | None = None
         self._has_drawn = False
-        if self._every_epochs:
+        splits = open_asked_splits(config, self._log_fault)
+        if all_agree(splits is not None, world):
+            assert splits is not None
             group = new_gloo_group(world) if world.world_size > 1 else None
             self._evaluator = Evaluator(
                 config,
-                open_splits(config),
+                splits,
                 Ranks(world.rank, world.world_size, group),
                 device=world.device,
                 num_workers=config.data.num_workers,
                 on_progress=lambda: watchdog.on_phase(Phase.EVALUATION),
             )
             check_evaluation_agrees(self._evaluator, world)
+            if world.rank == 0 and state.step == 0 and not self._every_epochs:
+                logger.info(
+                    "before the first step and after the last, student and teacher are measured on %d and %d images "
+                    "(evaluation.measure_start=false: not)", len(splits.train), len(splits.validation),
+                )  # fmt: skip
+
+    def _log_fault(self, reason: str) -> None:
+        if self._world.rank == 0:
+            logger.info("the weights that the run starts from are not measured. %s", reason)
 
     def is_due(self) -> bool:
         """Whether the settings ask for an evaluation after the steps that are done."""
-        step, meta = self._state.step, self._config.meta
-        if not self._every_epochs:
+        step, every_epochs = self._state.step, self._every_epochs
+        if self._evaluator is None:
             return False
         if step == 0:
-            return meta.load_checkpoint and meta.read_checkpoint is not None
-        return step % (self._schedules.steps_per_epoch * self._every_epochs) == 0 or step == self._schedules.num_steps
+            return self._config.measures_start
+        at_epoch = every_epochs > 0 and step % (self._schedules.steps_per_epoch * every_epochs) == 0
+        return at_epoch or step == self._schedules.num_steps
 
     def run_missing(self) -> None:
         """Evaluate now, if that is due at the step that a start begins at and was not done by an earlier start."""

@@ -65,7 +65,8 @@ def run_process(config: Config, device_name: str) -> Outcome:
             place = f"step {outcome.step} of {outcome.num_steps}"
             remedy = "" if outcome.complete else "; start it again with the same settings to continue"
             print(f"{how} at {place}; the run is in {config.logging.path}{remedy}", file=sys.stderr, flush=True)
-            for sentence in describe(RunFolder.from_config(config).read_metrics()) if outcome.complete else ():
+            rows = RunFolder.from_config(config).read_metrics() if outcome.complete else []
+            for sentence in describe(rows, config.patch):
                 print(sentence, file=sys.stderr, flush=True)
         return outcome
 

@@ -39,6 +39,7 @@ class CollapseWatch:
 
     def __init__(self, config: Config, world: World, folder: RunFolder, saver: Saver, *, first_step: int) -> None:
         self._action, self._world, self._folder, self._saver = config.runtime.on_collapse, world, folder, saver
+        self._patch = config.patch
         rows = folder.read_metrics() if world.rank == 0 else []
         self._looks = select_looks(rows)
         self._largest_step: Row = max(rows, key=_update_norm, default={})
@@ -56,11 +57,11 @@ class CollapseWatch:
             if "features/mean_cosine" not in value.figures or self._finding is not None:
                 continue
             self._looks.append(row)
-            found = find_collapse(self._looks, [self._largest_step])
+            found = find_collapse(self._looks, self._patch, [self._largest_step])
             if found is not None:
                 self._finding = found
                 logger.warning("%s. %s", found.text, found.remedy)
-            elif not shows_collapse(self._looks[-1]):
+            elif not shows_collapse(self._looks[-1], self._patch):
                 self._last_good = value.record.step + 1
 
     @property

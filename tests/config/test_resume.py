@@ -8,7 +8,7 @@ FREE = {
     "logging": {"folder", "loggers", "project"},
     "meta": {"copy_data", "load_checkpoint", "read_checkpoint"},
     "optimization": {"max_skipped_steps"},
-    "evaluation": {"batch_size", "data", "every_epochs", "keep_best", "max_images", "neighbors"},
+    "evaluation": {"batch_size", "data", "every_epochs", "keep_best", "max_images", "measure_start", "neighbors"},
 }
 
 

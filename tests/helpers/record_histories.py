@@ -13,15 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dmtjepa.config import Config, parse_config
+from dmtjepa.masks import MaskBatch
 from dmtjepa.metrics_file import read_metrics
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import DMTJEPA
@@ -41,8 +43,7 @@ LOOK_EVERY = 20
 
 DMT = {"patch.local_agg_head": True}
 NANO = {"meta.model_name": "vit_nano", "meta.pred_emb_dim": 36}
-ZERO_TARGETS: dict[str, Any] = {}
-"""Settings of a run whose targets are set to zero."""
+PATCHES_OF_IMAGE = (32 // 4) ** 2
 
 RUNS: dict[str, dict[str, Any]] = {
     "healthy-ijepa": {},
@@ -51,7 +52,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "healthy-crop24x40-init003": {"data.crop_size": [24, 40], "meta.init_std": 0.03, "runtime.seed": 4},
     "healthy-query_patch": DMT | {"patch.query": "patch", "runtime.seed": 5},
     "healthy_dmt-seed0": DMT,
-    "collapse-zeros": ZERO_TARGETS,
+    "collapse-zeros": {},
+    "image_collapse-mean": {},
     "position-decay": {"optimization.weight_decay": 100.0, "optimization.final_weight_decay": 100.0},
     "position-grey": {"data.root_path": "grey"},
     "collapse-noise": {"data.root_path": "noise"},
@@ -62,6 +64,20 @@ RUNS: dict[str, dict[str, Any]] = {
     "fast_teacher-lr10x": {"optimization.ema": [0.0, 0.0], "optimization.lr": 2e-2},
     "fast_teacher-ema0": {"optimization.ema": [0.0, 0.0]},
 }  # fmt: skip
+
+
+def average_targets(targets: Tensor, masks: MaskBatch) -> Tensor:
+    """Targets [U, D] replaced by their mean over the image."""
+    _, image, counts = torch.unique(masks.target_unique // PATCHES_OF_IMAGE, return_inverse=True, return_counts=True)
+    sums = targets.new_zeros(len(counts), targets.shape[1]).index_add(0, image, targets)
+    return (sums / counts[:, None])[image]
+
+
+BROKEN_TARGETS: dict[str, Callable[[Tensor, MaskBatch], Tensor]] = {
+    "collapse-zeros": lambda targets, masks: torch.zeros_like(targets),
+    "image_collapse-mean": average_targets,
+}
+"""What runs train on instead of their targets."""
 
 
 def prepare_images(images: Path, folder: Path) -> None:
@@ -120,8 +136,10 @@ def record(name: str, folder: Path) -> None:
     images = folder / changes.pop("data.root_path")
     config = settings(folder / name, images, changes)
     compute_targets = DMTJEPA.compute_targets
-    if RUNS[name] is ZERO_TARGETS:
-        DMTJEPA.compute_targets = lambda *arguments: torch.zeros_like(compute_targets(*arguments))
+    if name in BROKEN_TARGETS:
+        DMTJEPA.compute_targets = lambda model, images, masks: BROKEN_TARGETS[name](
+            compute_targets(model, images, masks), masks
+        )
     try:
         run_process(config, "cpu")
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dmtjepa import checkpoint_format
-from dmtjepa.config import ConfigError
+from dmtjepa.config import ConfigError, change_settings
 from dmtjepa.data import DataError, build_eval_loader
 from dmtjepa.evaluation.context import load_teacher
+from dmtjepa.evaluation.evaluator import open_asked_splits
 from dmtjepa.evaluation.features import extract_features
 from dmtjepa.evaluation.knn import knn_accuracy, standardize
 from dmtjepa.evaluation.linear import fit_linear
@@ -158,6 +161,33 @@ def test_weights_that_a_run_starts_from_are_measured_before_its_first_step(evalu
     assert [row["step"] for row in rows] == [-1, 7]
     board = EventAccumulator(str(RunFolder.from_config(config).tensorboard)).Reload()
     assert [event.step for event in board.Scalars("eval/linear")] == [-1, 7]
+
+
+@pytest.mark.slow
+def test_start_and_end_are_measured_without_being_asked(plain, evaluated, labelled, settings, caplog):
+    changes = {"optimization.epochs": 2, "optimization.warmup": 0, "evaluation.data": str(labelled)}
+    changes |= {"meta.load_checkpoint": True, "meta.read_checkpoint": plain.logging.folder}
+    config = settings(**changes)
+    with caplog.at_level(logging.INFO):
+        assert launch(config, ["cpu"]) == 0
+    first, last = read_rows(config)
+    assert without_seconds([first]) == [without_seconds(read_rows(evaluated))[-1] | {"step": -1}]
+    assert last["step"] == 15
+    assert "measured on 30 and 12 images (evaluation.measure_start=false: not)" in caplog.text
+    assert re.search(r"evaluation before the first step \(\d+\.\d s\): k-NN", caplog.text)
+
+    off = change_settings(config, {"evaluation.measure_start": False})
+    assert open_asked_splits(off) is None
+    assert not off.measures_start
+
+
+def test_images_without_labels_do_not_keep_a_run_from_starting_from_weights(settings):
+    faults = []
+    config = settings(**{"meta.load_checkpoint": True, "meta.read_checkpoint": "given.pth.tar"})
+    assert open_asked_splits(config, faults.append) is None
+    assert "Set evaluation.data to images with labels or masks, or evaluation.measure_start: false" in faults[0]
+    assert open_asked_splits(settings(), faults.append) is None  # there are no weights to measure
+    assert len(faults) == 1
 
 
 @pytest.mark.slow

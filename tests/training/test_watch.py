@@ -14,6 +14,7 @@ from dmtjepa.training.launch import launch, run_process
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.watch import CollapsedRun, slow_down
 from tests.helpers.ranks import run_ranks
+from tests.helpers.record_histories import average_targets
 
 SHORT = {
     "optimization.epochs": 4,
@@ -26,17 +27,20 @@ SHORT = {
 
 @pytest.fixture
 def collapse_after(monkeypatch):
-    """collapse_after(10, 18) -> all targets of steps 10 to 17 are equal; a look is taken every 2 steps."""
+    """collapse_after(10, 18) -> all targets of steps 10 to 17 are equal; a look is taken every 2 steps.
+
+    broken: what becomes of targets instead, of targets and masks.
+    """
     monkeypatch.setattr(instruments, "LOOK_EVERY", 2)
 
-    def collapse(first, end=1000):
+    def collapse(first, end=1000, broken=lambda targets, masks: torch.ones_like(targets)):
         original, count = DMTJEPA.compute_targets, 0
 
-        def compute_targets(*arguments):
+        def compute_targets(model, images, masks):
             nonlocal count
             count += 1
-            targets = original(*arguments)
-            return torch.ones_like(targets) if first < count <= end else targets
+            targets = original(model, images, masks)
+            return broken(targets, masks) if first < count <= end else targets
 
         monkeypatch.setattr(DMTJEPA, "compute_targets", compute_targets)
 
@@ -68,6 +72,14 @@ def test_a_collapsed_run_is_saved_and_stopped(settings, collapse_after):
         launch(config, ["cpu"])
     # Found in the look after step 16, voted on in step 17, known to all ranks in step 18.
     assert RunFolder.from_config(config).checkpoints.joinpath("step-00000018").is_dir()
+
+
+@pytest.mark.slow
+def test_a_run_of_ijepa_whose_targets_are_constant_in_an_image_is_stopped(settings, collapse_after):
+    collapse_after(10, broken=average_targets)
+    config = settings(**SHORT | {"runtime.on_collapse": "stop", "patch.local_agg_head": False})
+    with pytest.raises(CollapsedRun, match=r"COLLAPSED to a constant for each image at step 16.*saved and stopped"):
+        launch(config, ["cpu"])
 
 
 @pytest.mark.slow
