@@ -54,7 +54,8 @@ def read(command: str) -> None:
     elif program == "python" and arguments[0].endswith(".py"):
         check_settings({"main.py": "train", "main_distributed.py": "submit"}[arguments[0]], arguments[1:], prog=None)
     elif program == "torchrun":
-        check_settings("train", arguments[arguments.index("main.py") + 1 :], prog=None)
+        start = arguments.index("-m")
+        read(shlex.join(arguments[start + 1 :]))
     elif program == "dmtjepa":
         importlib.import_module("dmtjepa.cli").main(arguments)
     elif arguments[1] == "tools.fake_cuda":

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.step import communication
+from dmtjepa.config import load_config
+from dmtjepa.evaluation.verdict import MOMENTA
+
 ROOT = Path(__file__).parents[1]
 TOP = "benchmarks|configs|dmtjepa|docs|examples|experiments|kernels|tests|tools"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.md")])
@@ -89,6 +93,34 @@ def test_named_functions_and_modules_exist(path):
 def test_links_lead_somewhere(path):
     missing = [target for target in LINK.findall(path.read_text()) if not (path.parent / target).exists()]
     assert not missing
+
+
+def test_every_fault_names_its_tests():
+    tables, tests = (ROOT / "docs/faults.md").read_text().split("## Tests\n")
+    faults = re.findall(r"^\| ([A-Z])(\d+) \|", tables, re.MULTILINE)
+    assert re.findall(r"^\* ([A-Z])(\d+): `\w.*::test_", tests, re.MULTILINE) == faults
+    for letter in dict(faults):
+        numbers = [int(number) for first, number in faults if first == letter]
+        assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_there_is_one_rule_for_the_first_momentum():
+    for page in ("small_images", "settings"):
+        assert MOMENTA in (ROOT / f"docs/{page}.md").read_text()
+    quickstart = load_config(ROOT / "configs/quickstart.yaml")
+    steps = quickstart.optimization.epochs * (4000 // quickstart.data.batch_size)
+    assert steps < 3000
+    assert quickstart.optimization.ema[0] == 0.98
+
+
+def test_the_predictions_for_many_gpus_are_quoted(capsys):
+    communication.main()
+    text = (ROOT / "docs/cluster.md").read_text()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == 3 * 2 + 2 * 3 * 2 + 2 * 2
+    assert not [row for row in rows if row not in text]
+    for steps in communication.MEASURED.values():
+        assert f" {1000 * steps['H200']:.0f}, measured |" in text
 
 
 def test_make_targets_exist():

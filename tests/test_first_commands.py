@@ -76,6 +76,7 @@ COMMANDS = {
     "design": Page("24 images of 3 classes", added=(*TRAIN, "logging.folder=runs/new")),
     "differences": Page("passed", added=("-q", "-k", "feasibility"), reason="the other tests run by themselves"),
     "evaluation": Page("next:", added=EVALUATE, written="runs/quickstart/report/report.html"),
+    "faults": Page("whole"),
     "experiments": Page(
         "[1/1]",
         {"IMAGES": "photos", "FOLDER": "out"},
@@ -98,11 +99,13 @@ COMMANDS = {
     "reference": Page("load(source"),
     "settings": Page("", written="docs/settings.md"),
     "small_images": Page("data.mean=", {"PHOTOS": "photos"}),
+    "training_figures": Page('"step": '),
     "versions": Page(
         ".venv-newest-python3.13/bin/python -m pytest",
         added=("--dry-run",),
         reason="installs an environment and runs all tests",
     ),
+    "weights": Page("vit_nano"),
 }
 
 
@@ -198,6 +201,8 @@ def run_command(command: str, added: tuple[str, ...]) -> None:
         program, *arguments = [*words, *added]
         if program == "make":
             run_make(arguments)
+        elif program == "tail":
+            print(subprocess.run(words, text=True, timeout=600, check=True, stdout=subprocess.PIPE).stdout)
         elif arguments[:2] == ["-m", "pytest"]:
             subprocess.run([sys.executable, *arguments], cwd=ROOT, timeout=1200, check=True)
         else:
@@ -229,6 +234,18 @@ def test_the_first_command_runs(path, place, printed, monkeypatch, capfd):
         printed[command] = capfd.readouterr().out
     assert page.printed in printed[command]
     assert page.written is None or (place / page.written).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_from_python(place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("dmtjepa.data.build.find_shapes", lambda: place / "photos")
+    if not (place / "runs/quickstart").is_dir():
+        run_command("make quickstart", ())
+    capfd.readouterr()
+    section = (ROOT / "docs/evaluation.md").read_text().split("## From Python\n")[1]
+    exec(re.search(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)[1].replace("images/", "photos/"), {})
+    assert re.fullmatch(r"\{5: [\d.]+, 10: [\d.]+, 20: [\d.]+\}\n", capfd.readouterr().out)
 
 
 def test_every_page_is_run():

@@ -50,6 +50,15 @@ def test_setup_admits_the_pins(file, arguments):
         assert requirement.specifier.contains(version), f"setup.py: {text}; {file}: {version}"
 
 
+def test_the_page_on_weights_quotes_the_pins():
+    quoted = re.search(
+        r"timm ([\d.]+) and transformers ([\d.]+) and\s+([\d.]+)\)?;", (ROOT / "docs/weights.md").read_text()
+    )
+    pins = [read_pins(file) for file in FILES]
+    assert {quoted[1]} == {pin["timm"] for pin in pins}
+    assert {quoted[2], quoted[3]} == {pin["transformers"] for pin in pins}
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_the_documentation_quotes_the_pins(file):
     pins = read_pins(file)

@@ -17,8 +17,8 @@ Communication runs beside the computation of the same phase, and what exceeds it
 
     step = T + imbalance + sum over phases of max(0, t_phase - T_phase) + first all-gather + last reduction
 
-T is the predicted time of one GPU's computation, divided among phases by FLOPs. The imbalance is that of masks cut per
-rank: the slowest rank has the longest contexts (mask.context_cut: global removes it).
+T is the predicted time of one GPU's computation, on an H200 the measured one, divided among phases by FLOPs. The
+imbalance is that of masks cut per rank: the slowest rank has the longest contexts. mask.context_cut: global removes it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Model:
-    """An official run: batch per GPU, predicted seconds of computation, and the sizes that its settings determine."""
+    """An official run: batch per GPU, seconds of computation by GPU, and the sizes that its settings determine."""
 
     name: str
     batch: int
@@ -78,7 +78,7 @@ def official_model(name: str) -> Model:
     return Model(
         name,
         workload.batch_size,
-        prediction.seconds,
+        prediction.seconds | MEASURED.get(name, {}),
         teacher_share=(flops["teacher encoder"] + flops["target head"]) / sum(flops.values()),
         forward_share=(context + flops["predictor"]) / 3 / sum(flops.values()),
         context_share=context / sum(flops.values()),
@@ -106,6 +106,9 @@ class EightGpus:
 
 A100 = Machine("A100, NVLink 3, 8 x HDR", within=230e9, between=20e9)
 H100 = Machine("H100, NVLink 4, 8 x NDR", within=360e9, between=42e9)
+H200 = Machine("H200, NVLink 4, 8 x NDR", within=360e9, between=42e9)
+# Seconds of a step of one GPU: docs/h200.md.
+MEASURED = {"ViT-B/16": {"H200": 0.072}, "ViT-H/14": {"H200": 0.217}}
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # Mean of the longest context over W ranks above the mean context (68.3 patches at 16x16; 77.9 over 16 ranks measured).
 SPREAD = 0.14 / math.sqrt(2 * math.log(16))
@@ -149,12 +152,13 @@ def predict(model: Model, machine: Machine, gpus: int, hybrid: bool) -> float:
 
 def main() -> None:
     print("PREDICTED step time (ms) and efficiency against one GPU's computation\n")
-    for machine in (A100, H100):
+    for machine in (A100, H100, H200):
         print(f"{machine.name}\n")
         header = "| run | layout | " + " | ".join(map(str, GPUS)) + " |"
         print(header)
         print("|---" * (2 + len(GPUS)) + "|")
-        for model in map(official_model, PREDICTIONS):
+        models = [model for model in map(official_model, PREDICTIONS) if machine.name[:4] in model.seconds]
+        for model in models:
             for hybrid in (False, True):
                 row = [model.name, "HSDP, 8 shards" if hybrid else "FSDP"]
                 for gpus in GPUS:

@@ -26,6 +26,9 @@ A settings file is YAML with the sections below. Each setting has a default. Any
 as `section.key=value`, with the value in YAML; the last one given wins. Unknown keys, keys that are given twice and
 values out of range are refused.
 
+For an editor that checks and completes YAML, `dmtjepa settings --json-schema > settings.schema.json` writes the schema.
+Name it in the first line of a settings file: `# yaml-language-server: $schema=settings.schema.json`.
+
 In paths, `~` and environment variables (`$NAME`, `${NAME}`) are replaced when the path is used. A variable that is not
 set is an error.
 

@@ -125,7 +125,9 @@ class OptimizationSettings(Section):
     """AdamW and its schedules, all functions of the step."""
 
     ema: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = Field(
-        (0.996, 1.0), description="teacher momentum, first and last"
+        (0.996, 1.0),
+        description="teacher momentum, first and last. Rule of thumb for the first: 0.98 in a run of less than about "
+        "3,000 steps, 0.99 up to about 6,000, 0.996 in longer ones",
     )
     epochs: int = Field(300, ge=1, description="epochs to train")
     final_lr: float = Field(1e-6, ge=0, description="learning rate at the end")
@@ -217,7 +219,8 @@ class RuntimeSettings(Section):
     on_collapse: Free[Literal["warn", "stop", "rollback"]] = Field(
         "warn",
         description="what a run does that has collapsed, besides saying so: go on (warn); save and stop; or go on from "
-        "the last good checkpoint with half the learning rate, at most 3 times (rollback). See docs/evaluation.md",
+        "the last good checkpoint with half the learning rate, at most 3 times (rollback). See "
+        "docs/training_figures.md",
     )
     log_every: Free[int] = Field(10, ge=1, description="steps between two reads of the losses, when rows are written")
     save_every_steps: Free[int | None] = Field(

@@ -136,7 +136,10 @@ def build_eval_loader(
     Args:
         source: a path as in `open_images`, or an open source.
         image_size: of the crop in pixels, one side or (height, width).
-        channels, max_value: of the images, see `decode_image`.
+        batch_size: images at a time.
+        num_workers: processes that read images; 0: this one.
+        channels: of the images.
+        max_value: what counts as 1 in images of more than 8 bits; None: see `data.max_value`.
     """
     if isinstance(source, (str, os.PathLike)):
         source = open_images(source)

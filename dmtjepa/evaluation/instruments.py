@@ -1,6 +1,6 @@
 """What the targets of a training step show: sums made on the device, which add over ranks, and figures made of them.
 
-The figures are those of docs/evaluation.md, "During training". Nothing here makes the host wait for the device but
+The figures are those of docs/training_figures.md. Nothing here makes the host wait for the device but
 `read_targets` and `describe_features`, which take what the host has fetched.
 """
 

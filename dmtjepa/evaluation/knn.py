@@ -36,8 +36,14 @@ def knn_accuracy(
     A tie goes to the lower class.
 
     Args:
-        train_features: float [n,D]. train_labels: int64 [n], classes from 0.
-        features: float [m,D], the queries. labels: int64 [m].
+        train_features: float [n,D].
+        train_labels: int64 [n], classes from 0.
+        features: float [m,D], the queries.
+        labels: int64 [m].
+        num_neighbors: each k.
+        weighted: votes count by similarity.
+        temperature: of the weights.
+        device: where it computes.
 
     Raises:
         ValueError: a k is less than 1, or larger than the training set.
