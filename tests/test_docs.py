@@ -30,6 +30,12 @@ MODULE = re.compile(r"python -m ([\w.]+)")
 DOTTED = re.compile(r"`((?:dmtjepa|benchmarks)(?:\.\w+)+)`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 TARGET = re.compile(r"(?:`|^)make ([a-z][a-z-]*)", re.MULTILINE)
+# Prose is British; names in the code are American.
+AMERICAN = re.compile(
+    r"(?<![\w.])((?:neighbor|color|behavior)\w*|center(?:ed|s)?|learned|gray|labeled|misspelled"
+    r"|(?:normal|standard|quant|recogn|special|initial)iz\w+)\b(?!/)",
+    re.IGNORECASE,
+)
 FOREIGN = {"NAME", "pytest", "pip", "torch.distributed.run", "venv", "mypy", "module"}
 
 
@@ -104,6 +110,13 @@ def test_every_fault_names_its_tests():
         assert numbers == list(range(1, len(numbers) + 1))
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_prose_has_one_spelling(path):
+    prose = re.sub(r"^```.*?^```$|^ {4}\S.*$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"`[^`]*`|\]\([^)]*\)|^::: .*$", "", prose, flags=re.MULTILINE)
+    assert not AMERICAN.findall(prose)
+
+
 def test_there_is_one_rule_for_the_first_momentum():
     for page in ("small_images", "settings"):
         assert MOMENTA in (ROOT / f"docs/{page}.md").read_text()
@@ -121,6 +134,14 @@ def test_the_predictions_for_many_gpus_are_quoted(capsys):
     assert not [row for row in rows if row not in text]
     for steps in communication.MEASURED.values():
         assert f" {1000 * steps['H200']:.0f}, measured |" in text
+
+
+def test_every_history_of_the_verdict_is_in_its_table():
+    text = (ROOT / "docs/training_figures.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| [^|]+ \|$", text.split("| made to fail by |")[1], re.MULTILINE)
+    names = [path.stem for path in (ROOT / "tests/evaluation/histories").glob("*.jsonl")]
+    healthy = [name for name in names if name.startswith("healthy")]
+    assert (len(rows), len(healthy)) == (len(names) - len(healthy), 6)
 
 
 def test_make_targets_exist():

@@ -17,7 +17,7 @@ LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-2
 
 
 class AttentiveProbe(nn.Module):
-    """Cross-attention of one learned query to the patches of an image, then a linear layer.
+    """Cross-attention of one learnt query to the patches of an image, then a linear layer.
 
     V-JEPA (arXiv 2404.08471, section 4) and AIM (arXiv 2401.08541, section 3) evaluate frozen features in this way;
     V-JEPA adds an MLP after the attention, which this probe, like AIM's, leaves out. The key projection is absorbed

@@ -36,7 +36,7 @@ MAX_DECAY = 0.01
 """Share of the weights that weight decay takes in a step, above which a run that fails has too much of it."""
 MIN_MOMENTUM = 0.9
 MIN_CHANGED = 0.002
-"""Share of neighbors that change from look to look, below which the teacher does not move."""
+"""Share of neighbours that change from look to look, below which the teacher does not move."""
 MOMENTA = "0.98 in a run of less than about 3,000 steps, 0.99 up to about 6,000, 0.996 in longer ones"
 SCORES = ("eval/linear", "eval/miou", "eval/knn_20")
 """The evaluations during training that tell of over-training."""
@@ -269,7 +269,7 @@ def find_teacher(rows: Sequence[Row]) -> Finding | None:
         return None
     return Finding(
         "slow_teacher",
-        f"The teacher hardly moves: of the neighbors that it chooses, {np.median(changed):.2%} changed from look to "
+        f"The teacher hardly moves: of the neighbours that it chooses, {np.median(changed):.2%} changed from look to "
         f"look (momentum {momentum:g}). The student learns the features of a nearly untrained network",
         f"Lower the first value of optimization.ema: {MOMENTA}",
     )

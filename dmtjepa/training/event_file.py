@@ -42,7 +42,7 @@ class EventFile:
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def add_picture(self, tag: str, data: bytes, step: int) -> None:
-        """Note a picture in color, the bytes of a JPEG or PNG file, to be written by the next `flush`."""
+        """Note a picture in colour, the bytes of a JPEG or PNG file, to be written by the next `flush`."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 

@@ -24,7 +24,7 @@ from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.batches import MicroBatch
 
 LOOK_EVERY = 50
-"""At least so many steps lie between two looks at features and neighbors, which cost more than the other figures."""
+"""At least so many steps lie between two looks at features and neighbours, which cost more than the other figures."""
 NUM_SAMPLES = 256
 """At most so many features give an effective rank."""
 
@@ -33,8 +33,8 @@ NUM_SAMPLES = 256
 class Reading:
     """What was measured in a step. Nothing has been fetched from the device.
 
-    sums: float32 [n], to be added over ranks: the update and the weights squared, changed and all neighbors (0 where no
-        look was taken), then those of `sum_targets`.
+    sums: float32 [n], to be added over ranks: the update and the weights squared, changed and all neighbours (0 where
+        no look was taken), then those of `sum_targets`.
     features: pooled features of the teacher, float32 [n, D], and targets, [n, D], of this rank. Empty without a look.
     """
 

@@ -107,6 +107,32 @@ def test_graphs_give_the_losses_of_the_same_steps_without_graphs_bit_for_bit(set
         torch.use_deterministic_algorithms(False)
 
 
+def test_a_replayed_step_that_is_not_finite_leaves_the_student_as_it_is(settings, losses, monkeypatch):
+    kept = []
+
+    def replay(step, *arguments):
+        position = step.train_step.model.predictor.predictor_pos_embed  # a graph reads it
+        finite = position.clone()
+        weights = [parameter.detach().clone() for parameter in step.train_step.parameters]
+        if len(kept) == 1:
+            position.fill_(math.nan)
+        results = original(step, *arguments)
+        position.copy_(finite)
+        kept.append(all(map(torch.equal, weights, step.train_step.parameters)))
+        assert results.isfinite().all() == (len(kept) != 2)
+        return results
+
+    original = GraphedStep._replay
+    monkeypatch.setattr(GraphedStep, "_replay", replay)
+    changes = {"runtime.fused_update": True, "runtime.cuda_graphs": "on", "runtime.compile": "off"}
+    changes |= {"mask.context_cut": "rank", "runtime.attention": "sdpa", "optimization.max_skipped_steps": 1}
+    config = settings(**changes)
+    assert launch(config, ["cuda:0"]) == 0
+    assert len(kept) >= 3
+    assert kept == [number == 1 for number in range(len(kept))]
+    assert sum(map(math.isnan, losses(config))) == 1
+
+
 def test_resumes_from_a_checkpoint_of_the_gpu(settings, losses):
     config = settings(**{"runtime.keep_last": 5})
     assert launch(config, ["cuda:0"]) == 0
