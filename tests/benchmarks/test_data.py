@@ -23,7 +23,7 @@ def run(monkeypatch, program, *options: object) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize("loader", ["pil", pytest.param("dali", marks=needs_dali)])
 def test_the_trainers_own_share_of_waiting(image_folder: Path, tmp_path: Path, tiny, monkeypatch, capsys, loader: str):
     options = ("--workload", "vit_nano:2", "--loader", loader, "--workers", 1, "--device", "cpu")
     options += ("--steps", 20, "--warmup", 10, "--out", tmp_path, "--set", *tiny)
@@ -43,7 +43,7 @@ def test_rates_beside_what_training_needs(image_folder: Path, tmp_path: Path, mo
     run(monkeypatch, loader_speed, image_folder, *options, "--json", tmp_path / "loader.json")
     document = json.loads((tmp_path / "loader.json").read_text())
     assert [row["loader"] for row in document["rows"]] == [
-        "torchvision, folder", "torchvision, tar", "dali, folder", "dali, tar",
+        "pil, folder", "pil, tar", "dali, folder", "dali, tar",
     ]  # fmt: skip
     printed = capsys.readouterr().out
     for row in document["rows"]:
