@@ -41,6 +41,22 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, prog: str | None 
         ),
     )
     add_settings(parser, as_option=prog is None, several="several become an array of jobs")
+    _add_options(parser)
+    options = parse_with_overrides(parser, arguments, list_option="fname")
+    if options.fname is None:
+        parser.error("--fname names no settings file")
+    # SLURM may send its signal up to a minute early, and each start needs time to import, resume and train.
+    if options.time * 60 < options.signal_delay + 120:
+        parser.error(
+            f"--time {options.time} leaves no time to train: the job saves {options.signal_delay} s (--signal-delay) "
+            f"before its limit, or up to a minute earlier; allow at least {(options.signal_delay + 179) // 60} minutes"
+        )
+    gpus = options.tasks_per_node if options.gpus_per_node is None else options.gpus_per_node
+    options.gpus_per_node = gpus or None  # SLURM gets no number of GPUs rather than 0
+    return options
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--batch-launch", action="store_true", help="the file is a YAML list of settings files")
     add("--folder", metavar="FOLDER", required=True, help="folder of submitit's logs, one job_%%j per job")
@@ -79,18 +95,6 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, prog: str | None 
         help="time limits after which it is not requeued (%(default)s)",
     )
     add("--dry-run", action="store_true", help="print what SLURM would be asked for and submit nothing")
-    options = parse_with_overrides(parser, arguments, list_option="fname")
-    if options.fname is None:
-        parser.error("--fname names no settings file")
-    # SLURM may send its signal up to a minute early, and each start needs time to import, resume and train.
-    if options.time * 60 < options.signal_delay + 120:
-        parser.error(
-            f"--time {options.time} leaves no time to train: the job saves {options.signal_delay} s (--signal-delay) "
-            f"before its limit, or up to a minute earlier; allow at least {(options.signal_delay + 179) // 60} minutes"
-        )
-    gpus = options.tasks_per_node if options.gpus_per_node is None else options.gpus_per_node
-    options.gpus_per_node = gpus or None  # SLURM gets no number of GPUs rather than 0
-    return options
 
 
 # Options that SLURM gets: the parameter of submitit, and the directive of sbatch that submitit writes for it.

@@ -46,6 +46,28 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         ),
     )
     show.add_argument("source", type=Path, metavar="SOURCE", help=SOURCE)
+    _add_export(commands)
+    verify = commands.add_parser(
+        "verify",
+        help="compare a checkpoint with its manifest",
+        **describe_command(
+            "Compare every file of a checkpoint with the sizes and digests in its manifest.",
+            "dmtjepa verify runs/mine",
+        ),
+    )
+    verify.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a run folder (its newest checkpoint) or a checkpoints/step-N folder",
+    )
+    options = parser.parse_args(arguments)
+    if options.command == "export":
+        options.format = ALIASES.get(options.format, options.format)
+    return options
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "write weights for timm, Hugging Face, ONNX, torch.export, safetensors, or the official code"
     export = commands.add_parser(
         "export",
@@ -85,24 +107,6 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         metavar="SIZE",
         help="height and width that the encoder is written for, 448 or 448x320 (default: those of the training)",
     )
-    verify = commands.add_parser(
-        "verify",
-        help="compare a checkpoint with its manifest",
-        **describe_command(
-            "Compare every file of a checkpoint with the sizes and digests in its manifest.",
-            "dmtjepa verify runs/mine",
-        ),
-    )
-    verify.add_argument(
-        "source",
-        type=Path,
-        metavar="SOURCE",
-        help="a run folder (its newest checkpoint) or a checkpoints/step-N folder",
-    )
-    options = parser.parse_args(arguments)
-    if options.command == "export":
-        options.format = ALIASES.get(options.format, options.format)
-    return options
 
 
 def _parse_size(text: str) -> tuple[int, int]:
