@@ -1,13 +1,40 @@
-"""Command lines that take settings as `section.key=value` anywhere among their options."""
+"""Command lines: how their help looks, and settings as `section.key=value` anywhere among their options."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 USAGE = "any setting can follow as section.key=value, e.g. data.batch_size=64 logging.folder=runs/mine"
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps each paragraph of a text by itself, and keeps indented lines, which are commands to copy."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        blocks: list[str] = []
+        for paragraph in text.split("\n\n"):
+            if any(line.startswith("  ") for line in paragraph.splitlines()):
+                blocks.append(paragraph)
+            else:
+                blocks.append(textwrap.fill(" ".join(paragraph.split()), width))
+        return "\n\n".join(blocks)
+
+
+def describe_command(description: str, *examples: str, note: str = "") -> dict[str, Any]:
+    """What a parser is made with so that all help reads alike: `ArgumentParser(prog=..., **describe_command(...))`.
+
+    Args:
+        examples: command lines to copy, shown below the options.
+        note: shown before them.
+    """
+    epilog = "\n".join([f"example{'s' * (len(examples) > 1)}:", *(f"  {example}" for example in examples)])
+    if note:
+        epilog = f"{note}\n\n{epilog}"
+    return {"description": description, "epilog": epilog, "formatter_class": HelpFormatter}
 
 
 def add_settings(parser: argparse.ArgumentParser, *, as_option: bool, several: str = "") -> None:

@@ -102,7 +102,7 @@ def evaluate(
         checkpoint: the file to measure. None takes the latest of the run.
         out: the folder of the report. None takes `report` in the run folder, or a folder beside the weights.
         max_images: upper limit for the images of each split.
-        quick: leave out low-shot and attentive probes.
+        quick: leave out low-shot and attentive probes, and the probe of the last four layers.
         num_workers: processes that load images.
         device: `cpu`, `cuda` or `cuda:N`. None takes the first GPU, and the CPU if there is none.
         progress: show progress bars.

@@ -59,11 +59,21 @@ CURVES = ("targets/explained_variance", "eval/knn_20", "eval/linear", "eval/miou
 """Metrics that are drawn over steps."""
 
 
-def read_results(folder: Path) -> list[Result]:
-    """The results of all runs below a folder, those of the lowest seeds first. Raises TableError if there are none."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{RESULT}"))]
+def read_results(source: Path) -> list[Result]:
+    """The results of all runs below a folder, or in a published file, those of the lowest seeds first.
+
+    Raises:
+        TableError: there are none.
+    """
+    if source.is_file():
+        try:
+            results = json.loads(source.read_text())["runs"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TableError(f"{source} is no file of python -m experiments publish") from error
+    else:
+        results = [json.loads(path.read_text()) for path in sorted(source.glob(f"*/{RESULT}"))]
     if not results:
-        raise TableError(f"{folder} holds no result yet; give the --out of python -m experiments run")
+        raise TableError(f"{source} holds no result yet; give the --out of python -m experiments run or publish")
     return sorted(results, key=lambda result: result["seed"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -37,6 +38,26 @@ def test_help_imports_nothing_that_computes():
     assert done.returncode == 0, done.stderr
     for command in COMMANDS:
         assert f"usage: dmtjepa {command} " in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_reads_alike(command, capsys, monkeypatch):
+    """80 columns, values in capitals, a text for each option, and a command to copy."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    usage, entries, examples = re.match(r"(.*?)\n\n(.*)\nexamples?:\n(.*)", text, re.DOTALL).groups()
+    words = usage.removeprefix(f"usage: dmtjepa {command} ").replace("[-h]", "")
+    values = re.findall(r"[^\s\[\]|.]+", words)
+    assert [value for value in values if not value.startswith("--") and value != value.upper()] == []
+    lines = entries.splitlines()
+    options = [index for index, line in enumerate(lines) if re.match(r"  (-|[A-Z]+\b)", line)]
+    assert len(options) >= 2  # --help, and what the command is about
+    for index in options:
+        assert re.match(r"  \S.*?  +\S", lines[index]) or re.match(r" {8}", lines[index + 1]), lines[index]
+    assert all(line.startswith(("  dmtjepa " + command, "      ")) for line in examples.splitlines())
 
 
 def test_commands_are_listed(capsys):

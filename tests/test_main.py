@@ -263,7 +263,7 @@ def test_dry_run_of_a_started_run(run, copy_of_run, tmp_path, monkeypatch):
     (copy_of_run / "z.jpg").rename(copy_of_run / "0.jpg")
     with monkeypatch.context() as patch:
         patch.setattr(TorchvisionLoader, "name", "dali")
-        refuse_alike(run, small, r"the loader: torchvision there, dali now")
+        refuse_alike(run, small, r"the loader: pil there, dali now")
     with monkeypatch.context() as patch:
         patch.setitem(ARCHITECTURES["vit_nano"], "mlp_ratio", 2.0)
         refuse_alike(run, small, r"does not fit this run: model\.encoder\.blocks\.0\.mlp\.fc1\.weight is")

@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="photographs")
     add_workload(parser, "vit_large:256")
-    parser.add_argument("--loader", choices=("dali", "torchvision"), default="dali")
+    parser.add_argument("--loader", choices=("dali", "pil"), default="dali")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads or processes")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--warmup", type=int, default=40, help="steps of these that do not count")

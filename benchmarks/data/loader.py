@@ -120,7 +120,7 @@ def measure(batches: Iterator[Tensor], args: argparse.Namespace) -> dict[str, fl
 def check_pixels(path: Path, args: argparse.Namespace) -> None:
     """Stop where DALI's first batch is not torchvision's."""
     epochs = []
-    for kind in ("torchvision", "dali"):
+    for kind in ("pil", "dali"):
         batches, close = open_ours(path, kind, args)
         epochs.append(next(batches).cpu().int())
         close()
@@ -166,7 +166,7 @@ def main() -> None:
         check_pixels(folder, args)
         cases: dict[str, Callable] = {
             f"{kind}, {form}": lambda kind=kind, path=path: open_ours(path, kind, args)
-            for kind in ("torchvision", "dali")
+            for kind in ("pil", "dali")
             for form, path in (("folder", folder), ("tar", shards))
         }
         if args.official:
@@ -182,7 +182,7 @@ def main() -> None:
         name: {key: statistics.median(result[key] for result in results) for key in results[0]}
         for name, results in found.items()
     }
-    base = rates["torchvision, folder"]
+    base = rates["pil, folder"]
     described = describe(args)
     print(", ".join(f"{key} {value}" for key, value in described.items()))
     print(f"\n{'loader':<22}{'images/s':>10}{'per core':>10}{'of torchvision':>16}{'per core':>10}")

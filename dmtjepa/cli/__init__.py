@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import dmtjepa
+from dmtjepa.arguments import HelpFormatter
 
 
 class Command(NamedTuple):
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="commands:\n"
         + "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
         + "\n\n`dmtjepa COMMAND --help` describes a command. To begin: dmtjepa train quickstart",
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=HelpFormatter,
         usage="dmtjepa COMMAND ...",
     )
     parser.add_argument("--version", action="version", version=f"dmtjepa {dmtjepa.__version__}")

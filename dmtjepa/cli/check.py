@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from dmtjepa.arguments import describe_command
 from dmtjepa.cli.exit_status import run_command
 
 
@@ -14,16 +15,32 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "dmtjepa check")
     """Run the command line; returns 1 if images are corrupt, 2 if there are none to check."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Read and decode every image, and report what is there. The exit code is 1 if some are corrupt.",
+        **describe_command(
+            "Read and decode every image, and report what is there. The exit code is 1 if some are corrupt.",
+            "dmtjepa check photos",
+            "dmtjepa check shards --workers 8",
+        ),
     )
-    parser.add_argument("source", help="folder of images, file list (.txt, .tsv, .lst), tar shards, or hf:NAME")
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (%(default)s)"
+        "source", metavar="SOURCE", help="folder of images, file list (.txt, .tsv, .lst), tar shards, or hf:NAME"
     )
-    parser.add_argument("--channels", type=int, default=3, help="channels, as data.channels (%(default)s)")
-    parser.add_argument("--max-value", type=float, help="as data.max_value: what counts as 1, of more than 8 bits")
     parser.add_argument(
-        "--measured", type=int, default=2000, help="images whose mean and standard deviation are measured (%(default)s)"
+        "--workers",
+        type=int,
+        metavar="N",
+        default=len(os.sched_getaffinity(0)),
+        help="number of processes (%(default)s)",
+    )
+    parser.add_argument("--channels", type=int, metavar="N", default=3, help="channels, as data.channels (%(default)s)")
+    parser.add_argument(
+        "--max-value", type=float, metavar="VALUE", help="as data.max_value: what counts as 1, of more than 8 bits"
+    )
+    parser.add_argument(
+        "--measured",
+        type=int,
+        metavar="N",
+        default=2000,
+        help="images whose mean and standard deviation are measured (%(default)s)",
     )
     options = parser.parse_args(arguments)
     if options.max_value is not None and options.max_value <= 0:

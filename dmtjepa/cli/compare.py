@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from dmtjepa.arguments import describe_command
 from dmtjepa.cli.exit_status import run_command
 from dmtjepa.errors import UserError
 
@@ -14,7 +15,12 @@ from dmtjepa.errors import UserError
 def main(arguments: Sequence[str] | None = None, *, prog: str = "dmtjepa compare") -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog=prog, description="Print in what runs differ and what they reach; with --html, write a page with curves."
+        prog=prog,
+        **describe_command(
+            "Print in what runs differ and what they reach; with --html, write a page with curves.",
+            "dmtjepa compare runs/a runs/b",
+            "dmtjepa compare runs/* --html compare.html",
+        ),
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, at least two")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, such as compare.html")

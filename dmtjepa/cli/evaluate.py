@@ -1,4 +1,4 @@
-"""`dmtjepa evaluate RUN`: measure the teacher of a run, and write RUN/report/, with report.html to look at."""
+"""`dmtjepa evaluate RUN`: measure teacher and student of a run, and write RUN/report/, with report.html to look at."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from dmtjepa.arguments import describe_command
 from dmtjepa.cli.exit_status import run_command
 from dmtjepa.errors import UserError
 
@@ -14,22 +15,34 @@ from dmtjepa.errors import UserError
 def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m dmtjepa.evaluation") -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog=prog, description="Measure the teacher of a run, and write tables and figures into RUN/report/."
+        prog=prog,
+        **describe_command(
+            "Measure teacher and student of a run, and write tables and figures into RUN/report/.",
+            "dmtjepa evaluate runs/mine",
+            "dmtjepa evaluate runs/mine/jepa-best.pth.tar --data photos",
+        ),
     )
-    parser.add_argument("run", type=Path, help="run folder, or weights: see --data")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or weights: see --data")
     parser.add_argument(
         "--data",
         type=Path,
+        metavar="IMAGES",
         help="images: a folder, a list, tar shards or hf:NAME (default: those of the run; weights alone have none)",
     )
-    parser.add_argument("--train", type=Path, help="labelled images to compare with; needs --val")
-    parser.add_argument("--val", type=Path, help="labelled images to classify; needs --train")
-    parser.add_argument("--checkpoint", type=Path, help="file to measure (default: the run's latest)")
-    parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
-    parser.add_argument("--max-images", type=int, help="upper limit for the images of each split")
-    parser.add_argument("--quick", action="store_true", help="leave out what takes long: low-shot, attentive probes")
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that load images")
-    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is a GPU)")
+    parser.add_argument("--train", type=Path, metavar="IMAGES", help="labelled images to compare with; needs --val")
+    parser.add_argument("--val", type=Path, metavar="IMAGES", help="labelled images to classify; needs --train")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="file to measure (default: the run's latest)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the report (default: RUN/report)")
+    parser.add_argument("--max-images", type=int, metavar="N", help="upper limit for the images of each split")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="leave out what takes long: low-shot and attentive probes, and the probe of the last four layers",
+    )
+    parser.add_argument(
+        "--num-workers", type=int, metavar="N", default=0, help="processes that load images (%(default)s)"
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cuda or cpu (default: cuda if there is a GPU)")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     return run_command(lambda: measure(options), errors=(UserError, OSError))

@@ -7,15 +7,23 @@ import difflib
 import json
 from collections.abc import Sequence
 
+from dmtjepa.arguments import describe_command
 from dmtjepa.cli.exit_status import run_command
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "dmtjepa settings") -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog=prog, description="List every setting: its values, its default and what it does."
+        prog=prog,
+        **describe_command(
+            "List every setting: its values, its default and what it does.",
+            "dmtjepa settings data",
+            "dmtjepa settings --shipped",
+        ),
     )
-    parser.add_argument("prefix", nargs="?", default="", help="only settings that begin so, e.g. data or mask.pack")
+    parser.add_argument(
+        "prefix", metavar="PREFIX", nargs="?", default="", help="only settings that begin so, e.g. data or mask.pack"
+    )
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--markdown", action="store_true", help="as the page docs/settings.md")
     shape.add_argument("--json-schema", action="store_true", help="as a JSON schema, for editors of settings files")

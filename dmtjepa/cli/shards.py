@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dmtjepa.arguments import describe_command
 from dmtjepa.cli.exit_status import run_command
 from dmtjepa.errors import UserError
 
@@ -14,12 +15,16 @@ from dmtjepa.errors import UserError
 def main(arguments: Sequence[str] | None = None, *, prog: str = "dmtjepa shards") -> int:
     """Run the command line; returns the exit status, 1 if images are left out."""
     parser = argparse.ArgumentParser(
-        prog=prog, description="Pack images into tar shards. An interrupted call continues when it is started again."
+        prog=prog,
+        **describe_command(
+            "Pack images into tar shards. An interrupted call continues when it is started again.",
+            "dmtjepa shards photos photos-shards",
+        ),
     )
-    parser.add_argument("source", help="folder of images, file list (.txt, .tsv, .lst), or hf:NAME")
-    parser.add_argument("out", type=Path, help="folder of the shards")
-    parser.add_argument("--shard-size", type=int, default=5000, help="images per shard (%(default)s)")
-    parser.add_argument("--threads", type=int, default=8, help="shards written in parallel (%(default)s)")
+    parser.add_argument("source", metavar="SOURCE", help="folder of images, file list (.txt, .tsv, .lst), or hf:NAME")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the shards")
+    parser.add_argument("--shard-size", type=int, metavar="N", default=5000, help="images per shard (%(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", default=8, help="shards written in parallel (%(default)s)")
     options = parser.parse_args(arguments)
     if options.shard_size < 1 or options.threads < 1:
         parser.error("--shard-size and --threads must be at least 1")

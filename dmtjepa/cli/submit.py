@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmtjepa.arguments import USAGE, add_settings, parse_with_overrides
+from dmtjepa.arguments import USAGE, add_settings, describe_command, parse_with_overrides
 from dmtjepa.cli.exit_status import run_command
 
 if TYPE_CHECKING:
@@ -30,30 +30,18 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, prog: str | None 
     Args:
         prog: the command that takes settings files as they are; None takes them as `--fname`.
     """
+    command = "python main_distributed.py --fname" if prog is None else prog
     parser = argparse.ArgumentParser(
-        prog=prog, description=DESCRIPTION, epilog=USAGE, formatter_class=argparse.RawTextHelpFormatter
+        prog=prog,
+        **describe_command(
+            DESCRIPTION,
+            f"{command} in1k_vith14_ep300 --folder logs --partition gpu \\\n"
+            "      --nodes 2 --tasks-per-node 8 --time 4300",
+            note=USAGE,
+        ),
     )
     add_settings(parser, as_option=prog is None, several="several become an array of jobs")
-    add = parser.add_argument
-    add("--batch-launch", action="store_true", help="the file is a YAML list of settings files")
-    add("--folder", required=True, help="folder of submitit's logs, one job_%%j per job")
-    add("--partition", help="partition to submit to")
-    add("--nodes", type=int, default=1, help="nodes of a job")
-    add("--tasks-per-node", type=int, default=1, help="processes of a node, one per GPU")
-    add("--time", type=int, default=4300, help="time limit in minutes; at the limit the job requeues itself")
-    add("--gpus-per-node", type=int, help="default: as many as tasks; 0 trains on CPUs")
-    add("--cpus-per-task", type=int, default=10, help="for the process and its loader")
-    add("--memory", help="of a node, e.g. 500GB; default: the cluster's")
-    add("--account", help="account to charge")
-    add("--qos", help="quality of service")
-    add("--constraint", help="features that nodes must have, e.g. h100")
-    add("--exclude", help="nodes not to use")
-    add("--dependency", help="e.g. afterok:123")
-    add("--job-name", default="dmtjepa")
-    add("--array-parallelism", type=int, default=256, help="jobs of an array that run at a time")
-    add("--signal-delay", type=int, default=120, help="seconds before the time limit at which the job saves")
-    add("--max-timeouts", type=int, default=1000, help="time limits after which the job is not requeued any more")
-    add("--dry-run", action="store_true", help="print what SLURM would be asked for and submit nothing")
+    _add_options(parser)
     options = parse_with_overrides(parser, arguments, list_option="fname")
     if options.fname is None:
         parser.error("--fname names no settings file")
@@ -66,6 +54,47 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, prog: str | None 
     gpus = options.tasks_per_node if options.gpus_per_node is None else options.gpus_per_node
     options.gpus_per_node = gpus or None  # SLURM gets no number of GPUs rather than 0
     return options
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--batch-launch", action="store_true", help="the file is a YAML list of settings files")
+    add("--folder", metavar="FOLDER", required=True, help="folder of submitit's logs, one job_%%j per job")
+    add("--partition", help="partition to submit to")
+    add("--nodes", type=int, metavar="N", default=1, help="nodes of a job (%(default)s)")
+    add("--tasks-per-node", type=int, metavar="N", default=1, help="processes of a node, one per GPU (%(default)s)")
+    add(
+        "--time",
+        type=int,
+        metavar="MINUTES",
+        default=4300,
+        help="limit (%(default)s), at which the job requeues itself",
+    )
+    add("--gpus-per-node", type=int, metavar="N", help="default: as many as tasks; 0 trains on CPUs")
+    add("--cpus-per-task", type=int, metavar="N", default=10, help="for the process and its loader (%(default)s)")
+    add("--memory", help="of a node, e.g. 500GB; default: the cluster's")
+    add("--account", help="account to charge")
+    add("--qos", help="quality of service")
+    add("--constraint", help="features that nodes must have, e.g. h100")
+    add("--exclude", help="nodes not to use")
+    add("--dependency", help="e.g. afterok:123")
+    add("--job-name", metavar="NAME", default="dmtjepa", help="name of the jobs (%(default)s)")
+    add(
+        "--array-parallelism",
+        type=int,
+        metavar="N",
+        default=256,
+        help="jobs of an array that run at a time (%(default)s)",
+    )
+    add("--signal-delay", type=int, metavar="SECONDS", default=120, help="before the limit the job saves (%(default)s)")
+    add(
+        "--max-timeouts",
+        type=int,
+        metavar="N",
+        default=1000,
+        help="time limits after which it is not requeued (%(default)s)",
+    )
+    add("--dry-run", action="store_true", help="print what SLURM would be asked for and submit nothing")
 
 
 # Options that SLURM gets: the parameter of submitit, and the directive of sbatch that submitit writes for it.

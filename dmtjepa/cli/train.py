@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dmtjepa.arguments import USAGE, add_settings, parse_with_overrides
+from dmtjepa.arguments import USAGE, add_settings, describe_command, parse_with_overrides
 from dmtjepa.cli.exit_status import run_command
 from dmtjepa.output import configure_logging
 
@@ -26,11 +26,20 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, prog: str | None 
     Args:
         prog: the command that takes the settings file as it is; None takes it as `--fname`, as main.py does.
     """
+    command = "python main.py --fname" if prog is None else prog
     parser = argparse.ArgumentParser(
-        prog=prog, description=DESCRIPTION, epilog=USAGE, formatter_class=argparse.RawTextHelpFormatter
+        prog=prog,
+        **describe_command(
+            DESCRIPTION,
+            f"{command} quickstart",
+            f"{command} small_images data.root_path=photos --dry-run",
+            note=USAGE,
+        ),
     )
     add_settings(parser, as_option=prog is None)
-    parser.add_argument("--devices", nargs="+", help="cuda:0 cuda:1 ... or cpu cpu ...; default: all GPUs, or the CPU")
+    parser.add_argument(
+        "--devices", metavar="DEVICE", nargs="+", help="cuda:0 cuda:1 ... or cpu cpu ...; default: all GPUs, or the CPU"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the settings and what they need, and stop"
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dmtjepa.arguments import describe_command
 from dmtjepa.cli.exit_status import run_command
 from dmtjepa.errors import UserError
 
@@ -14,7 +15,7 @@ SOURCE = (
     "a run folder (its latest weights), a checkpoints/step-N folder, a .pth.tar file, a folder of timm or Hugging "
     "Face, or a name such as facebook/ijepa_vith14_1k"
 )
-ALIASES = {"released": "official"}  # the name in earlier versions
+ALIASES = {"released": "official"}  # the name in earlier versions; `--help` says so
 LOADING = {
     "timm": ("timm", 'timm.create_model("local-dir:{out}", pretrained=True)'),
     "hf": ("transformers", 'transformers.IJepaModel.from_pretrained("{out}")'),
@@ -38,21 +39,67 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=prog, description="Show, export or verify a checkpoint.")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser(
-        "show", help="print what a checkpoint holds", description="Print what a checkpoint holds."
+        "show",
+        help="print what a checkpoint holds",
+        **describe_command(
+            "Print what a checkpoint holds.", "dmtjepa show runs/mine", "dmtjepa show facebook/ijepa_vith14_1k"
+        ),
     )
-    show.add_argument("source", type=Path, help=SOURCE)
+    show.add_argument("source", type=Path, metavar="SOURCE", help=SOURCE)
+    _add_export(commands)
+    verify = commands.add_parser(
+        "verify",
+        help="compare a checkpoint with its manifest",
+        **describe_command(
+            "Compare every file of a checkpoint with the sizes and digests in its manifest.",
+            "dmtjepa verify runs/mine",
+        ),
+    )
+    verify.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a run folder (its newest checkpoint) or a checkpoints/step-N folder",
+    )
+    options = parser.parse_args(arguments)
+    if options.command == "export":
+        options.format = ALIASES.get(options.format, options.format)
+    return options
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "write weights for timm, Hugging Face, ONNX, torch.export, safetensors, or the official code"
-    export = commands.add_parser("export", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    export.add_argument("source", type=Path, help=SOURCE)
-    export.add_argument("--format", choices=(*LOADING, *ALIASES), required=True)
+    export = commands.add_parser(
+        "export",
+        help=text,
+        **describe_command(
+            f"{text[0].upper()}{text[1:]}.",
+            "dmtjepa export runs/mine --format timm --out mine-timm",
+            "dmtjepa export runs/mine --format onnx --out mine.onnx --image-size 224",
+        ),
+    )
+    export.add_argument("source", type=Path, metavar="SOURCE", help=SOURCE)
     export.add_argument(
-        "--out", type=Path, required=True, help="folder to write for timm and hf, otherwise the file to write"
+        "--format",
+        choices=(*LOADING, *ALIASES),
+        metavar="FORMAT",
+        required=True,
+        help="timm; hf, of Hugging Face; onnx; pt2, of torch.export; safetensors, one file; official, the .pth.tar "
+        "layout of the official code, which earlier versions called released",
+    )
+    export.add_argument(
+        "--out",
+        type=Path,
+        metavar="OUT",
+        required=True,
+        help="folder to write for timm and hf, otherwise the file to write",
     )
     export.add_argument(
         "--part",
         choices=("target_encoder", "encoder"),
+        metavar="PART",
         default="target_encoder",
-        help="the teacher (default) or student",
+        help="target_encoder, the teacher (default), or encoder, the student",
     )
     export.add_argument(
         "--image-size",
@@ -60,16 +107,6 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         metavar="SIZE",
         help="height and width that the encoder is written for, 448 or 448x320 (default: those of the training)",
     )
-    verify = commands.add_parser(
-        "verify",
-        help="compare a checkpoint with its manifest",
-        description="Compare every file of a checkpoint with the sizes and digests in its manifest.",
-    )
-    verify.add_argument("source", type=Path, help="a run folder (its newest checkpoint) or a checkpoints/step-N folder")
-    options = parser.parse_args(arguments)
-    if options.command == "export":
-        options.format = ALIASES.get(options.format, options.format)
-    return options
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -47,7 +47,11 @@ class DataSettings(Section):
         "their type, see docs/data.md",
     )
     dataset: Literal["folder", "shapes"] = Field("folder", description="a folder of images, or the drawn set `shapes`")
-    loader: Literal["auto", "torchvision", "dali"] = Field("auto", description="auto: DALI when it is installed")
+    loader: Literal["auto", "pil", "dali"] = Field(
+        "auto",
+        description="what decodes, crops and resizes: PIL in processes (earlier versions said torchvision, which is "
+        "still read), or NVIDIA DALI; auto: DALI when it is installed",
+    )
     max_broken: Free[float] = Field(0.01, ge=0, le=1, description="share of unreadable images above which a run stops")
     allow_changed: Free[bool] = Field(
         False, description="resume although the images, or what loads them, have changed since the checkpoint"
@@ -86,9 +90,14 @@ class DataSettings(Section):
         if self.channels not in (1, 3) and self.loader == "dali":
             raise ValueError(
                 f"loader: dali reads images of 1 or 3 channels, not data.channels: {self.channels}; set data.loader: "
-                "torchvision"
+                "pil"
             )
         return self
+
+    @field_validator("loader", mode="before")
+    @classmethod
+    def _earlier_name(cls, value: Any) -> Any:
+        return "pil" if value == "torchvision" else value
 
     @field_validator("crop_size")
     @classmethod

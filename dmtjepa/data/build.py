@@ -117,7 +117,7 @@ def build_loader(
         except DataError as error:
             if settings.loader == "dali":
                 raise
-            logger.warning("DALI is installed but does not work here, so torchvision loads the images: %s", error)
+            logger.warning("DALI is installed but does not work here, so PIL loads the images: %s", error)
     pin_memory = settings.pin_mem and device.type == "cuda"
     return TorchvisionLoader(source, settings, seed=seed, rank=rank, world_size=world_size, pin_memory=pin_memory)
 

@@ -18,6 +18,9 @@ from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.distributed import World, find_device
 from dmtjepa.training.schedules import Schedules
 
+LOADERS = {"pil": "PIL", "dali": "DALI"}
+"""Loaders by their names in settings, named for the libraries that decode."""
+
 
 def announce(
     config: Config, world: World, source: StoredSource, loader: str, model: nn.Module, schedules: Schedules, step: int
@@ -73,7 +76,7 @@ def describe_start(
     num_steps = optimization.epochs * steps_per_epoch
     lines = {
         "images": make_printable(source.describe()),
-        "loader": f"{loader}, {_count(data.num_workers, 'worker')} for each process",
+        "loader": f"{LOADERS[loader]}, {_count(data.num_workers, 'worker')} for each process",
         "model": f"{config.meta.model_name}, patches of {config.mask.patch_size} in {height}x{width} pixels, "
         f"{num_parameters / 1e6:.1f} M trained parameters ({method})",
         "masks": _describe_masks(config, world_size * runtime.accumulation),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def check_images(
         earlier = Fingerprint(**recorded)
     except TypeError as error:
         raise CheckpointError(f"{checkpoint}: its description of the images cannot be read: {error}") from None
+    if earlier.loader == "torchvision":  # its name in earlier versions
+        earlier = replace(earlier, loader="pil")
     changes = []
     if (earlier.names, earlier.sizes) != (now.names, now.sizes):
         changes.append(f"the images: {_describe(folder, earlier, images)}")

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import goals, gpu_check
-from benchmarks.data import data_wait
+from benchmarks.data import data_wait, decode
 from benchmarks.data import loader as loader_speed
 from dmtjepa.data import is_dali_installed
 
@@ -22,7 +23,7 @@ def run(monkeypatch, program, *options: object) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize("loader", ["pil", pytest.param("dali", marks=needs_dali)])
 def test_the_trainers_own_share_of_waiting(image_folder: Path, tmp_path: Path, tiny, monkeypatch, capsys, loader: str):
     options = ("--workload", "vit_nano:2", "--loader", loader, "--workers", 1, "--device", "cpu")
     options += ("--steps", 20, "--warmup", 10, "--out", tmp_path, "--set", *tiny)
@@ -42,7 +43,7 @@ def test_rates_beside_what_training_needs(image_folder: Path, tmp_path: Path, mo
     run(monkeypatch, loader_speed, image_folder, *options, "--json", tmp_path / "loader.json")
     document = json.loads((tmp_path / "loader.json").read_text())
     assert [row["loader"] for row in document["rows"]] == [
-        "torchvision, folder", "torchvision, tar", "dali, folder", "dali, tar",
+        "pil, folder", "pil, tar", "dali, folder", "dali, tar",
     ]  # fmt: skip
     printed = capsys.readouterr().out
     for row in document["rows"]:
@@ -50,6 +51,25 @@ def test_rates_beside_what_training_needs(image_folder: Path, tmp_path: Path, mo
         assert row["images_per_core_second"] > 0
         assert row["loader"] in printed
     assert "H100, ViT-L/16" in printed
+
+
+def test_decoders_are_compared(tmp_path: Path, monkeypatch, capsys):
+    run(monkeypatch, decode, "--images", 2, "--rounds", 1, "--out", tmp_path)
+    (path,) = tmp_path.glob("cpu-*-decode.json")
+    document = json.loads(path.read_text())
+    times = {row["case"]: row["ms"] for row in document["rows"]}
+    names = ("PIL", "PIL, to the crop", "torchvision.io", "torchvision.io, to the crop")
+    assert [name for name in times if not name.startswith("TorchCodec")] == list(names)
+    assert min(times.values()) > 0
+    assert document["images"] == {"count": 2, "mean_size": [500, 375], "drawn": True}
+    assert "torchvision.io, to the crop" in capsys.readouterr().out
+
+
+def test_a_decoder_of_other_pixels_is_not_timed(monkeypatch):
+    monkeypatch.setattr("torchvision.io.decode_jpeg", lambda data, mode: torch.zeros(3, 375, 500, dtype=torch.uint8))
+    rows, notes = decode.measure([decode.draw_jpeg(0)], 1)
+    assert "torchvision.io is not timed: 1 of 1 images have other pixels than with PIL" in notes
+    assert not any(row["case"].startswith("torchvision.io") for row in rows)
 
 
 def test_goals_of_the_data():

@@ -31,3 +31,10 @@ def test_only_fixed_settings_count_as_changed():
     earlier = parse_config({"runtime": {"seed": 1}})
     now = parse_config({"runtime": {"seed": 2, "keep_last": 5}, "data": {"batch_size": 4, "crop_size": [64, 32]}})
     assert changed_settings(earlier, now) == [("data.crop_size", 224, [64, 32]), ("runtime.seed", 1, 2)]
+
+
+def test_the_loader_may_be_called_by_its_name_in_earlier_versions():
+    earlier = parse_config({"data": {"loader": "torchvision"}})
+    assert earlier.data.loader == "pil"
+    assert changed_settings(earlier, parse_config({"data": {"loader": "pil"}})) == []
+    assert changed_settings(earlier, parse_config({"data": {"loader": "dali"}})) != []

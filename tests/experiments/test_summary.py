@@ -52,8 +52,60 @@ def test_the_untrained_network_of_a_seed_counts_once(results):
 @pytest.mark.slow
 def test_plots_are_written(results, capsys):
     assert main(["plot", str(results)]) == 0
-    for name in ("results.png", "curves.png"):
+    assert main(["publish", str(results), "--out", str(results / "kept.json")]) == 0
+    assert main(["plot", str(results / "kept.json")]) == 0
+    for name in ("results.png", "curves.png", "kept-results.png"):
         assert (results / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_published_file_reads_like_the_folder_and_names_no_folder_of_this_machine(results, tmp_path, capsys):
+    path = results / "a-seed0" / "result.json"
+    result = json.loads(path.read_text())
+    looks = [
+        {"step": 49, "features/effective_rank": 3.0, "targets/explained_variance": 0.5},
+        {"step": 49, "eval/seconds": 1},
+    ]
+    command = "/opt/python /home/someone/main.py 'data.root_path=/home/someone/photos'"
+    result["metrics"] += looks
+    result["starts"] = [{
+        "step": 0, "commit": "abc", "command": command, "folder": "/home/someone", "python": "3.11", "device": "cpu",
+        "cpus": 2, "packages": {"torch": "2.11"},
+    }]  # fmt: skip
+    result["report"]["data"] = {"description": "/home/someone/photos/train and /home/someone/photos/val; 3/4 of them"}
+    path.write_text(json.dumps(result))
+    out = tmp_path / "kept" / "results.json"
+    assert (
+        main(["publish", str(results), "--out", str(out), "--note", "of a test", "--made-by", "run /tmp/x.yaml"]) == 0
+    )
+    document = json.loads(out.read_text())
+    assert list(document) == ["command", "hardware", "versions", "note", "runs"]
+    assert (document["command"], document["hardware"]) == (["run x.yaml"], "cpu, 2 CPUs")
+    assert document["versions"] == {"python": "3.11", "torch": "2.11"}
+    first = document["runs"][0]
+    assert (first["variant"], first["metrics"], first["starts"]) == ("a", looks, [{"step": 0, "commit": "abc"}])
+    assert first["report"]["data"]["description"] == "train and val; 3/4 of them"
+    assert "/home" not in out.read_text()
+
+    capsys.readouterr()
+    assert main(["table", str(out)]) == 0
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row == "| a | 1 | 100 | 2 | 725.0 | 60.0 | 50.0 | 70.0 | 12.0 | 50.0 |"
+    assert main(["publish", str(results), "--out", str(out)]) == 1  # not overwritten
+    assert "exists; choose another --out" in capsys.readouterr().err
+
+
+def test_the_published_results_of_this_project_make_a_table(capsys):
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        if path.stem.endswith(("_queries", "_contexts")):
+            assert main(["table", str(path)]) == 0
+            assert "linear" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "no JSON"])
+def test_another_file_is_refused(tmp_path, capsys, text):
+    (tmp_path / "a.json").write_text(text)
+    assert main(["table", str(tmp_path / "a.json")]) == 1
+    assert "a.json is no file of python -m experiments publish" in capsys.readouterr().err
 
 
 def test_a_folder_without_results_says_so(tmp_path, capsys):

@@ -19,7 +19,7 @@ PROGRAMS = {
     "step.profile": ("--workload", "vit_nano:2", *TINY, "--provider", "project:eager", "--steps", "1"),
     "step.memory": ("--workloads", "vit_nano:2", "vit_nano:4", *TINY, "--providers", "project:eager"),
     "data.data_wait": (
-        "--workload", "vit_nano:2", *TINY, "runtime.compile=off", "--loader", "torchvision", "--workers", "0",
+        "--workload", "vit_nano:2", *TINY, "runtime.compile=off", "--loader", "pil", "--workers", "0",
         "--steps", "20", "--warmup", "10",
     ),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from PIL import Image
 from dmtjepa.data import ImageSource, is_dali_installed
 
 needs_dali = pytest.mark.skipif(not is_dali_installed(), reason="NVIDIA DALI is not installed")
-LOADERS = ["torchvision", pytest.param("dali", marks=needs_dali)]
+LOADERS = ["pil", pytest.param("dali", marks=needs_dali)]
 
 
 def smooth_image(rng: np.random.Generator, width: int, height: int) -> Image.Image:

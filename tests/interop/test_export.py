@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from dmtjepa.cli.weights import main
 from dmtjepa.config import parse_config
 from dmtjepa.data.crop import crop_center
-from dmtjepa.interop import build_encoder, export_official, read_checkpoint
+from dmtjepa.interop import build_encoder, export_official, load_model, read_checkpoint, write_official
+from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
 
 
@@ -79,6 +80,36 @@ def test_official_layout_round_trip(run, images, tmp_path):
     torch.testing.assert_close(
         load_file(tmp_path / "timm" / "model.safetensors")["norm.weight"], before["target_encoder"]["norm.weight"]
     )
+
+
+def test_an_official_file_comes_back_equal(tmp_path):
+    """Of I-JEPA, whose files have no heads: exported as it is, and after a run has started from it."""
+    meta = {"model_name": "vit_nano", "pred_depth": 1, "pred_emb_dim": 48}
+    settings = {"data": {"crop_size": 32}, "mask": {"patch_size": 8}, "patch": {"local_agg_head": False}, "meta": meta}
+    config = parse_config(settings)
+    given, modules = {"epoch": 300, "batch_size": 2048, "world_size": 16, "lr": 1e-3, "opt": {}, "scaler": None}, {}
+    for seed, part in enumerate(("encoder", "predictor", "target_encoder")):
+        torch.manual_seed(seed)
+        model = build_model(config)
+        modules[part] = getattr(model, part.replace("target", "teacher")).state_dict()
+        given[part] = {f"module.{name}": value for name, value in modules[part].items()}
+    torch.save(given, tmp_path / "official.pth.tar")
+
+    export(tmp_path / "official.pth.tar", tmp_path / "a.pth.tar", "--format", "official")
+    own = build_model(config)
+    load_model(own, tmp_path / "official.pth.tar")
+    parts = {"encoder": own.encoder, "predictor": own.predictor, "target_encoder": own.teacher_encoder}
+    write_official(tmp_path / "b.pth.tar", {part: module.state_dict() for part, module in parts.items()}, {})
+    for name in "ab":
+        back = torch.load(tmp_path / f"{name}.pth.tar", weights_only=True)
+        for part in modules:
+            assert list(back[part]) == list(given[part])
+            assert all(torch.equal(value, given[part][key]) for key, value in back[part].items())
+            assert all(value.dtype == given[part][key].dtype for key, value in back[part].items())
+    numbers = torch.load(tmp_path / "a.pth.tar", weights_only=True)
+    assert {name: numbers[name] for name in ("epoch", "batch_size", "world_size", "lr")} == {
+        name: given[name] for name in ("epoch", "batch_size", "world_size", "lr")
+    }
 
 
 def test_the_format_has_its_earlier_name_too(run, tmp_path):
@@ -277,6 +308,23 @@ def test_a_hub_entry_takes_any_architecture_and_patch_size(hubconf, run, images)
     assert torch.equal(encoder.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
     assert hubconf.dmtjepa_encoder(str(path), image_size=(32, 48)).grid_size == (4, 6)
     assert not encoder.training
+    of_run = hubconf.dmtjepa_encoder(str(run))  # a folder, as `dmtjepa.load` takes it
+    assert torch.equal(of_run(images), encoder(images))
+
+
+@pytest.mark.parametrize(("model_name", "patch_size"), [("vit_nano", 4), ("vit_tiny", 8), ("vit_nano", 14)])
+def test_a_hub_entry_builds_any_architecture_without_weights(hubconf, model_name, patch_size):
+    encoder = hubconf.dmtjepa(model_name, patch_size, 2 * patch_size)
+    width = ARCHITECTURES[model_name]["embed_dim"]
+    assert encoder(torch.zeros(1, 3, 2 * patch_size, 2 * patch_size)).shape == (1, 4, width)
+    assert not encoder.training
+
+
+def test_a_hub_entry_by_architecture_takes_weights_and_names_its_architectures(hubconf, run, images):
+    encoder = hubconf.dmtjepa("vit_tiny", 8, 32, weights=str(run), part="encoder")
+    assert torch.equal(encoder(images), encode(run, "encoder", images))
+    with pytest.raises(ValueError, match="model_name 'vit_nanno': choose one of vit_nano"):
+        hubconf.dmtjepa("vit_nanno", 8, 32)
 
 
 def test_hub_entries_take_another_image_size(hubconf, tmp_path):

@@ -20,7 +20,7 @@ def test_facts_of_a_start(settings, image_folder):
     text = describe_start(config, open_images(image_folder), steps_per_epoch=2, **facts)
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert lines["images"] == f"128 images below {image_folder}"
-    assert lines["loader"] == "dali, 0 workers for each process"
+    assert lines["loader"] == "DALI, 0 workers for each process"
     assert lines["model"].startswith("vit_tiny, patches of 4 in 32x32 pixels, 1.2 M trained parameters (DMT-JEPA")
     assert lines["device"].startswith("3 x CPU")
     assert lines["device"].endswith("bfloat16")
@@ -31,7 +31,7 @@ def test_facts_of_a_start(settings, image_folder):
     assert resumed.endswith("resumes at step 4")
     single = settings(**{"data.batch_size": 8, "data.num_workers": 1, "optimization.epochs": 1})
     text = describe_start(single, open_images(image_folder), steps_per_epoch=1, **facts | {"world_size": 1})
-    assert "dali, 1 worker for each process" in text
+    assert "DALI, 1 worker for each process" in text
     assert "8 images = 8 x 1 process\n" in text
     assert "1 epoch of 1 step, 1 in all" in text
 

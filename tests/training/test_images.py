@@ -1,6 +1,7 @@
 """A resumed run notices other images and another loader."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from dmtjepa.checkpoint_format import CheckpointError
 from dmtjepa.data import open_images
 from dmtjepa.data.fingerprint import ImageList, describe_change
 from dmtjepa.data.loaders.torchvision import TorchvisionLoader
+from dmtjepa.run_folder import RunFolder
+from dmtjepa.training.images import check_images
 from dmtjepa.training.launch import launch
 
 
@@ -73,6 +76,17 @@ def test_damaged_list_is_no_list(tmp_path):
     assert ImageList.read(tmp_path / "list.gz") is None
 
 
+def test_a_checkpoint_may_name_the_loader_as_earlier_versions_did(folder, settings, monkeypatch):
+    config, source = settings(**{"data.root_path": str(folder)}), open_images(folder)
+    now = ImageList.of(source).fingerprint("pil")
+    recorded = {"images": now.to_meta() | {"loader": "torchvision"}}
+    monkeypatch.setattr("dmtjepa.training.images.read_meta", lambda checkpoint: recorded)
+    arguments = config, RunFolder.from_config(config), source
+    assert check_images(*arguments, "pil", Path("step-8")) == now
+    with pytest.raises(CheckpointError, match="the loader: pil there, dali now"):
+        check_images(*arguments, "dali", Path("step-8"))
+
+
 @pytest.mark.slow
 def test_resume_with_other_images_is_refused_until_it_is_allowed(folder, settings, losses, monkeypatch):
     def config(**changes):
@@ -100,7 +114,7 @@ def test_resume_with_other_images_is_refused_until_it_is_allowed(folder, setting
     (folder / "z.png").rename(folder / "00.png")
     with monkeypatch.context() as patch:
         patch.setattr(TorchvisionLoader, "name", "dali")
-        with pytest.raises(CheckpointError, match="the loader: torchvision there, dali now"):
+        with pytest.raises(CheckpointError, match="the loader: pil there, dali now"):
             launch(config(), ["cpu"])
     (folder / "00.png").rename(folder / "z.png")
     assert launch(config(**{"data.allow_changed": True}), ["cpu"]) == 0

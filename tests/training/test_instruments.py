@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
+from dmtjepa.config import find_settings, load_config
+from dmtjepa.masks import MaskSampler
+from dmtjepa.objective import build_model
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training import instruments
 from dmtjepa.training.instruments import Instruments, Observer
@@ -104,3 +110,56 @@ def test_figures_are_on_the_board_too(plain):
         step - 1: row["targets/explained_variance"] for step, row in rows_of(plain).items() if row.keys() >= TARGETS
     }
     assert found == pytest.approx(rows, rel=1e-6)
+
+
+class CountElements(TorchDispatchMode):
+    """Counts the elements that operators read and write: what operators without products cost."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        leaves = tree_leaves((arguments, keywords, result))
+        self.total += sum(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quickstart", "in1k_vitb16_ep600"])
+def test_instruments_take_less_than_a_hundredth_of_the_steps_between_two_looks(name, tmp_path):
+    """In FLOPs and in elements read and written, at the default settings. Nothing is computed: shapes tell both."""
+    config = load_config(find_settings(name), {"data.root_path": str(tmp_path), "data.dataset": "folder"})
+    every = config.runtime.log_every
+    assert instruments.LOOK_EVERY % every == 0
+    with torch.device("meta"):
+        model = build_model(config)
+    masks = MaskSampler.from_config(config).sample(0).to("meta")
+    images = torch.zeros(config.data.batch_size, 3, *config.data.image_size, device="meta")
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    gauges = Instruments(model, config, num_steps=1000)
+
+    def cost(step):
+        """FLOPs and elements of a step."""
+        with CountElements() as elements, FlopCounterMode(display=False) as products:
+            gauges.start_step(step, [(images, masks)])
+            targets = model.compute_targets(images, masks)
+            predictions = model.predict_targets(images, masks)
+            model.loss(predictions, targets, masks).backward()
+            gauges.see_batch(predictions, targets, masks)
+            with torch.no_grad(), gauges.see_update(weights):
+                pass
+            gauges.take()
+        return torch.tensor([products.get_total_flops(), elements.total], dtype=torch.float64)
+
+    cost(0)
+    cost(instruments.LOOK_EVERY - 1)  # the first look has nothing to compare with
+    first = instruments.LOOK_EVERY
+    plain, logged, pooled = (cost(step) for step in (first, first + every - 1, 2 * first - 2))
+    look = cost(2 * first - 1)
+    assert (look > logged).all()
+    assert logged[1] > plain[1]
+    num_logged, num_pooled = first // every - 1, min(instruments.NUM_SAMPLES // config.data.batch_size, every)
+    extra = look - plain + num_logged * (logged - plain) + num_pooled * (pooled - plain)
+    share = extra / (first * plain)
+    assert (share > 0).all()
+    assert (share < 0.01).all(), share

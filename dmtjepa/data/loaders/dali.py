@@ -46,7 +46,7 @@ class DaliLoader(Loader):
         try:
             Decoder(settings, device).close()  # fail now, not in the first epoch
         except RuntimeError as error:
-            raise DataError(f"DALI cannot start on {device}, set data.loader: torchvision ({error})") from error
+            raise DataError(f"DALI cannot start on {device}, set data.loader: pil ({error})") from error
         self._running = False  # whether there are a reader and a decoder
 
     def _start(self, epoch: int, step: int) -> None:

@@ -22,7 +22,7 @@ try:
 except ImportError as error:  # the extra is not installed
     raise DataError(
         "data.loader is dali, but NVIDIA DALI cannot be imported: pip install 'dmtjepa[dali]', or set data.loader: "
-        f"torchvision ({error})"
+        f"pil ({error})"
     ) from error
 
 fn: Any = _fn  # their type stubs are incomplete

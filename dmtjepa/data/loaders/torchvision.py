@@ -1,4 +1,4 @@
-"""The torchvision loader: PIL decoding and torchvision's random resized crop, in worker processes."""
+"""The loader `pil`: PIL decoding and torchvision's random resized crop, in worker processes."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class _Requests(Sampler[Any]):
 class TorchvisionLoader(Loader):
     """Batches in the memory of the CPU, pinned if asked for."""
 
-    name = "torchvision"
+    name = "pil"
 
     def __init__(
         self,

@@ -242,7 +242,7 @@ def test_where_dali_does_not_work_auto_takes_torchvision(settings: DataSettings,
         raise RuntimeError("CUDA driver version is insufficient")
 
     monkeypatch.setattr(dali_pipeline.Pipeline, "build", fail)
-    with pytest.raises(DataError, match=r"DALI cannot start on cpu, set data\.loader: torchvision \(CUDA driver"):
+    with pytest.raises(DataError, match=r"DALI cannot start on cpu, set data\.loader: pil \(CUDA driver"):
         build_loader(use(settings), seed=0)
     loader = build_loader(use(settings, loader="auto", num_workers=0), seed=0)
     assert type(loader).__name__ == "TorchvisionLoader"
