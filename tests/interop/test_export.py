@@ -300,7 +300,7 @@ def test_hub_entries_load_weights(hubconf, run, images):
     assert not encoder.training
 
 
-def test_a_hub_entry_takes_any_architecture_and_patch_size(hubconf, run, images):
+def test_a_hub_entry_takes_any_architecture_and_patch_size(hubconf, run, images, tmp_path):
     path = run / "jepa-latest.pth.tar"
     encoder = hubconf.dmtjepa_encoder(str(path))
     weights = torch.load(path, weights_only=True)["target_encoder"]
@@ -310,6 +310,10 @@ def test_a_hub_entry_takes_any_architecture_and_patch_size(hubconf, run, images)
     assert not encoder.training
     of_run = hubconf.dmtjepa_encoder(str(run))  # a folder, as `dmtjepa.load` takes it
     assert torch.equal(of_run(images), encoder(images))
+    wide = Path(shutil.copytree(run, tmp_path / "wide")) / "config.yaml"  # 16 patches, too
+    settings = wide.read_text().replace("crop_size: 32", "crop_size: [16, 64]")
+    wide.write_text(settings.replace("local_agg_head: true", "local_agg_head: false"))
+    assert hubconf.dmtjepa_encoder(str(wide.parent)).grid_size == (2, 8)
 
 
 @pytest.mark.parametrize(("model_name", "patch_size"), [("vit_nano", 4), ("vit_tiny", 8), ("vit_nano", 14)])

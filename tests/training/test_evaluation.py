@@ -186,8 +186,12 @@ def test_images_without_labels_do_not_keep_a_run_from_starting_from_weights(sett
     config = settings(**{"meta.load_checkpoint": True, "meta.read_checkpoint": "given.pth.tar"})
     assert open_asked_splits(config, faults.append) is None
     assert "Set evaluation.data to images with labels or masks, or evaluation.measure_start: false" in faults[0]
+    for data in ("$NOT_SET/images", "no/such/folder"):
+        assert open_asked_splits(change_settings(config, {"evaluation.data": data}), faults.append) is None
+    assert ["NOT_SET" in fault for fault in faults] == [False, True, False]
+    assert "evaluation.data: no/such/folder does not exist" in faults[2]
     assert open_asked_splits(settings(), faults.append) is None  # there are no weights to measure
-    assert len(faults) == 1
+    assert len(faults) == 3
 
 
 @pytest.mark.slow
