@@ -79,7 +79,7 @@ class PeriodicEvaluation:
                 on_progress=lambda: watchdog.on_phase(Phase.EVALUATION),
             )
             check_evaluation_agrees(self._evaluator, world)
-            if world.rank == 0 and state.step == 0 and not self._every_epochs:
+            if not self._every_epochs and state.step == 0 and world.rank == 0:
                 logger.info(
                     "before the first step and after the last, student and teacher are measured on %d and %d images "
                     "(evaluation.measure_start=false: not)", len(splits.train), len(splits.validation),
