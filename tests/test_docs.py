@@ -101,6 +101,19 @@ def test_links_lead_somewhere(path):
     assert not missing
 
 
+def anchor_of(heading: str) -> str:
+    """As GitHub and MkDocs make it."""
+    return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.lower().strip()))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_to_sections_lead_to_one(path):
+    for file, anchor in re.findall(r"\]\(([^)#: ]*)#([^)]+)\)", path.read_text()):
+        page = path.parent / file if file else path
+        headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+        assert anchor in map(anchor_of, headings), f"{file}#{anchor}"
+
+
 def test_every_fault_names_its_tests():
     tables, tests = (ROOT / "docs/faults.md").read_text().split("## Tests\n")
     faults = re.findall(r"^\| ([A-Z])(\d+) \|", tables, re.MULTILINE)

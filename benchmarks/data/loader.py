@@ -4,7 +4,7 @@
 
 FOLDER holds photographs, such as the ImageNet sample; they are linked, again and again, into a data set of --images.
 CHECKOUT is a clone of the official DMT-JEPA (or I-JEPA) code. All loaders run in turns with the settings of the
-official ViT-L run. Nothing is timed unless DALI's pixels agree with torchvision's.
+official ViT-L run. Nothing is timed unless DALI's pixels agree with the loader pil's.
 
 Beside images/s stands images/s per core: images over the processor seconds that all threads and processes of the
 loader used, which other work on the machine disturbs less.
@@ -118,7 +118,7 @@ def measure(batches: Iterator[Tensor], args: argparse.Namespace) -> dict[str, fl
 
 
 def check_pixels(path: Path, args: argparse.Namespace) -> None:
-    """Stop where DALI's first batch is not torchvision's."""
+    """Stop where DALI's first batch is not that of the loader pil."""
     epochs = []
     for kind in ("pil", "dali"):
         batches, close = open_ours(path, kind, args)
@@ -185,7 +185,7 @@ def main() -> None:
     base = rates["pil, folder"]
     described = describe(args)
     print(", ".join(f"{key} {value}" for key, value in described.items()))
-    print(f"\n{'loader':<22}{'images/s':>10}{'per core':>10}{'of torchvision':>16}{'per core':>10}")
+    print(f"\n{'loader':<22}{'images/s':>10}{'per core':>10}{'of pil':>16}{'per core':>10}")
     for name, rate in rates.items():
         total, core = rate["images_per_second"], rate["images_per_core_second"]
         print(

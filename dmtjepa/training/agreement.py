@@ -76,9 +76,9 @@ def check_weights_agree(path: Path, world: World) -> None:
     )
 
 
-def all_agree(value: bool, world: World) -> bool:
-    """Whether `value` is true on all ranks. All ranks call this."""
-    return all(_gather(value, world))
+def first_fault(fault: str | None, world: World) -> str | None:
+    """The fault of the lowest rank that has one, or None. All ranks call this."""
+    return next((found for found in _gather(fault, world) if found is not None), None)
 
 
 def check_evaluation_agrees(evaluator: Evaluator, world: World) -> None:

@@ -21,8 +21,8 @@ from dmtjepa.models import VisionTransformer
 from dmtjepa.objective import build_frozen_encoder
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.tensors import whole_tensors
-from dmtjepa.training.agreement import all_agree, check_evaluation_agrees
-from dmtjepa.training.distributed import World, new_gloo_group, run_on_rank_0
+from dmtjepa.training.agreement import check_evaluation_agrees, first_fault
+from dmtjepa.training.distributed import DistributedError, World, new_gloo_group, run_on_rank_0
 from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.phase import Phase
 from dmtjepa.training.schedules import Schedules
@@ -66,9 +66,12 @@ class PeriodicEvaluation:
         self._every_epochs = config.evaluation.every_epochs
         self._evaluator: Evaluator | None = None
         self._has_drawn = False
-        splits = open_asked_splits(config, self._log_fault)
-        if all_agree(splits is not None, world):
-            assert splits is not None
+        faults: list[str] = []
+        splits = open_asked_splits(config, faults.append)
+        fault = first_fault(faults[0] if faults else None, world)
+        if fault is not None:
+            self._log_fault(fault)
+        elif splits is not None:
             group = new_gloo_group(world) if world.world_size > 1 else None
             self._evaluator = Evaluator(
                 config,
@@ -78,8 +81,14 @@ class PeriodicEvaluation:
                 num_workers=config.data.num_workers,
                 on_progress=lambda: watchdog.on_phase(Phase.EVALUATION),
             )
-            check_evaluation_agrees(self._evaluator, world)
-            if not self._every_epochs and state.step == 0 and world.rank == 0:
+            try:
+                check_evaluation_agrees(self._evaluator, world)
+            except DistributedError as error:
+                if self._every_epochs:
+                    raise
+                self._evaluator = None
+                self._log_fault(str(error))
+            if world.rank == 0 and self._evaluator is not None and not self._every_epochs and state.step == 0:
                 logger.info(
                     "before the first step and after the last, student and teacher are measured on %d and %d images "
                     "(evaluation.measure_start=false: not)", len(splits.train), len(splits.validation),

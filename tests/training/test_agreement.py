@@ -1,12 +1,15 @@
 """Ranks that see other images, settings or weights than rank 0 are named before anything is trained."""
 
+import logging
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dmtjepa.config import change_settings
 from dmtjepa.data import open_images
 from dmtjepa.errors import UserError
 from dmtjepa.run_folder import RunFolder
@@ -62,6 +65,12 @@ def compare(config, paths, others, folders):
                 PeriodicEvaluation(*arguments)
             else:
                 expect_refusal(PeriodicEvaluation, *arguments)
+        logging.basicConfig(level=logging.INFO, force=True)
+        for name in ("same", "other", "absent"):  # nobody has asked: a run goes on without
+            start = {"meta.load_checkpoint": True, "meta.read_checkpoint": "same.pth.tar", "evaluation.data": name}
+            own = change_settings(config, start)
+            evaluation = PeriodicEvaluation(own, world, None, None, SimpleNamespace(step=0), None, None)
+            assert evaluation.is_due() == (name == "same")
         writer = CheckpointWriter(Path("run", "checkpoints"), new_gloo_group(world), 2, world.device)
         writer.save({f"rank{world.rank}": torch.ones(4)}, {"step": 1})
         expect_refusal(writer.close)
@@ -90,6 +99,8 @@ def write_files(folder, images, rank):
     if rank == 1:
         (folder / "other" / "val" / "class0" / "0.png").rename(folder / "other" / "val" / "class0" / "1.png")
         (folder / "fewer" / "train" / "class0" / "0.png").unlink()
+    else:
+        shutil.copytree(folder / "same", folder / "absent")  # not on rank 1
     return folder
 
 
@@ -108,8 +119,10 @@ def test_what_ranks_must_have_in_common_is_compared(settings, image_folder, tmp_
     folders = [write_files(tmp_path / f"{rank}", image_folder, rank) for rank in range(2)]
     paths = [tmp_path / "list.txt", image_folder, image_folder]
     ended = run_ranks(compare, 2, tmp_path, config, paths, others, folders)
-    for code, log in ended:
+    for rank, (code, log) in enumerate(ended):
         assert code == 0, log
+        assert log.count("the weights that the run starts from are not measured. ") == (2 if rank == 0 else 0)
+        assert ("evaluation.data: absent does not exist" in log) == (rank == 0)  # what rank 1 has found
         refused = log.split("REFUSED ")[1:]
         assert "20 images and not 20: the same names in another order, from image 5 on" in refused[0]
         assert "the loader dali and not pil (data.loader)" in refused[1]

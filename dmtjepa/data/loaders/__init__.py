@@ -1,1 +1,1 @@
-"""From a source to batches of crops: for training with torchvision or DALI, and centre crops for evaluation."""
+"""From a source to batches of crops: for training with PIL or DALI, and centre crops for evaluation."""
