@@ -47,8 +47,8 @@ def compare(config, paths, others, folders):
     """
     with process_group(torch.device("cpu"), start_timeout=600, hang_timeout=600) as world:
         for path, other in zip(paths, others, strict=True):
-            check_ranks_agree(config, open_images(path), "torchvision", world)
-            mine = (path, "torchvision", config) if world.rank == 0 else other
+            check_ranks_agree(config, open_images(path), "pil", world)
+            mine = (path, "pil", config) if world.rank == 0 else other
             expect_refusal(check_ranks_agree, mine[2], open_images(mine[0]), mine[1], world)
         os.chdir(folders[world.rank])
         check_weights_agree(Path("same.pth.tar"), world)
@@ -112,9 +112,9 @@ def test_what_ranks_must_have_in_common_is_compared(settings, image_folder, tmp_
     config = settings()
     other_rate = settings(**{"optimization.lr": 0.5, "data.num_workers": 3, "data.root_path": "/elsewhere"})
     others = [
-        (tmp_path / "turned.txt", "torchvision", config),
+        (tmp_path / "turned.txt", "pil", config),
         (image_folder, "dali", config),
-        (image_folder, "torchvision", other_rate),
+        (image_folder, "pil", other_rate),
     ]
     folders = [write_files(tmp_path / f"{rank}", image_folder, rank) for rank in range(2)]
     paths = [tmp_path / "list.txt", image_folder, image_folder]
@@ -125,7 +125,7 @@ def test_what_ranks_must_have_in_common_is_compared(settings, image_folder, tmp_
         assert ("evaluation.data: absent does not exist" in log) == (rank == 0)  # what rank 1 has found
         refused = log.split("REFUSED ")[1:]
         assert "20 images and not 20: the same names in another order, from image 5 on" in refused[0]
-        assert "the loader dali and not torchvision (data.loader)" in refused[1]
+        assert "the loader dali and not pil (data.loader)" in refused[1]
         assert "optimization.lr is 0.5 and not 0.002" in refused[2]
         assert "num_workers" not in refused[2]
         assert "root_path" not in refused[2]
