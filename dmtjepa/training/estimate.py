@@ -216,6 +216,8 @@ def explain_oom(config: Config, world_size: int, device: torch.device, error: to
             choices.append(f"runtime.activation_checkpointing={how} data.batch_size={batch}")
     if choices:
         text += f"By estimate these fit: {'; or '.join(choices)}. "
+    if config.measures_start or config.evaluation.every_epochs:
+        text += "Evaluation during training takes memory, too (evaluation.measure_start, evaluation.every_epochs). "
     return text + "Raise runtime.accumulation to keep the global batch with a lower data.batch_size."
 
 

@@ -144,6 +144,11 @@ def test_lack_of_memory_names_what_would_fit(monkeypatch):
         needed = sum(memory_bytes(load_config(CONFIGS / "in1k_vith14_ep300.yaml", changes), largest, 1, True).values())
         assert int(batch) < 512 or how == "blocks"
         assert 0.7 * 80 * 2**30 < needed <= 0.95 * 80 * 2**30 or int(batch) == 512
+    assert "evaluation.measure_start" not in text
+    continued = config.model_copy(
+        update={"meta": config.meta.model_copy(update={"load_checkpoint": True, "read_checkpoint": "weights.pth.tar"})}
+    )
+    assert "evaluation.measure_start" in explain_oom(continued, 1, torch.device("cuda:0"), error)
     small = load_config(CONFIGS / "in1k_vith14_ep300.yaml", ["data.batch_size=16"])
     assert "By estimate it should fit: does another process use this GPU" in explain_oom(
         small, 1, torch.device("cuda:0"), error
