@@ -100,7 +100,8 @@ def test_the_published_results_of_this_project_make_a_table(capsys):
     assert len(published) >= 3
     for path in published:
         assert main(["table", str(path)]) == 0
-        assert "linear" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "linear" in printed or "mIoU" in printed  # masks need no labels
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "no JSON"])
