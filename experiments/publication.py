@@ -32,7 +32,7 @@ def publish_results(folder: Path, out: Path, *, command: str, hardware: str | No
     packages = {name: None for start in starts for name in start.get("packages", {})}
     document = {
         "command": [command],
-        "hardware": hardware or _join(f"{start.get('device')}, {start.get('cpus')} CPUs" for start in starts),
+        "hardware": hardware or _join(map(_describe_hardware, starts)),
         "versions": {
             "python": _join(start.get("python") for start in starts),
             **{name: _join(start.get("packages", {}).get(name) for start in starts) for name in packages},
@@ -64,6 +64,10 @@ def remove_folders(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: remove_folders(item) for name, item in value.items()}
     return value
+
+
+def _describe_hardware(start: dict[str, Any]) -> str | None:
+    return f"{start['device']}, {start['cpus']} CPUs" if {"device", "cpus"} <= start.keys() else None
 
 
 def _join(values: Iterable[str | None]) -> str | None:

@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each; the median counts (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a file of results there")
     args = parser.parse_args()
+    if min(args.images, args.rounds) < 1:
+        parser.error("--images and --rounds must be at least 1")
     torch.set_num_threads(1)
     paths = (
         [path for path in sorted(args.data.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")] if args.data else []

@@ -65,6 +65,12 @@ def test_decoders_are_compared(tmp_path: Path, monkeypatch, capsys):
     assert "torchvision.io, to the crop" in capsys.readouterr().out
 
 
+def test_decoders_need_an_image(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, decode, "--images", 0)
+    assert "--images and --rounds must be at least 1" in capsys.readouterr().err
+
+
 def test_a_decoder_of_other_pixels_is_not_timed(monkeypatch):
     monkeypatch.setattr("torchvision.io.decode_jpeg", lambda data, mode: torch.zeros(3, 375, 500, dtype=torch.uint8))
     rows, notes = decode.measure([decode.draw_jpeg(0)], 1)
