@@ -1,7 +1,7 @@
 """What the figures of a run say, in words, and what to do about it.
 
-The thresholds stand here and nowhere else. They were set by runs that were made to fail, and by healthy ones; their
-figures are in `tests/evaluation/histories`.
+The thresholds stand here, and those of features in `collapse`, which the report uses as well. They were set by runs that
+were made to fail, and by healthy ones; their figures are in `tests/evaluation/histories`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 
 from dmtjepa.config.settings import PatchSettings
+from dmtjepa.evaluation.collapse import MAX_COSINE, MIN_RANK
 
 NUM_LOOKS = 3
 """A run has collapsed if so many looks in a row show it."""
 GRACE_LOOKS = 10
 POSITION_GRACE_LOOKS = 40
 """A run that has never looked healthy has collapsed only after so many looks: in general, and to position alone."""
-MAX_COSINE = 0.995
-MIN_RANK = 2.0
 MIN_VARIANCE = 0.01
 MAX_POSITION = 0.5
 MAX_BETWEEN = 0.97
@@ -57,8 +56,8 @@ class Finding:
     """Something that a run shows.
 
     Args:
-        name: `collapse`, `position`, `image_collapse`, `past_collapse`, `image_constant`, `small_steps`, `large_steps`, `no_learning`,
-            `slow_teacher`, `fast_teacher`, `over_training`, `worse_than_start`.
+        name: `collapse`, `position`, `image_collapse`, `past_collapse`, `image_constant`, `small_steps`, `large_steps`,
+            `no_learning`, `slow_teacher`, `fast_teacher`, `over_training`, `worse_than_start`.
         text: what is seen, with figures.
         remedy: what to change.
     """
