@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_COSINE = 0.995
-"""Features of images of one street had a mean cosine of 0.990 and segmented them better than untrained ones, of 0.977."""
+"""Features of one street had a mean cosine of 0.990 and segmented it better than untrained ones, of 0.977."""
 MIN_RANK = 2.0
 
 

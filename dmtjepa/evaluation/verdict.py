@@ -1,7 +1,7 @@
 """What the figures of a run say, in words, and what to do about it.
 
-The thresholds stand here, and those of features in `collapse`, which the report uses as well. They were set by runs that
-were made to fail, and by healthy ones; their figures are in `tests/evaluation/histories`.
+The thresholds stand here, and those of features in `collapse`, which the report uses as well. They were set by runs
+that were made to fail, and by healthy ones; their figures are in `tests/evaluation/histories`.
 """
 
 from __future__ import annotations
