@@ -94,7 +94,7 @@ class DMTJEPA(nn.Module):
         self.teacher_head.check_window(masks.window, masks.border)  # here, because the next line may be compiled
         # The windows around all that the student sees, and around what it does not see, are nearly all patches.
         neighborhood = masks.neighborhood if seen is None else None
-        return self.teacher_head.aggregate_neighbors(h, grid_size, masks.target_unique, neighborhood, others=seen)
+        return self.teacher_head.aggregate_neighbors(h, grid_size, masks.target_unique, neighborhood, seen)
 
     def predict_targets(self, images: Tensor, masks: MaskBatch) -> Predictions:
         """Predict the targets with the student: encode the context, aggregate it, predict each target block.

@@ -126,10 +126,10 @@ class ProjectStep:
         aggregate = model.teacher_head.aggregate_neighbors
         on_gpu = world.device.type == "cuda"
 
-        def aggregate_in_phase(*arguments: object, **options: object) -> Tensor:
+        def aggregate_in_phase(*arguments: object) -> Tensor:
             if not (on_gpu and torch.cuda.is_current_stream_capturing()):
                 on_phase("head")
-            return aggregate(*arguments, **options)
+            return aggregate(*arguments)
 
         replace_method(model.teacher_head, "aggregate_neighbors", aggregate_in_phase)
 

@@ -199,7 +199,6 @@ class AggregationHead(nn.Module):
         grid_size: tuple[int, int],
         target_unique: Tensor,
         neighborhood: Tensor | None = None,
-        *,
         others: Tensor | None = None,
     ) -> Tensor:
         """Aggregate each covered patch from its most similar neighbours.
