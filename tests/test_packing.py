@@ -177,8 +177,10 @@ def test_attention_of_a_cpu(dtype):
 
 
 @pytest.mark.slow
-def test_compiled_once_for_many_shapes_and_sharded():
-    model, images = make_model(CASE, torch.float32), make_images(CASE, torch.float32)
+@pytest.mark.parametrize("context_loss", [0.0, 0.5])
+def test_compiled_once_for_many_shapes_and_sharded(context_loss):
+    case = CASE._replace(context_loss=context_loss)
+    model, images = make_model(case, torch.float32), make_images(case, torch.float32)
     masks = [packed_masks(CASE, step) for step in range(4)]
     assert len({len(m.context_packing.sequence) for m in masks}) == 4
     expected = [model(images, m) for m in masks]
