@@ -17,14 +17,9 @@ from dmtjepa.reference import step as reference
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.estimate import measure_masks
 from dmtjepa.training.parallelize import compile_blocks, parallelize
-from tests.helpers.models import PATCH, Case, make_images, make_model, relative_error, student_gradients
+from tests.helpers.models import PATCH, Case, make_images, make_model, packed_masks, relative_error, student_gradients
 
 CASE = Case(3, (6, 6), 4, 3, "clip")
-
-
-def packed_masks(case: Case, step: int = 0, **settings) -> MaskBatch:
-    settings = MaskSettings(patch_size=PATCH, min_keep=case.min_keep, pack=True, **settings)
-    return MaskSampler(settings, case.grid, case.batch, seed=1, border=case.border).sample(step)
 
 
 def contexts_of(masks: MaskBatch, num_patches: int) -> list[torch.Tensor]:

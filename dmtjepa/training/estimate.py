@@ -60,6 +60,13 @@ def transformer_flops(num_patches: float, dim: int, depth: int, mlp_ratio: float
     return depth * num_patches * per_patch
 
 
+def _predicted_patches(config: Config, shapes: MaskShapes) -> tuple[float, float, float]:
+    """Patches per image that a sequence of the predictor predicts, that have targets, and that these are made from."""
+    if not config.optimization.context_loss:
+        return shapes.target, shapes.unique, shapes.neighborhood
+    return shapes.context + shapes.target, shapes.unique + shapes.context, config.grid_size[0] * config.grid_size[1]
+
+
 def step_flops(config: Config, shapes: MaskShapes) -> dict[str, float]:
     """Count the FLOPs per image of each part of a training step at the given mask shapes."""
     architecture = ARCHITECTURES[config.meta.model_name]
@@ -68,11 +75,7 @@ def step_flops(config: Config, shapes: MaskShapes) -> dict[str, float]:
     num_patches = config.grid_size[0] * config.grid_size[1]
     pixels = config.data.channels * config.mask.patch_size**2
     narrow, blocks = config.meta.pred_emb_dim, config.mask.num_pred_masks
-    # With a context loss, the predictor predicts the context, too, and the teacher aggregates it.
-    also_context = config.optimization.context_loss > 0
-    predicted = shapes.context + shapes.target if also_context else shapes.target
-    unique = shapes.unique + shapes.context if also_context else shapes.unique
-    neighborhood = num_patches if also_context else shapes.neighborhood
+    predicted, unique, neighborhood = _predicted_patches(config, shapes)
 
     def encoder(count: float) -> float:
         return transformer_flops(count, dim, depth, ratio) + 2 * count * pixels * dim
@@ -146,7 +149,7 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
 
     activations = batch * shapes.context * depth * kept * dim
     sequence = shapes.context + shapes.target
-    also_context = config.optimization.context_loss > 0
+    predicted, unique, _ = _predicted_patches(config, shapes)
     activations += (
         batch * config.mask.num_pred_masks * sequence * config.meta.pred_depth * kept * config.meta.pred_emb_dim
     )
@@ -159,13 +162,7 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
         "gathered weights": size * gathered,
         "saved activations": size * activations,
         "teacher's forward pass": size * batch * num_patches * (12 + 2 * wider) * dim,
-        "predictions and targets": 4
-        * batch
-        * (
-            config.mask.num_pred_masks * (sequence if also_context else shapes.target) * 3
-            + (shapes.unique + also_context * shapes.context) * 8
-        )
-        * dim,
+        "predictions and targets": 4 * batch * (config.mask.num_pred_masks * predicted * 3 + unique * 8) * dim,
     }
     if runtime.cuda_graphs == "on" and on_cuda:
         # Their pool holds what a step needs beside the weights, and so does the memory of steps that are not replayed.

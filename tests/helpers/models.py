@@ -60,6 +60,11 @@ def make_masks(case: Case, step: int = 0) -> MaskBatch:
     return MaskSampler(settings, case.grid, case.batch, 1, case.window, case.border).sample(step)
 
 
+def packed_masks(case: Case, step: int = 0, **settings) -> MaskBatch:
+    settings = MaskSettings(patch_size=PATCH, min_keep=case.min_keep, pack=True, **settings)
+    return MaskSampler(settings, case.grid, case.batch, seed=1, border=case.border).sample(step)
+
+
 def make_images(case: Case, dtype: torch.dtype) -> torch.Tensor:
     """Normalised images; smooth, so that neighbouring patches resemble each other."""
     noise = torch.randn(case.batch, case.channels, case.grid[0], case.grid[1], dtype=torch.float64)

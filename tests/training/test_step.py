@@ -10,8 +10,7 @@ from dmtjepa.training.instruments import Observer
 from dmtjepa.training.parallelize import build_mesh, parallelize
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.step import TrainStep
-from tests.helpers.models import Case, make_images, make_masks, make_model
-from tests.test_packing import packed_masks
+from tests.helpers.models import Case, make_images, make_masks, make_model, packed_masks
 
 SCHEDULES = Schedules(
     steps_per_epoch=10, num_epochs=1, warmup=0, start_lr=1e-3, lr=1e-3, final_lr=1e-4,
