@@ -41,6 +41,13 @@ LAYOUT_DECAYS, LAYOUT_ITERATIONS = (1e-1, 1e-2, 1e-3), 30
 MAX_GALLERY = 20_000
 """Training images among which pictures show the nearest ones."""
 
+START_MEASURED = (
+    "before the first step and after the last, student and teacher are measured on %d and %d images "
+    "(evaluation.measure_start=false: not)"
+)
+START_NOT_MEASURED = "the weights that the run starts from are not measured. %s"
+"""What a start logs, and a dry run."""
+
 Encoders: TypeAlias = Mapping[str, VisionTransformer]
 """`teacher` and `student`, frozen."""
 Task: TypeAlias = Callable[[], dict[str, float]]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmtjepa.config import Config
 from dmtjepa.evaluation.errors import EvaluationError
-from dmtjepa.evaluation.evaluator import Evaluator, open_asked_splits
+from dmtjepa.evaluation.evaluator import START_MEASURED, START_NOT_MEASURED, Evaluator, open_asked_splits
 from dmtjepa.evaluation.ranks import Ranks
 from dmtjepa.evaluation.verdict import find_over_training
 from dmtjepa.interop import write_official
@@ -89,14 +89,11 @@ class PeriodicEvaluation:
                 self._evaluator = None
                 self._log_fault(str(error))
             if world.rank == 0 and self._evaluator is not None and not self._every_epochs and state.step == 0:
-                logger.info(
-                    "before the first step and after the last, student and teacher are measured on %d and %d images "
-                    "(evaluation.measure_start=false: not)", len(splits.train), len(splits.validation),
-                )  # fmt: skip
+                logger.info(START_MEASURED, len(splits.train), len(splits.validation))
 
     def _log_fault(self, reason: str) -> None:
         if self._world.rank == 0:
-            logger.info("the weights that the run starts from are not measured. %s", reason)
+            logger.info(START_NOT_MEASURED, reason)
 
     def is_due(self) -> bool:
         """Whether the settings ask for an evaluation after the steps that are done."""
