@@ -172,8 +172,9 @@ class Evaluator:
         Returns:
             Numbers by name. `knn_20` and `linear` are accuracies of pooled features, from 0 to 1, computed as in the
             report; `knn_20_layout` and `linear_layout` are those of features that keep the layout of the image. `miou`
-            is the mean IoU of a linear probe of patches. Names of what is not the teacher's last block have a prefix:
-            `student/linear`, `block11/linear`. `train_images` and `images` are the numbers of images.
+            is the mean IoU of a linear probe of patches, and `miou_error` its standard error. Names of what is not the
+            teacher's last block have a prefix: `student/linear`, `block11/linear`. `train_images` and `images` are the
+            numbers of images.
 
         Raises:
             EvaluationError: no image of a split can be read.
@@ -318,7 +319,8 @@ class Evaluator:
         except EvaluationError as error:
             logger.warning("segmentation is not measured: %s", error)
             return {}
-        return {f"{key.prefix}miou": found.scores.mean_iou}
+        scores = found.scores
+        return {f"{key.prefix}miou": scores.mean_iou, f"{key.prefix}miou_error": scores.mean_iou_error}
 
 
 def _digest(source: ImageSource) -> str:

@@ -164,7 +164,7 @@ def test_weights_that_a_run_starts_from_are_measured_before_its_first_step(evalu
 
 
 @pytest.mark.slow
-def test_start_and_end_are_measured_without_being_asked(plain, evaluated, labelled, settings, caplog):
+def test_start_and_end_are_measured_without_being_asked(plain, evaluated, labelled, settings, caplog, capfd):
     changes = {"optimization.epochs": 2, "optimization.warmup": 0, "evaluation.data": str(labelled)}
     changes |= {"meta.load_checkpoint": True, "meta.read_checkpoint": plain.logging.folder}
     config = settings(**changes)
@@ -175,6 +175,8 @@ def test_start_and_end_are_measured_without_being_asked(plain, evaluated, labell
     assert last["step"] == 15
     assert "measured on 30 and 12 images (evaluation.measure_start=false: not)" in caplog.text
     assert re.search(r"evaluation before the first step \(\d+\.\d s\): k-NN", caplog.text)
+    verdict = capfd.readouterr().err.partition("Against the weights that the run started from: ")[2]
+    assert re.match(r"linear probe \S+ \+- \S+ points \(.*, k-NN \S+ \+- .*, mIoU \S+ \+- \S+ points \(", verdict)
 
     off = change_settings(config, {"evaluation.measure_start": False})
     assert open_asked_splits(off) is None
