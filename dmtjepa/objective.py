@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dmtjepa import kernels as operators
 from dmtjepa.config import Config, ConfigError
 from dmtjepa.masks import MaskBatch
-from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictor, VisionTransformer
+from dmtjepa.models import ARCHITECTURES, AggregationHead, Predictions, Predictor, VisionTransformer
 from dmtjepa.models.fp8 import compute_in_fp8
 from dmtjepa.models.onednn import compute_by_onednn
 from dmtjepa.models.signal_stack import protect_from_signals
@@ -30,6 +30,9 @@ class DMTJEPA(nn.Module):
         predictor: predictor of the student.
         head: aggregation head of the student. None trains plain I-JEPA, whose targets are the features of the teacher.
         loss: `smooth_l1` with beta 1, as in the official code, or `l2`, as in the paper.
+        context_loss: weight of the loss on the patches that the student sees, which is added to that on the targets, as
+            in V-JEPA 2.1 (arXiv 2603.14482, there with weights that fall with the distance to the hidden patches).
+            0: none.
         kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
 
     Raises:
@@ -43,6 +46,7 @@ class DMTJEPA(nn.Module):
         head: AggregationHead | None,
         loss: str = "smooth_l1",
         *,
+        context_loss: float = 0.0,
         kernels: str = "triton",
     ) -> None:
         super().__init__()
@@ -54,6 +58,7 @@ class DMTJEPA(nn.Module):
         self.teacher_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.teacher_head = copy.deepcopy(head).requires_grad_(False) if head is not None else None
         self.loss_name = loss
+        self.context_loss = context_loss
         self._gather_tokens = operators.backend(kernels).gather_tokens
         self._indexed_smooth_l1 = operators.backend(kernels).indexed_smooth_l1
 
@@ -72,21 +77,26 @@ class DMTJEPA(nn.Module):
             masks: masks of the batch.
 
         Returns:
-            [U, D] targets of the patches `masks.target_unique`, without gradient.
+            [U, D] targets of the patches `masks.target_unique`, without gradient. With a context loss, V more rows
+            follow: those of the patches that the student sees, image by image.
 
         Raises:
             ValueError: the masks were sampled for another window or border than the head has.
         """
         h = self.teacher_encoder(images)
         h = F.layer_norm(h, h.shape[-1:])
+        seen = masks.flat_context(h.shape[1]) if self.context_loss else None
         if self.teacher_head is None:
-            return self._gather_tokens(h.flatten(0, 1)[None], masks.target_unique[None])[0]
+            patches = masks.target_unique if seen is None else torch.cat([masks.target_unique, seen])
+            return self._gather_tokens(h.flatten(0, 1)[None], patches[None])[0]
         patch = self.teacher_encoder.patch_size
         grid_size = (images.shape[-2] // patch, images.shape[-1] // patch)
         self.teacher_head.check_window(masks.window, masks.border)  # here, because the next line may be compiled
-        return self.teacher_head.aggregate_neighbors(h, grid_size, masks.target_unique, masks.neighborhood)
+        # The windows around all that the student sees, and around what it does not see, are nearly all patches.
+        neighborhood = masks.neighborhood if seen is None else None
+        return self.teacher_head.aggregate_neighbors(h, grid_size, masks.target_unique, neighborhood, seen)
 
-    def predict_targets(self, images: Tensor, masks: MaskBatch) -> Tensor:
+    def predict_targets(self, images: Tensor, masks: MaskBatch) -> Predictions:
         """Predict the targets with the student: encode the context, aggregate it, predict each target block.
 
         Args:
@@ -94,23 +104,36 @@ class DMTJEPA(nn.Module):
             masks: masks of the batch.
 
         Returns:
-            [B, M, T, D] predictions.
+            Predictions of the targets, and of the context if its loss has a weight, see `Predictor.forward`.
         """
         z = self.encoder(images, masks.context_index, masks.context_packing)
         if self.head is not None:
             z = self.head.aggregate_context(z, masks.context_packing)
-        return self.predictor(z, masks.context_index, masks.target_index, masks.prediction_packing)
+        packing, blocks = masks.prediction_packing, masks.target_index
+        predictions: Predictions = self.predictor(
+            z, masks.context_index, blocks, packing, with_context=bool(self.context_loss)
+        )
+        return predictions
 
-    def loss(self, predictions: Tensor, targets: Tensor, masks: MaskBatch) -> Tensor:
-        """Compute the mean loss of predictions [B, M, T, D] against targets [U, D].
+    def loss(self, predictions: Predictions, targets: Tensor, masks: MaskBatch) -> Tensor:
+        """Compute the mean loss of predictions against targets [U, D], or [U + V, D] with a context loss.
 
         Returns:
-            A float32 scalar, or float64 for float64 predictions.
+            A float32 scalar, or float64 for float64 predictions: the mean over the target blocks and, multiplied by
+            `context_loss`, the mean over the patches that the student sees.
         """
+        loss = self._mean_loss(predictions.targets, targets, masks.target_slot)
+        if predictions.context is None:
+            return loss
+        slot = masks.context_slot() + (len(targets) - masks.context_index.numel())
+        return loss + self.context_loss * self._mean_loss(predictions.context, targets, slot)
+
+    def _mean_loss(self, predictions: Tensor, targets: Tensor, slot: Tensor) -> Tensor:
+        """Mean distance of predictions [B, M, T, D] and the targets that `slot` [B, M, T] points to."""
         if self.loss_name == "smooth_l1":
-            return self._indexed_smooth_l1(predictions, targets, masks.target_slot)
+            return self._indexed_smooth_l1(predictions, targets, slot)
         dtype = torch.promote_types(predictions.dtype, torch.float32)
-        return F.mse_loss(predictions.to(dtype), targets[masks.target_slot].to(dtype))
+        return F.mse_loss(predictions.to(dtype), targets[slot].to(dtype))
 
     def teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Each parameter of the teacher and the one of the student that it averages, for encoder and head."""
@@ -217,7 +240,10 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
             init_std=init_std,
             kernels=kernels,
         )
-    model = DMTJEPA(encoder, predictor, head, loss=config.optimization.loss, kernels=kernels)
+    optimization = config.optimization
+    model = DMTJEPA(
+        encoder, predictor, head, optimization.loss, context_loss=optimization.context_loss, kernels=kernels
+    )
     if device_type == "cpu":
         compute_by_onednn(model)
     if config.runtime.teacher_precision == "fp8":

@@ -43,6 +43,7 @@ class PackedSequences(NamedTuple):
     packing: Packing  # of the B*M sequences
     token_index: Tensor  # [1, L] int64, the token of each element; tokens are all contexts, then all target blocks
     target: Tensor  # [B*M*T] int64, the elements that are target patches
+    context: Tensor  # [L - B*M*T] int64, the others: each image's context, once for each of its blocks
 
 
 def pack(length: np.ndarray) -> Packing:
@@ -61,6 +62,7 @@ def pack_predictions(length: np.ndarray, num_blocks: int, num_targets: int) -> P
     image = sequence // num_blocks
     in_context = (np.cumsum(length) - length)[image] + place
     in_blocks = length.sum() + sequence * num_targets + place - length[image]
-    index = np.where(place < length[image], in_context, in_blocks)
-    target = start[1:, None] - num_targets + np.arange(num_targets)
-    return PackedSequences(packing, torch.from_numpy(index[None]), torch.from_numpy(target.ravel()))
+    is_context = place < length[image]
+    index = np.where(is_context, in_context, in_blocks)
+    target, context = np.flatnonzero(~is_context), np.flatnonzero(is_context)
+    return PackedSequences(packing, *map(torch.from_numpy, (index[None], target, context)))

@@ -29,6 +29,10 @@ CASES = [
     Case(3, (9, 14), 4, 3, "wrap", query="patch"),
     Case(2, (6, 6), 3, 5, "clip", query="patch"),
     Case(2, (6, 6), 4, 3, "wrap", channels=5),
+    Case(3, (6, 6), 4, 3, "wrap", head=False, context_loss=0.5),
+    Case(3, (9, 14), 4, 5, "clip", context_loss=0.5),
+    Case(2, (6, 6), 4, 3, "clip", query="targets", context_loss=2.0),
+    Case(2, (6, 6), 4, 3, "clip", query="patch", context_loss=1.0),
 ]
 
 
@@ -43,7 +47,9 @@ def test_step_equals_reference(case, dtype):
     masks, images = make_masks(case), make_images(case, dtype)
     expected_targets = reference.compute_targets(model, images, masks.target_index)
     expected_predictions = reference.predict_targets(model, images, masks.context_index, masks.target_index)
-    expected_loss = reference.compute_loss(model, images, masks.context_index, masks.target_index)
+    expected_loss = reference.compute_loss(
+        model, images, masks.context_index, masks.target_index, context_loss=case.context_loss
+    )
     expected_loss.backward()
     expected = student_gradients(model)
     model.zero_grad()
@@ -54,9 +60,10 @@ def test_step_equals_reference(case, dtype):
     loss.backward()
 
     for_outputs, for_gradients = TOLERANCES[dtype]
-    assert targets.shape == (len(masks.target_unique), case.embed_dim)
+    num_seen = masks.context_index.numel() if case.context_loss else 0
+    assert targets.shape == (len(masks.target_unique) + num_seen, case.embed_dim)
     assert relative_error(targets[masks.target_slot], expected_targets) < for_outputs
-    assert relative_error(predictions, expected_predictions) < for_outputs
+    assert relative_error(predictions.targets, expected_predictions) < for_outputs
     assert relative_error(loss, expected_loss) < for_outputs
     gradients = student_gradients(model)
     assert gradients.keys() == expected.keys()
@@ -116,7 +123,7 @@ def test_patches_outside_the_context_never_reach_the_student():
     outside = torch.ones(2, 36, dtype=torch.bool).scatter(1, masks.context_index, False)
     hidden = outside.view(2, 1, 6, 6).repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
     changed = torch.where(hidden, torch.full_like(images, float("nan")), images)
-    assert torch.equal(model.predict_targets(images, masks), model.predict_targets(changed, masks))
+    assert torch.equal(model.predict_targets(images, masks).targets, model.predict_targets(changed, masks).targets)
 
 
 @pytest.mark.slow

@@ -17,14 +17,9 @@ from dmtjepa.reference import step as reference
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.estimate import measure_masks
 from dmtjepa.training.parallelize import compile_blocks, parallelize
-from tests.helpers.models import PATCH, Case, make_images, make_model, relative_error, student_gradients
+from tests.helpers.models import PATCH, Case, make_images, make_model, packed_masks, relative_error, student_gradients
 
 CASE = Case(3, (6, 6), 4, 3, "clip")
-
-
-def packed_masks(case: Case, step: int = 0, **settings) -> MaskBatch:
-    settings = MaskSettings(patch_size=PATCH, min_keep=case.min_keep, pack=True, **settings)
-    return MaskSampler(settings, case.grid, case.batch, seed=1, border=case.border).sample(step)
 
 
 def contexts_of(masks: MaskBatch, num_patches: int) -> list[torch.Tensor]:
@@ -71,6 +66,7 @@ def test_sequences_of_the_predictor():
     assert packed.token_index.tolist() == [[0, 1, 3, 4, 5, 0, 1, 6, 7, 8, 2, 9, 10, 11, 2, 12, 13, 14]]
     assert packed.packing.start.tolist() == [0, 5, 10, 14, 18]
     assert packed.token_index[0, packed.target].tolist() == list(range(3, 15))
+    assert packed.token_index[0, packed.context].tolist() == [0, 1, 0, 1, 2, 2]
 
 
 @pytest.mark.parametrize("sampler", ["released", "corrected"])
@@ -118,7 +114,14 @@ def test_equal_lengths_compute_as_unpacked(case):
     assert_equal_gradients(model, expected)
 
 
-@pytest.mark.parametrize("case", [CASE, CASE._replace(grid=(6, 9)), CASE._replace(head=False)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        CASE, CASE._replace(grid=(6, 9)), CASE._replace(head=False), CASE._replace(context_loss=0.5),
+        CASE._replace(head=False, context_loss=0.5),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_each_image_computes_as_if_alone(case):
     """Against the reference, one image at a time; the loss is the mean over all predictions."""
     model, images, masks = make_model(case, torch.float64), make_images(case, torch.float64), packed_masks(case)
@@ -130,6 +133,10 @@ def test_each_image_computes_as_if_alone(case):
         for b, context in enumerate(contexts)
     ]
     expected_loss = torch.stack(losses).mean()
+    if case.context_loss:  # long contexts count more
+        expected_loss = reference.compute_loss(
+            model, images, contexts, masks.target_index, context_loss=case.context_loss
+        )
     expected_loss.backward()
     expected = student_gradients(model)
     model.zero_grad()
@@ -137,7 +144,7 @@ def test_each_image_computes_as_if_alone(case):
     actual = model.predict_targets(images, masks)
     loss = model.loss(actual, model.compute_targets(images, masks), masks)
     loss.backward()
-    assert relative_error(actual, predictions) < 1e-9
+    assert relative_error(actual.targets, predictions) < 1e-9
     torch.testing.assert_close(loss, expected_loss, rtol=1e-9, atol=0)
     assert_equal_gradients(model, expected)
 
@@ -146,9 +153,9 @@ def test_uint8_images():
     model, masks = make_model(CASE, torch.float64), packed_masks(CASE)
     images = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)
     normalised = reference.normalize_pixels(images, torch.float64)
-    expected = model.predict_targets(normalised, masks)
+    expected = model.predict_targets(normalised, masks).targets
     for layout in (torch.contiguous_format, torch.channels_last):
-        actual = model.predict_targets(images.contiguous(memory_format=layout), masks)
+        actual = model.predict_targets(images.contiguous(memory_format=layout), masks).targets
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -165,8 +172,10 @@ def test_attention_of_a_cpu(dtype):
 
 
 @pytest.mark.slow
-def test_compiled_once_for_many_shapes_and_sharded():
-    model, images = make_model(CASE, torch.float32), make_images(CASE, torch.float32)
+@pytest.mark.parametrize("context_loss", [0.0, 0.5])
+def test_compiled_once_for_many_shapes_and_sharded(context_loss):
+    case = CASE._replace(context_loss=context_loss)
+    model, images = make_model(case, torch.float32), make_images(case, torch.float32)
     masks = [packed_masks(CASE, step) for step in range(4)]
     assert len({len(m.context_packing.sequence) for m in masks}) == 4
     expected = [model(images, m) for m in masks]

@@ -138,6 +138,12 @@ class OptimizationSettings(Section):
     warmup: float = Field(40, ge=0, description="epochs of warm-up")
     weight_decay: float = Field(0.04, ge=0, description="weight decay at the start")
     loss: Literal["smooth_l1", "l2"] = Field("smooth_l1", description="smooth_l1: the official code; l2: the paper")
+    context_loss: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a loss on the patches that the student sees, added to that on the targets (V-JEPA 2.1, "
+        "arXiv 2603.14482). 0: none, as published; 0.5 was better on small sets of photographs",
+    )
     lr_batch_size: int | None = Field(
         None, ge=1, description="global batch the learning rates are meant for: they scale linearly with the batch"
     )

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_COSINE = 0.99
+MAX_COSINE = 0.995
+"""Features of one street had a mean cosine of 0.990 and segmented it better than untrained ones, of 0.977."""
 MIN_RANK = 2.0
 
 
@@ -36,7 +37,7 @@ class CollapseNumbers:
 
     @property
     def collapsed(self) -> bool:
-        """Whether features are nearly the same: mean cosine above 0.99, or a centred effective rank below 2."""
+        """Whether features are nearly the same: mean cosine above 0.995, or a centred effective rank below 2."""
         return self.mean_cosine > MAX_COSINE or self.effective_rank_centered < MIN_RANK
 
 

@@ -1,11 +1,12 @@
 """What the figures of a run say, in words, and what to do about it.
 
-The thresholds stand here and nowhere else. They were set by runs that were made to fail, and by healthy ones; their
-figures are in `tests/evaluation/histories`.
+The thresholds stand here, and those of features in `collapse`, which the report uses as well. They were set by runs
+that were made to fail, and by healthy ones; their figures are in `tests/evaluation/histories`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from dmtjepa.config.settings import PatchSettings
+from dmtjepa.evaluation.collapse import MAX_COSINE, MIN_RANK
+from dmtjepa.evaluation.gains import REMEDY
 
 NUM_LOOKS = 3
 """A run has collapsed if so many looks in a row show it."""
 GRACE_LOOKS = 10
 POSITION_GRACE_LOOKS = 40
 """A run that has never looked healthy has collapsed only after so many looks: in general, and to position alone."""
-MAX_COSINE = 0.995
-MIN_RANK = 2.0
 MIN_VARIANCE = 0.01
 MAX_POSITION = 0.5
 MAX_BETWEEN = 0.97
@@ -41,6 +42,10 @@ MOMENTA = "0.98 in a run of less than about 3,000 steps, 0.99 up to about 6,000,
 SCORES = ("eval/linear", "eval/miou", "eval/knn_20")
 """The evaluations during training that tell of over-training."""
 MIN_EVALUATIONS = 4
+GENTLER_STEPS = (
+    "Lower optimization.lr, raise the first value of optimization.ema, lengthen optimization.warmup, or clip the "
+    "gradient (optimization.clip_grad)"
+)
 COLLAPSES = ("collapse", "position", "image_collapse")
 """Names of the findings that say that a run has collapsed."""
 
@@ -52,8 +57,8 @@ class Finding:
     """Something that a run shows.
 
     Args:
-        name: `collapse`, `position`, `image_collapse`, `image_constant`, `small_steps`, `large_steps`, `no_learning`,
-            `slow_teacher`, `fast_teacher`, `over_training`, `worse_than_start`.
+        name: `collapse`, `position`, `image_collapse`, `past_collapse`, `image_constant`, `small_steps`, `large_steps`,
+            `no_learning`, `slow_teacher`, `fast_teacher`, `over_training`, `worse_than_start`.
         text: what is seen, with figures.
         remedy: what to change.
     """
@@ -74,14 +79,15 @@ def judge(rows: Sequence[Row], patch: PatchSettings) -> list[Finding]:
     Args:
         patch: of the run. It tells the method, on which it depends what is normal.
     """
-    collapse = find_collapse(select_looks(rows), patch, rows)
+    looks = select_looks(rows)
+    collapse = find_collapse(looks, patch, rows)
     if collapse is not None:
         return [collapse]
     learning, teacher = find_no_learning(rows), find_teacher(rows)
     if learning is not None and learning.name == "no_learning" and teacher is not None:
         learning = None  # the teacher explains it
     note = None if has_local_targets(patch) else find_image_constant(rows)
-    findings = (note, learning, teacher, find_over_training(rows))
+    findings = (find_past_collapse(looks, patch), note, learning, teacher, find_over_training(rows))
     return [finding for finding in findings if finding is not None]
 
 
@@ -166,9 +172,29 @@ def find_collapse(looks: Sequence[Row], patch: PatchSettings, rows: Sequence[Row
         f"{_show(last, 'features/mean_cosine', 3)}, centred effective rank "
         f"{_show(last, 'features/effective_rank_centered', 1)}; variance of the targets "
         f"{_show(last, 'targets/variance', 4)}){cause}",
-        remedy
-        or "Lower optimization.lr, raise the first value of optimization.ema, lengthen optimization.warmup, or clip "
-        "the gradient (optimization.clip_grad). If that does not help, look at the images: noise ends like this, too",
+        remedy or f"{GENTLER_STEPS}. If that does not help, look at the images: noise ends like this, too",
+    )
+
+
+def find_past_collapse(looks: Sequence[Row], patch: PatchSettings) -> Finding | None:
+    """The longest collapse that a run came out of, if it lasted for `NUM_LOOKS` looks or more after a healthy one.
+
+    Features and targets of such a run vary again, which says nothing of what they have kept.
+    """
+    longest: list[Row] = []
+    start = 0
+    for healthy, group in itertools.groupby(looks, lambda look: not shows_collapse(look, patch)):
+        collapsed = list(group)
+        if not healthy and start and len(collapsed) >= max(NUM_LOOKS, len(longest) + 1):
+            longest = collapsed
+        start += len(collapsed)
+    if not longest or longest[-1] is looks[-1]:  # the end of the run is that of `find_collapse`
+        return None
+    return Finding(
+        "past_collapse",
+        f"COLLAPSED between steps {longest[0]['step'] + 1} and {longest[-1]['step'] + 1}, and left that state again: "
+        "what was learnt before is probably lost",
+        f"{GENTLER_STEPS}. runtime.on_collapse: rollback goes back to the last healthy checkpoint",
     )
 
 
@@ -296,8 +322,7 @@ def find_over_training(rows: Sequence[Row]) -> Finding | None:
                 "worse_than_start",
                 f"Worse than its start: {name} of the weights that the run started from was {scores[best]:.1%} and is "
                 f"{scores[-1]:.1%} now",
-                "Keep those weights, or start from them again with a lower optimization.lr and a higher first value of "
-                "optimization.ema",
+                REMEDY,
             )
         then, now = (_loss_before(rows, evaluations[place]["step"]) for place in (best, -1))
         if then is not None and now is not None and now < then:

@@ -40,6 +40,22 @@ class MaskBatch:
             return list(self.context_index)
         return list((self.context_index[0] % num_patches).split(self.context_packing.length.tolist()))
 
+    def flat_context(self, num_patches: int) -> torch.Tensor:
+        """[V] flat numbers of the patches that the student sees, image by image."""
+        if self.context_packing is not None:
+            return self.context_index[0]
+        first = torch.arange(len(self.context_index), device=self.context_index.device) * num_patches
+        return (self.context_index + first[:, None]).flatten()
+
+    def context_slot(self) -> torch.Tensor:
+        """[B, M, C] place in `flat_context` of each prediction of a patch that the student sees; packed: [1, 1, P]."""
+        if self.prediction_packing is not None:
+            packed = self.prediction_packing
+            return packed.token_index[:, None, packed.context]
+        batch, num_blocks, _ = self.target_index.shape
+        slot = torch.arange(self.context_index.numel(), device=self.context_index.device)
+        return slot.view(batch, 1, -1).expand(-1, num_blocks, -1)
+
     def pin_memory(self) -> MaskBatch:
         """Copy the masks to page-locked memory, so that copies to the GPU can be asynchronous. Needs CUDA."""
         return self._map(torch.Tensor.pin_memory)

@@ -194,7 +194,12 @@ class AggregationHead(nn.Module):
         return self.norm(z)
 
     def aggregate_neighbors(
-        self, h: Tensor, grid_size: tuple[int, int], target_unique: Tensor, neighborhood: Tensor | None = None
+        self,
+        h: Tensor,
+        grid_size: tuple[int, int],
+        target_unique: Tensor,
+        neighborhood: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> Tensor:
         """Aggregate each covered patch from its most similar neighbours.
 
@@ -204,11 +209,16 @@ class AggregationHead(nn.Module):
             target_unique: [U] int64 flat numbers b*N + n of the patches that some target block covers.
             neighborhood: [R] int64 flat numbers of all patches in the windows around `target_unique`, ascending
                 (`MaskBatch.neighborhood`). Keys and values are projected for these patches only; None projects all.
+            others: [V] int64 flat numbers of further patches to aggregate, which no target block need cover. Needs
+                `neighborhood` None.
 
         Returns:
-            [U, D] targets.
+            [U, D] targets, or [U + V, D] with `others`.
         """
         batch, num_patches, _ = h.shape
+        covered = target_unique
+        if others is not None:
+            target_unique = torch.cat([target_unique, others])
         tokens = h.flatten(0, 1)
         neighbor_index = self._select_neighbors(
             h, target_unique, grid_size, num_neighbors=self.num_neighbors, window=self.window, border=self.border
@@ -222,7 +232,7 @@ class AggregationHead(nn.Module):
             query = self._gather_tokens(h.flatten(0, 1)[None], target_unique[None])[0]
             y = self._add_neighbors(first, query, tokens, neighbor_index)
         else:
-            query = h.mean(dim=1) if self.query == "image" else _mean_of_targets(h, target_unique)
+            query = h.mean(dim=1) if self.query == "image" else _mean_of_targets(h, covered)
             image = target_unique // num_patches
             y = self._pool_by_image(first, query, h, tokens, neighborhood, neighbor_index, image)
         return self.norm(self._add_neighbors(second, y, tokens, neighbor_index))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,13 @@ from dmtjepa.models.layers import (
     wider_dtype,
 )
 from dmtjepa.packing import PackedSequences
+
+
+class Predictions(NamedTuple):
+    """What the predictor makes of a batch."""
+
+    targets: Tensor  # [B, M, T, D], of the patches of the target blocks
+    context: Tensor | None = None  # [B, M, C, D], of the patches that the student sees; packed: [1, 1, P, D]
 
 
 class Predictor(nn.Module):
@@ -67,8 +76,14 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=init_std)
 
     def forward(
-        self, context: Tensor, context_index: Tensor, target_index: Tensor, packed: PackedSequences | None = None
-    ) -> Tensor:
+        self,
+        context: Tensor,
+        context_index: Tensor,
+        target_index: Tensor,
+        packed: PackedSequences | None = None,
+        *,
+        with_context: bool = False,
+    ) -> Predictions:
         """Predict the targets.
 
         Args:
@@ -76,9 +91,11 @@ class Predictor(nn.Module):
             context_index: [B, C] int64 numbers of its patches; [1, L] flat numbers b*N + n with `packed`.
             target_index: [B, M, T] int64 patches of the M target blocks.
             packed: the sequences, if images have different numbers of context patches.
+            with_context: predict the patches of the context, too, once for each target block.
 
         Returns:
-            [B, M, T, D] predictions.
+            Predictions [B, M, T, D] of the targets, and with `with_context` [B, M, C, D] of the context. With `packed`,
+            the latter are [1, 1, P, D], of the elements `packed.context`.
         """
         batch, num_blocks, num_targets = target_index.shape
         context = self.predictor_embed(context)
@@ -92,8 +109,19 @@ class Predictor(nn.Module):
         *blocks, last = self.predictor_blocks
         for block in blocks:
             x = block(x, packed and packed.packing)
-        if packed is None:
-            x = last(x, None, x[:, -num_targets:])  # only the outputs of the targets are used
+        if packed is not None:
+            x = last(x, packed.packing)[0]
+            if not with_context:
+                x = x.index_select(0, packed.target)
+        elif with_context:
+            x = last(x)
         else:
-            x = last(x, packed.packing)[0].index_select(0, packed.target)
-        return self.predictor_proj(self.predictor_norm(x)).view(batch, num_blocks, num_targets, -1)
+            x = last(x, None, x[:, -num_targets:])  # only the outputs of the targets are used
+        x = self.predictor_proj(self.predictor_norm(x))
+        if not with_context:
+            return Predictions(x.view(batch, num_blocks, num_targets, -1))
+        if packed is None:
+            x = x.unflatten(0, (batch, num_blocks))
+            return Predictions(x[:, :, -num_targets:], x[:, :, :-num_targets])
+        targets = x.index_select(0, packed.target).view(batch, num_blocks, num_targets, -1)
+        return Predictions(targets, x.index_select(0, packed.context)[None, None])

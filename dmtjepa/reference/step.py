@@ -85,7 +85,12 @@ def encode(p: Parameters, images: Tensor, num_heads: int, index: Tensor | None =
 
 def predict(p: Parameters, context: Tensor, context_index: Tensor, target_index: Tensor, num_heads: int) -> Tensor:
     """Predict one target block after the other: [B, C, D], [B, C], [B, M, T] -> [B, M, T, D] (I-JEPA section 3)."""
-    batch, num_context, _ = context.shape
+    return predict_all(p, context, context_index, target_index, num_heads)[:, :, context.shape[1] :]
+
+
+def predict_all(p: Parameters, context: Tensor, context_index: Tensor, target_index: Tensor, num_heads: int) -> Tensor:
+    """Predict context and target patches with one target block after the other: -> [B, M, C + T, D]."""
+    batch = context.shape[0]
     context = _linear(p, "predictor_embed", context)
     position = p["predictor_pos_embed"].to(context.dtype).expand(batch, -1, -1)
     context = context + take_patches(position, context_index)
@@ -95,7 +100,7 @@ def predict(p: Parameters, context: Tensor, context_index: Tensor, target_index:
         x = torch.cat([context, p["mask_token"] + take_patches(position, target_index[:, m])], dim=1)
         for i in range(depth):
             x = _block(p, f"predictor_blocks.{i}", x, num_heads)
-        x = _layer_norm(p, "predictor_norm", x)[:, num_context:]
+        x = _layer_norm(p, "predictor_norm", x)
         predictions.append(_linear(p, "predictor_proj", x))
     return torch.stack(predictions, dim=1)
 
@@ -203,8 +208,12 @@ def aggregate_context(p: Parameters, z: Tensor, num_heads: int) -> Tensor:
     return _layer_norm(p, "norm", z)
 
 
-def compute_targets(model: DMTJEPA, images: Tensor, target_index: Tensor) -> Tensor:
-    """Compute the targets [B, M, T, D] of normalised images with the teacher."""
+def compute_targets(model: DMTJEPA, images: Tensor, target_index: Tensor, wanted: Tensor | None = None) -> Tensor:
+    """Compute the targets [B, M, T, D] of normalised images with the teacher.
+
+    With `wanted` [B, m, t], those of these patches are returned: [B, m, t, D].
+    """
+    wanted = target_index if wanted is None else wanted
     encoder, head = model.teacher_encoder, model.teacher_head
     with torch.no_grad():
         h = encode(parameters_of(encoder), images, encoder.num_heads)
@@ -213,7 +222,7 @@ def compute_targets(model: DMTJEPA, images: Tensor, target_index: Tensor) -> Ten
             grid_size = (images.shape[2] // encoder.patch_size, images.shape[3] // encoder.patch_size)
             choice = head.num_neighbors, head.window, head.border, head.query
             h = aggregate_neighbors(parameters_of(head), h, grid_size, head.num_heads, *choice, target_index)
-        return torch.stack([take_patches(h, index) for index in target_index.unbind(1)], dim=1)
+        return torch.stack([take_patches(h, index) for index in wanted.unbind(1)], dim=1)
 
 
 def predict_targets(
@@ -226,11 +235,16 @@ def predict_targets(
     if not isinstance(context_index, Tensor):
         each = zip(images.split(1), context_index, target_index.split(1), strict=True)
         return torch.cat([predict_targets(model, image, index[None], blocks) for image, index, blocks in each])
-    encoder, predictor, head = model.encoder, model.predictor, model.head
-    z = encode(parameters_of(encoder), images, encoder.num_heads, context_index)
-    if head is not None:
-        z = aggregate_context(parameters_of(head), z, head.num_heads)
+    predictor = model.predictor
+    z = encode_context(model, images, context_index)
     return predict(parameters_of(predictor), z, context_index, target_index, predictor.num_heads)
+
+
+def encode_context(model: DMTJEPA, images: Tensor, context_index: Tensor) -> Tensor:
+    """Encode, and with a head aggregate, what the student sees: -> [B, C, D]."""
+    encoder, head = model.encoder, model.head
+    z = encode(parameters_of(encoder), images, encoder.num_heads, context_index)
+    return z if head is None else aggregate_context(parameters_of(head), z, head.num_heads)
 
 
 def compute_loss(
@@ -239,10 +253,30 @@ def compute_loss(
     context_index: Tensor | Sequence[Tensor],
     target_index: Tensor,
     loss: str = "smooth_l1",
+    context_loss: float = 0.0,
 ) -> Tensor:
-    """Compute the loss of a batch of normalised images. `context_index` is as in `predict_targets`."""
+    """Compute the loss of a batch of normalised images. `context_index` is as in `predict_targets`.
+
+    `context_loss` is the weight of the mean loss of the patches that the student sees (arXiv 2603.14482).
+    """
     targets = compute_targets(model, images, target_index)
     predictions = predict_targets(model, images, context_index, target_index)
+    total = mean_distance(predictions, targets, loss)
+    if not context_loss:
+        return total
+    num_blocks, found, expected = target_index.shape[1], [], []
+    for image, seen, blocks in zip(images.split(1), context_index, target_index.split(1), strict=True):
+        z = encode_context(model, image, seen[None])
+        predictor = model.predictor
+        both = predict_all(parameters_of(predictor), z, seen[None], blocks, predictor.num_heads)
+        found.append(both[:, :, : len(seen)].flatten(0, 2))
+        wanted = seen[None, None].expand(-1, num_blocks, -1)
+        expected.append(compute_targets(model, image, blocks, wanted).flatten(0, 2))
+    return total + context_loss * mean_distance(torch.cat(found), torch.cat(expected), loss)
+
+
+def mean_distance(predictions: Tensor, targets: Tensor, loss: str) -> Tensor:
+    """The mean over all elements of the smooth L1 distance with beta 1, or of the squared distance (`l2`)."""
     if loss == "l2":
         return ((predictions - targets) ** 2).mean()
     distance = (predictions - targets).abs()

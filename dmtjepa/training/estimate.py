@@ -60,6 +60,13 @@ def transformer_flops(num_patches: float, dim: int, depth: int, mlp_ratio: float
     return depth * num_patches * per_patch
 
 
+def _predicted_patches(config: Config, shapes: MaskShapes) -> tuple[float, float, float]:
+    """Patches per image that a sequence of the predictor predicts, that have targets, and that these are made from."""
+    if not config.optimization.context_loss:
+        return shapes.target, shapes.unique, shapes.neighborhood
+    return shapes.context + shapes.target, shapes.unique + shapes.context, config.grid_size[0] * config.grid_size[1]
+
+
 def step_flops(config: Config, shapes: MaskShapes) -> dict[str, float]:
     """Count the FLOPs per image of each part of a training step at the given mask shapes."""
     architecture = ARCHITECTURES[config.meta.model_name]
@@ -68,15 +75,16 @@ def step_flops(config: Config, shapes: MaskShapes) -> dict[str, float]:
     num_patches = config.grid_size[0] * config.grid_size[1]
     pixels = config.data.channels * config.mask.patch_size**2
     narrow, blocks = config.meta.pred_emb_dim, config.mask.num_pred_masks
+    predicted, unique, neighborhood = _predicted_patches(config, shapes)
 
     def encoder(count: float) -> float:
         return transformer_flops(count, dim, depth, ratio) + 2 * count * pixels * dim
 
     sequence = shapes.context + shapes.target
     predictor = blocks * transformer_flops(sequence, narrow, config.meta.pred_depth - 1, 4.0)
-    # The last block computes keys and values of all patches, and everything else of the targets only.
-    predictor += blocks * narrow * (4 * narrow * sequence + shapes.target * (20 * narrow + 4 * sequence))
-    predictor += 2 * dim * narrow * (shapes.context + blocks * shapes.target)
+    # The last block computes keys and values of all patches, and everything else of those that are predicted.
+    predictor += blocks * narrow * (4 * narrow * sequence + predicted * (20 * narrow + 4 * sequence))
+    predictor += 2 * dim * narrow * (shapes.context + blocks * predicted)
     flops = {
         "teacher encoder": encoder(num_patches),
         "context encoder": 3 * encoder(shapes.context),
@@ -86,9 +94,9 @@ def step_flops(config: Config, shapes: MaskShapes) -> dict[str, float]:
         # First block: values of the neighbourhood, scores of all patches. Second: keys, values and queries.
         per_target = 2 * (2 * 1 + 2 * 8 + 3)  # two output maps, two MLPs, query and own key and value
         if config.patch.query == "patch":  # both blocks compute as the second
-            head = ((per_target + 6) * shapes.unique + 8 * shapes.neighborhood) * dim**2
+            head = ((per_target + 6) * unique + 8 * neighborhood) * dim**2
         else:
-            head = (per_target * shapes.unique + 6 * shapes.neighborhood) * dim**2 + 2 * num_patches * heads * dim
+            head = (per_target * unique + 6 * neighborhood) * dim**2 + 2 * num_patches * heads * dim
         flops["target head"] = head
         # Single-query attention: scores and pooling over LN1(z) per head. The MLPs dominate.
         flops["context head"] = 3 * 2 * shapes.context * (2 * 8 * dim**2 + 4 * heads * dim)
@@ -141,6 +149,7 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
 
     activations = batch * shapes.context * depth * kept * dim
     sequence = shapes.context + shapes.target
+    predicted, unique, _ = _predicted_patches(config, shapes)
     activations += (
         batch * config.mask.num_pred_masks * sequence * config.meta.pred_depth * kept * config.meta.pred_emb_dim
     )
@@ -153,10 +162,7 @@ def memory_bytes(config: Config, shapes: MaskShapes, world_size: int, on_cuda: b
         "gathered weights": size * gathered,
         "saved activations": size * activations,
         "teacher's forward pass": size * batch * num_patches * (12 + 2 * wider) * dim,
-        "predictions and targets": 4
-        * batch
-        * (config.mask.num_pred_masks * shapes.target * 3 + shapes.unique * 8)
-        * dim,
+        "predictions and targets": 4 * batch * (config.mask.num_pred_masks * predicted * 3 + unique * 8) * dim,
     }
     if runtime.cuda_graphs == "on" and on_cuda:
         # Their pool holds what a step needs beside the weights, and so does the memory of steps that are not replayed.

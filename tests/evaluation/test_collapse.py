@@ -2,7 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dmtjepa.config.settings import PatchSettings
 from dmtjepa.evaluation.collapse import collapse_numbers, effective_rank, mean_cosine
+from dmtjepa.evaluation.verdict import shows_collapse
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 20), (20, 8)])
@@ -52,6 +54,17 @@ def test_features_that_differ_along_one_line_are_collapsed():
     assert numbers.effective_rank_centered == pytest.approx(1, abs=1e-3)
     assert numbers.mean_cosine < 0.99
     assert numbers.collapsed
+
+
+@pytest.mark.parametrize(("share", "collapsed"), [(0.08, False), (0.06, True)])
+def test_the_report_and_the_verdict_call_the_same_features_collapsed(share, collapsed):
+    """Images that are alike have similar features, with a mean cosine of 1 / (1 + share**2), in many dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    features = F.normalize(torch.randn(64, generator=generator), dim=0)
+    numbers = collapse_numbers(features + share * F.normalize(torch.randn(200, 64, generator=generator)))
+    look = {"step": 0, "features/mean_cosine": numbers.mean_cosine, "features/effective_rank_centered": 20.0}
+    assert numbers.mean_cosine == pytest.approx(1 / (1 + share**2), abs=1e-3)
+    assert numbers.collapsed == shows_collapse(look, PatchSettings()) == collapsed
 
 
 def test_takes_a_batch_of_targets_in_bfloat16():

@@ -1,7 +1,7 @@
 """The verdict names what is wrong with runs that were made to fail, and is silent on healthy ones.
 
-`histories` holds the figures of real runs of small networks (width 64 and 96) on CIFAR-10, on grey images and on noise;
-`tests/helpers/record_histories.py` makes them. The first part of a file's name is what the run shows.
+`histories` holds the figures of real runs of small networks (width 64 to 128) on CIFAR-10, street scenes, grey images
+and noise; `tests/helpers/record_histories.py` makes them. The first part of a file's name is what the run shows.
 """
 
 from pathlib import Path
@@ -14,7 +14,11 @@ from dmtjepa.metrics_file import read_metrics
 
 HISTORIES = sorted((Path(__file__).parent / "histories").glob("*.jsonl"))
 IJEPA = PatchSettings(local_agg_head=False)
-METHODS = {"healthy_dmt": PatchSettings(), "healthy-query_patch": PatchSettings(query="patch")}
+METHODS = {
+    "healthy_dmt": PatchSettings(),
+    "healthy-query_patch": PatchSettings(query="patch"),
+    "past_collapse-street": PatchSettings(),
+}
 """Of the histories that are not of I-JEPA, by the beginning of their names."""
 ALLOWED = {
     "healthy": set(),
@@ -29,6 +33,7 @@ REMEDIES = {
     "fast_teacher-ema0": "Raise the first value of optimization.ema",
     "fast_teacher-lr10x": "Lower optimization.lr",
     "no_learning-lr_small": "Raise optimization.lr",
+    "past_collapse-street": "raise the first value of optimization.ema",
     "position-decay": "Lower optimization.weight_decay",
     "position-grey": "Look at the images",
     "slow_teacher-momentum1": "Lower the first value of optimization.ema",
@@ -82,6 +87,21 @@ def test_a_collapse_has_to_stay(alike, name):
         found = find_collapse(healthy + [look(5 + step, **alike) for step in range(count)], IJEPA)
         assert (found.name if found else None) == (name if count >= NUM_LOOKS else None)
     assert find_collapse(healthy + [look(5, **alike)] * NUM_LOOKS + healthy[:1], IJEPA) is None
+
+
+def test_a_collapse_that_a_run_came_out_of_is_not_forgotten():
+    """The longest is told, once the run is healthy again; an untrained network that was not yet healthy has none."""
+    healthy, alike = [look(step) for step in range(2)], [look(10 + step, variance=1e-4) for step in range(5)]
+    (finding,) = judge([*healthy, *alike, look(20)], IJEPA)
+    assert finding.name == "past_collapse"
+    assert "between steps 11 and 15" in finding.text
+    (finding,) = judge(
+        [*healthy, *alike, look(20), *[look(30 + step, position=0.9) for step in range(3)], look(40)], IJEPA
+    )
+    assert "between steps 11 and 15" in finding.text
+    assert judge([*healthy, *alike[: NUM_LOOKS - 1], look(20)], IJEPA) == []
+    assert judge([*alike, look(20)], IJEPA) == []
+    assert [found.name for found in judge([*healthy, *alike], IJEPA)] == ["collapse"]
 
 
 def test_an_untrained_network_has_time_to_tell_images_apart():

@@ -25,12 +25,14 @@ class Case(NamedTuple):
     min_keep: int = 2
     query: str = "image"
     channels: int = 3
+    context_loss: float = 0.0
 
     def __str__(self):
         size = f"B{self.batch}-{self.grid[0]}x{self.grid[1]}"
         rest = "" if self.head else "-ijepa"
         rest += "" if self.query == "image" else f"-{self.query}"
         rest += "" if self.channels == 3 else f"-{self.channels}channels"
+        rest += f"-context{self.context_loss}" if self.context_loss else ""
         return f"{size}-k{self.num_neighbors}-w{self.window}-{self.border}{rest}"
 
 
@@ -46,7 +48,7 @@ def make_model(case: Case, dtype: torch.dtype, seed: int = 0) -> DMTJEPA:
     if case.head:
         neighbors = case.num_neighbors, case.window, case.border
         head = AggregationHead(case.embed_dim, case.num_heads, *neighbors, case.query)
-    model = DMTJEPA(encoder, predictor, head).to(dtype)
+    model = DMTJEPA(encoder, predictor, head, context_loss=case.context_loss).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -56,6 +58,11 @@ def make_model(case: Case, dtype: torch.dtype, seed: int = 0) -> DMTJEPA:
 def make_masks(case: Case, step: int = 0) -> MaskBatch:
     settings = MaskSettings(patch_size=PATCH, min_keep=case.min_keep)
     return MaskSampler(settings, case.grid, case.batch, 1, case.window, case.border).sample(step)
+
+
+def packed_masks(case: Case, step: int = 0, **settings) -> MaskBatch:
+    settings = MaskSettings(patch_size=PATCH, min_keep=case.min_keep, pack=True, **settings)
+    return MaskSampler(settings, case.grid, case.batch, seed=1, border=case.border).sample(step)
 
 
 def make_images(case: Case, dtype: torch.dtype) -> torch.Tensor:

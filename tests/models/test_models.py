@@ -106,10 +106,10 @@ def test_predictor_treats_each_block_separately():
     predictor = Predictor((4, 4), embed_dim=32, predictor_dim=16, depth=2, num_heads=2)
     context, context_index = torch.randn(2, 5, 32), torch.arange(5).expand(2, -1)
     blocks = torch.tensor([[6, 7], [10, 11], [14, 15]]).expand(2, -1, -1)
-    together = predictor(context, context_index, blocks)
+    together = predictor(context, context_index, blocks).targets
     assert together.shape == (2, 3, 2, 32)
     for m in range(3):
-        alone = predictor(context, context_index, blocks[:, m : m + 1])
+        alone = predictor(context, context_index, blocks[:, m : m + 1]).targets
         torch.testing.assert_close(together[:, m : m + 1], alone)
 
 

@@ -49,9 +49,10 @@ def test_mean_mask_shapes_are_those_of_the_official_sampler():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("context_loss", [0.0, 0.5])
 @pytest.mark.parametrize("query", ["image", "targets", "patch"])
-def test_flops_agree_with_a_counted_step(settings, query):
-    config = settings(**{"patch.query": query})
+def test_flops_agree_with_a_counted_step(settings, query, context_loss):
+    config = settings(**{"patch.query": query, "optimization.context_loss": context_loss})
     masks = MaskSampler.from_config(config, batch_size=16, seed=0).sample(step=0)
     shapes = MaskShapes(
         masks.context_index.shape[1],

@@ -9,9 +9,10 @@ from dmtjepa.training.graphs import GraphedStep, check_graphs, pad_masks, uses_g
 from tests.helpers.models import Case, make_images, make_masks, make_model
 
 
+@pytest.mark.parametrize("context_loss", [0.0, 0.5])
 @pytest.mark.parametrize("query", ["image", "targets", "patch"])
-def test_padded_masks_give_the_same_loss_and_gradients(query):
-    case = Case(3, (6, 6), 4, 3, "wrap", query=query)
+def test_padded_masks_give_the_same_loss_and_gradients(query, context_loss):
+    case = Case(3, (6, 6), 4, 3, "wrap", query=query, context_loss=context_loss)
     model, images = make_model(case, torch.float64), make_images(case, torch.float64)
     found = []
     for pad in (False, True):

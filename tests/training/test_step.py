@@ -1,0 +1,52 @@
+"""A training step on one process: what the observer sees of it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dmtjepa.config import OptimizationSettings
+from dmtjepa.training.compute_plan import ComputePlan
+from dmtjepa.training.instruments import Observer
+from dmtjepa.training.parallelize import build_mesh, parallelize
+from dmtjepa.training.schedules import Schedules
+from dmtjepa.training.step import TrainStep
+from tests.helpers.models import Case, make_images, make_masks, make_model, packed_masks
+
+SCHEDULES = Schedules(
+    steps_per_epoch=10, num_epochs=1, warmup=0, start_lr=1e-3, lr=1e-3, final_lr=1e-4,
+    weight_decay=0.04, final_weight_decay=0.4, ema=(0.9, 1.0),
+)  # fmt: skip
+
+
+class Recorder(Observer):
+    def see_batch(self, predictions, targets, masks):
+        self.seen = predictions, targets
+
+
+@pytest.fixture
+def _alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("draw_masks", [make_masks, packed_masks])
+def test_the_observer_sees_targets_alone_and_the_loss_has_both_parts(head, draw_masks):
+    """The explained variance is that of hidden patches, whatever is predicted besides."""
+    case, found = Case(3, (6, 6), 4, 3, "clip", head=head), []
+    masks = draw_masks(case)
+    for weight in (0.0, 0.5):
+        model = make_model(case._replace(context_loss=weight), torch.float32)
+        images = make_images(case, torch.float32)
+        mesh, recorder = build_mesh("cpu", 1), Recorder()
+        parallelize(model, mesh, ComputePlan())
+        step = TrainStep(model, OptimizationSettings(), SCHEDULES, mesh, torch.device("cpu"), observer=recorder)
+        loss, norm = step([(images, masks)], 0)
+        assert norm.isfinite()
+        found.append((loss, *recorder.seen))
+    (plain, *expected), (both, *seen) = found
+    assert seen[1].shape == (len(masks.target_unique), case.embed_dim)
+    torch.testing.assert_close(seen, expected)
+    assert both > plain
