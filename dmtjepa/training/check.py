@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dmtjepa.checkpoint_format import check_fits, list_checkpoints, newest_whole, read_meta, step_of
-from dmtjepa.config import Config, ConfigError
+from dmtjepa.config import Config, ConfigError, expand_path
 from dmtjepa.data import DataError, StoredSource, build_loader, check_batch_fits, check_loader, open_source
 from dmtjepa.data.check import check_sample
 from dmtjepa.data.fingerprint import Fingerprint
@@ -33,6 +33,9 @@ from dmtjepa.training.parallelize import check_shard_size
 from dmtjepa.training.trackers import check_loggers
 
 logger = logging.getLogger(__name__)
+
+MAX_LISTED = 5
+"""Files of weights in a message."""
 
 
 def check_start(config: Config, world_size: int, device_type: str) -> StoredSource:
@@ -70,10 +73,26 @@ def check_start(config: Config, world_size: int, device_type: str) -> StoredSour
     check_space(folder, model)
     weights = find_initial_weights(config, folder)
     if weights is not None and not list_checkpoints(folder.checkpoints):
+        _check_exists(config, weights)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")  # nothing is loaded here
             load_model(model, weights)
     return source
+
+
+def _check_exists(config: Config, weights: Path) -> None:
+    """Refuse `meta.read_checkpoint` that names nothing, with what is beside it.
+
+    Raises:
+        ConfigError: neither it nor the same below the run folder exists.
+    """
+    if weights.exists():
+        return
+    given = Path(expand_path(str(config.meta.read_checkpoint), "meta.read_checkpoint"))
+    below = "" if given.is_absolute() else ", nor below logging.folder"
+    others = sorted(path.name for path in given.parent.glob("*.pth.tar"))[:MAX_LISTED]
+    beside = f"{given.parent} holds {', '.join(others)}" if others else "name a run folder, or a file of weights"
+    raise ConfigError(f"meta.read_checkpoint: there is no {given}{below}; {beside}")
 
 
 def check_settings(config: Config, world_size: int) -> None:
