@@ -73,15 +73,17 @@ def steps(out: Path, images: Path | None, official: Path | None, time_anyway: bo
     anyway = ("--time-anyway",) if time_anyway else ()
     huge, small = ("--workloads", "vit_huge:128"), ("--workloads", "vit_small:64", "vit_small:256")
     graphs = ("--providers", "project", "project:fused", "project:fused:graphs")
+    choices = ("--providers", "project", "project:keep", "project:fused", "project:autotune")
     found = [
         Step("operator-tests", (*pytest, "tests/kernels"), 200, 1),
+        Step("graphs-tests", (*pytest, "tests/training/test_gpu.py", "-k", "graphs or replayed"), 80, 1),
         benchmark(1, "attention", "step.attention", out, 60),
         benchmark(1, "profile", "step.profile", out, 100),
         benchmark(1, "step", "step.speed", out, 220, *huge, *compare, *anyway),
         benchmark(2, "others", "step.speed", out / "others", 200, "--workloads", *OTHER_WORKLOADS, *compare, *anyway),
         benchmark(2, "profile-base", "step.profile", out / "base", 80, "--workload", OTHER_WORKLOADS[0]),
         benchmark(2, "small", "step.speed", out / "small", 90, *small, *graphs, *anyway),
-        benchmark(2, "keep", "step.speed", out / "keep", 70, *huge, "--providers", "project:keep", *anyway),
+        benchmark(2, "huge", "step.speed", out / "huge", 150, *huge, *choices, *anyway),
         benchmark(2, "host", "step.host", out, 60),
         benchmark(2, "host-small", "step.host", out / "small", 40, "--workloads", "vit_small:64", *graphs),
         benchmark(3, "operators", "operators.speed", out, 150, *huge, *anyway),

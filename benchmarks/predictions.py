@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.workloads import Workload
+from dmtjepa.models.vit import ARCHITECTURES
 from dmtjepa.training.estimate import count_parameters
 
 
@@ -58,3 +59,18 @@ def update_bytes(workload: Workload, *, fused: bool, copy_size: int = 2) -> int:
     if fused:
         return student * (adamw + copy_size) + averaged * (4 * 2 + copy_size)
     return student * (adamw + copied) + averaged * (average + copied)
+
+
+def bias_gradient_bytes(workload: Workload, step: int) -> int:
+    """Bytes that a GPU reads again in the backward pass of a step for the gradients of biases, in bfloat16.
+
+    Three kernels of Inductor in each block sum gradients that another kernel has written: that of fc1's output (4 D
+    numbers a patch), of queries, keys and values (3 D), and of one more linear layer (D). The others are summed where
+    they are computed. The last block of the predictor is counted as if it computed all tokens.
+    """
+    config, shapes = workload.config(), workload.mask_shapes(step)
+    num_blocks = workload.masks(step).target_index.shape[1]
+    encoder = int(ARCHITECTURES[workload.model]["depth"]) * workload.dim * shapes.context
+    tokens = num_blocks * (shapes.context + shapes.target)
+    predictor = config.meta.pred_depth * config.meta.pred_emb_dim * tokens
+    return int(2 * (4 + 3 + 1) * workload.batch_size * (encoder + predictor))

@@ -148,71 +148,73 @@ def _find_candidates(
     WINDOW: tl.constexpr,
     WRAP: tl.constexpr,
 ):
-    """Candidates group * 8 to group * 8 + 7 of each patch, [8, BLOCK_U], as numbers n and as a mask."""
+    """Candidates group * 8 to group * 8 + 7 of each patch, [BLOCK_U, 8], as numbers n and as a mask."""
     radius: tl.constexpr = WINDOW // 2
     o_step = group * 8 + tl.arange(0, 8)
     o_step += (o_step >= WINDOW * WINDOW // 2).to(tl.int32)  # the patch in the middle is no candidate
-    b_row = (b_n // COLS)[None, :] + (o_step // WINDOW - radius)[:, None]
-    b_col = (b_n % COLS)[None, :] + (o_step % WINDOW - radius)[:, None]
+    b_row = (b_n // COLS)[:, None] + (o_step // WINDOW - radius)[None, :]
+    b_col = (b_n % COLS)[:, None] + (o_step % WINDOW - radius)[None, :]
     if WRAP:
         b_row = (b_row + ROWS) % ROWS
         b_col = (b_col + COLS) % COLS
-    m_candidate = (b_row >= 0) & (b_row < ROWS) & (b_col >= 0) & (b_col < COLS) & m_u[None, :]
+    m_candidate = (b_row >= 0) & (b_row < ROWS) & (b_col >= 0) & (b_col < COLS) & m_u[:, None]
     return tl.where(m_candidate, b_row * COLS + b_col, ROWS * COLS), m_candidate
 
 
 @triton.jit
 def _compute_similarity(
     p_own,  # [BLOCK_U], pointers to the features [D] of the patches
-    p_other,  # [8, BLOCK_U], pointers to the features [D] of their candidates
+    p_other,  # [BLOCK_U, 8], pointers to the features [D] of their candidates
     m_u,  # [BLOCK_U]
-    m_candidate,  # [8, BLOCK_U]
+    m_candidate,  # [BLOCK_U, 8]
     D: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_D: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Similarities [8, BLOCK_U]: a NaN as the lowest number, a missing candidate as -inf.
+    """Similarities [BLOCK_U, 8]: a NaN as the lowest number, a missing candidate as -inf.
 
     The columns are split in vectors of one 16-byte load, summed up within the thread that loaded them: two numbers are
-    kept per vector, not per element (48 registers, not 124).
+    kept per vector, not per element. Blocks are [vectors, BLOCK_U, 8, VECTOR], because Triton spreads the threads of a
+    warp over the first axis first: 8 of them read the 128 bytes of a row together. With 4 warps, a patch and its
+    candidates then have one layout, and the loop exchanges nothing between threads.
     """
-    b_dot = tl.zeros([8, BLOCK_U, BLOCK_D // VECTOR], dtype=tl.float32)
-    b_square = tl.zeros([8, BLOCK_U, BLOCK_D // VECTOR], dtype=tl.float32)
+    vectors: tl.constexpr = BLOCK_D // VECTOR
+    b_dot = tl.zeros([vectors, BLOCK_U, 8], dtype=tl.float32)
+    b_square = tl.zeros([vectors, BLOCK_U, 8], dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
-        o_d = start + (tl.arange(0, BLOCK_D // VECTOR) * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
-        m_d = o_d < D
-        m_own = m_u[:, None, None] & m_d[None, :, :]
-        b_own = tl.load(p_own[:, None, None] + o_d[None, :, :], mask=m_own, other=0.0).to(tl.float32)
-        m_other = m_candidate[:, :, None, None] & m_d[None, None, :, :]
-        p_block = p_other[:, :, None, None] + o_d[None, None, :, :]
-        b_other = tl.load(p_block, mask=m_other, other=0.0).to(tl.float32)
-        b_dot += tl.sum(b_own[None, :, :, :] * b_other, axis=3)
+        o_d = start + (tl.arange(0, vectors) * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
+        o_d = o_d[:, None, None, :]
+        m_own = m_u[None, :, None, None] & (o_d < D)
+        b_own = tl.load(p_own[None, :, None, None] + o_d, mask=m_own, other=0.0).to(tl.float32)
+        m_other = m_candidate[None, :, :, None] & (o_d < D)
+        b_other = tl.load(p_other[None, :, :, None] + o_d, mask=m_other, other=0.0).to(tl.float32)
+        b_dot += tl.sum(b_own * b_other, axis=3)
         b_square += tl.sum(b_other * b_other, axis=3)
-    b_norm = tl.maximum(tl.sqrt(tl.sum(b_square, axis=2)), EPS)
-    b_similarity = tl.sum(b_dot, axis=2) / b_norm
+    b_norm = tl.maximum(tl.sqrt(tl.sum(b_square, axis=0)), EPS)
+    b_similarity = tl.sum(b_dot, axis=0) / b_norm
     b_similarity = tl.where(b_similarity == b_similarity, b_similarity, -3.0e38)
     return tl.where(m_candidate, b_similarity, float("-inf"))
 
 
 @triton.jit
 def _rank_candidates(
-    b_similarity,  # [candidates, BLOCK_U]
-    b_candidate,  # [candidates, BLOCK_U], patch numbers; NUM_PATCHES stands for none
-    b_best,  # [8, BLOCK_U], overwritten in the first K slots
-    b_best_n,  # [8, BLOCK_U], overwritten in the first K slots
+    b_similarity,  # [BLOCK_U, candidates]
+    b_candidate,  # [BLOCK_U, candidates], patch numbers; NUM_PATCHES stands for none
+    b_best,  # [BLOCK_U, 8], overwritten in the first K slots
+    b_best_n,  # [BLOCK_U, 8], overwritten in the first K slots
     K: tl.constexpr,
     NUM_PATCHES: tl.constexpr,
 ):
     """The K most similar candidates and their patch numbers, in descending order."""
     o_slot = tl.arange(0, 8)
     for slot in tl.static_range(K):
-        b_top = tl.max(b_similarity, axis=0)
-        b_top_n = tl.min(tl.where(b_similarity == b_top[None, :], b_candidate, NUM_PATCHES), axis=0)
-        b_best = tl.where(o_slot[:, None] == slot, b_top[None, :], b_best)
-        b_best_n = tl.where(o_slot[:, None] == slot, b_top_n[None, :], b_best_n)
-        m_taken = b_candidate == b_top_n[None, :]
+        b_top = tl.max(b_similarity, axis=1)
+        b_top_n = tl.min(tl.where(b_similarity == b_top[:, None], b_candidate, NUM_PATCHES), axis=1)
+        b_best = tl.where(o_slot[None, :] == slot, b_top[:, None], b_best)
+        b_best_n = tl.where(o_slot[None, :] == slot, b_top_n[:, None], b_best_n)
+        m_taken = b_candidate == b_top_n[:, None]
         b_similarity = tl.where(m_taken, float("-inf"), b_similarity)
         b_candidate = tl.where(m_taken, NUM_PATCHES, b_candidate)
     return b_best, b_best_n
@@ -239,7 +241,7 @@ def _select_neighbors_kernel(
 ):
     """One program ranks the candidates of BLOCK_U patches.
 
-    window*window - 1 is a multiple of 8 for every odd window. Candidates are taken 8 at a time, as one [8, BLOCK_U,
+    window*window - 1 is a multiple of 8 for every odd window. Candidates are taken 8 at a time, as one [BLOCK_U, 8,
     BLOCK_D] block per step, so that 8 candidates share one load of the patch's own features. Adjacent patches have most
     candidates in common and find each other's features in the L1 cache.
     """
@@ -253,20 +255,20 @@ def _select_neighbors_kernel(
     p_image = p_h + b_patch // num_patches * s_image
     p_own = p_image + b_n.to(tl.int64) * s_patch
 
-    b_best = tl.full([8, BLOCK_U], float("-inf"), dtype=tl.float32)
-    b_best_n = tl.full([8, BLOCK_U], num_patches, dtype=tl.int32)
+    b_best = tl.full([BLOCK_U, 8], float("-inf"), dtype=tl.float32)
+    b_best_n = tl.full([BLOCK_U, 8], num_patches, dtype=tl.int32)
     for group in range(num_groups):
         b_candidate, m_candidate = _find_candidates(b_n, m_u, group, ROWS, COLS, WINDOW, WRAP)
-        p_other = p_image[None, :] + b_candidate.to(tl.int64) * s_patch
+        p_other = p_image[:, None] + b_candidate.to(tl.int64) * s_patch
         b_similarity = _compute_similarity(p_own, p_other, m_u, m_candidate, D, EPS, BLOCK_U, BLOCK_D, VECTOR)
         if num_groups > 1:  # rank these 8 among the best so far
-            b_similarity = tl.reshape(tl.permute(tl.join(b_similarity, b_best), (2, 0, 1)), [16, BLOCK_U])
-            b_candidate = tl.reshape(tl.permute(tl.join(b_candidate, b_best_n), (2, 0, 1)), [16, BLOCK_U])
+            b_similarity = tl.reshape(tl.join(b_similarity, b_best), [BLOCK_U, 16])
+            b_candidate = tl.reshape(tl.join(b_candidate, b_best_n), [BLOCK_U, 16])
         b_best, b_best_n = _rank_candidates(b_similarity, b_candidate, b_best, b_best_n, K, num_patches)
 
-    b_neighbor = tl.where(b_best_n < num_patches, (b_patch - b_n)[None, :] + b_best_n, -1)
-    p_neighbor = p_neighbor_index + o_u.to(tl.int64)[None, :] * K + o_slot[:, None]
-    tl.store(p_neighbor, b_neighbor, mask=m_u[None, :] & (o_slot < K)[:, None])
+    b_neighbor = tl.where(b_best_n < num_patches, (b_patch - b_n)[:, None] + b_best_n, -1)
+    p_neighbor = p_neighbor_index + o_u.to(tl.int64)[:, None] * K + o_slot[None, :]
+    tl.store(p_neighbor, b_neighbor, mask=m_u[:, None] & (o_slot < K)[None, :])
 
 
 # Features are read a cache line at a time. With 256 threads a step is four 16-byte loads of candidates per thread.
@@ -301,7 +303,7 @@ def launch_select_neighbors(h, patches, rows, cols, num_neighbors, window, borde
         BLOCK_U=_BLOCK_U,
         BLOCK_D=max(vector, block_columns(dim, h.itemsize, _BLOCK_BYTES)),
         VECTOR=vector,
-        num_warps=8,
+        num_warps=4,
     )
     return neighbor_index
 

@@ -59,7 +59,7 @@ KILLS = (
     (signal.SIGINT, "the group"), (signal.SIGHUP, "main.py"), (signal.SIGHUP, "the group"),
 )  # fmt: skip
 WEIGHTS = [2, 2, 2, 1, 1, 1, 1, 1, 1]
-SETUPS = (Setup(2, "torchvision", 1), Setup(1, "dali", 2), Setup(1, "torchvision", 2), Setup(2, "dali", 2))
+SETUPS = (Setup(2, "pil", 1), Setup(1, "dali", 2), Setup(1, "pil", 2), Setup(2, "dali", 2))
 
 
 # ---- When to kill, and what

@@ -15,7 +15,7 @@ from tests.helpers.run_folders import write_images
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SIZES = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 2}  # of vit_nano
 SETTINGS = {
-    "data": {"crop_size": 32, "loader": "torchvision", "num_workers": 0},
+    "data": {"crop_size": 32, "loader": "pil", "num_workers": 0},
     "mask": {"patch_size": 4, "min_keep": 1},
     "patch": {"local_agg_head": True},
     "meta": {"model_name": "vit_nano", "pred_depth": 1, "pred_emb_dim": 48},

@@ -37,7 +37,7 @@ SHORT = {
     "optimization.warmup": 0,
     "data.batch_size": 8,
     "data.num_workers": 0,
-    "data.loader": "torchvision",
+    "data.loader": "pil",
 }
 TRAIN = tuple(f"{name}={value}" for name, value in SHORT.items())
 EVALUATE = ("--quick",)

@@ -19,7 +19,7 @@ from PIL import Image
 
 import main
 from dmtjepa.config import ConfigError, load_config, parse_config
-from dmtjepa.data.loaders.torchvision import TorchvisionLoader
+from dmtjepa.data.loaders.pil import PilLoader
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.run_folder import RunFolder, RunFolderError
 from dmtjepa.training.check import build_model_for, check_dry_run, check_space
@@ -62,7 +62,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def on_folder(folder: Path, *more: str) -> list[str]:
-    return ["data.dataset=folder", f"data.root_path={folder}", "data.num_workers=0", "data.loader=torchvision", *more]
+    return ["data.dataset=folder", f"data.root_path={folder}", "data.num_workers=0", "data.loader=pil", *more]
 
 
 def short_run(folder: Path, *more: str) -> list[str]:
@@ -262,7 +262,7 @@ def test_dry_run_of_a_started_run(run, copy_of_run, tmp_path, monkeypatch):
     refuse_alike(run, small, r"CheckpointError: .*1 added \(z\.jpg\), 1 removed \(0\.jpg\)\. Restore it, or set")
     (copy_of_run / "z.jpg").rename(copy_of_run / "0.jpg")
     with monkeypatch.context() as patch:
-        patch.setattr(TorchvisionLoader, "name", "dali")
+        patch.setattr(PilLoader, "name", "dali")
         refuse_alike(run, small, r"the loader: pil there, dali now")
     with monkeypatch.context() as patch:
         patch.setitem(ARCHITECTURES["vit_nano"], "mlp_ratio", 2.0)

@@ -126,7 +126,7 @@ def check_pixels(path: Path, args: argparse.Namespace) -> None:
         close()
     apart = (epochs[0] - epochs[1]).abs().float().mean().item()
     if apart > 1.5:
-        sys.exit(f"DALI's pixels differ from torchvision's by {apart:.2f} grey levels; nothing is timed")
+        sys.exit(f"DALI's pixels differ from PIL's by {apart:.2f} grey levels; nothing is timed")
 
 
 def describe(args: argparse.Namespace) -> dict[str, str | int | bool | None]:

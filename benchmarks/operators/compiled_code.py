@@ -6,7 +6,8 @@ its kernels are compiled. Exits with 1 if a kernel spills registers or needs mor
     python -m benchmarks.operators.compiled_code [--workloads vit_huge:128] [--architectures 80 90 100] [--out FOLDER]
 
 `loads` and `stores` are those of global memory in the machine code, as count x bytes per thread: each instruction
-counts once, also in a loop. Where architectures differ, a cell has a value for each.
+counts once, also in a loop; so do `barriers`, at which the warps of a program wait for each other. Where architectures
+differ, a cell has a value for each.
 """
 
 import argparse
@@ -52,7 +53,7 @@ class OfflineDriver:
 
 
 def resources(kernel: triton.compiler.CompiledKernel, architecture: int) -> dict:
-    """Registers, spills, shared memory and widths of global loads and stores of a compiled kernel."""
+    """Registers, spills, shared memory, barriers, and global loads and stores of a compiled kernel."""
     ptxas = get_ptxas(architecture)  # the one that compiled the kernel: Triton has two, which know different PTX
     name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
     with tempfile.TemporaryDirectory() as folder:
@@ -73,9 +74,18 @@ def resources(kernel: triton.compiler.CompiledKernel, architecture: int) -> dict
         "stack_bytes": number(r"(\d+) bytes stack frame"),
         "shared_bytes": kernel.metadata.shared,
         "num_warps": kernel.metadata.num_warps,
+        "barriers": len(re.findall(r"\bBAR\.", sass)),
+        "load_threads": load_threads(kernel.asm["ttgir"]),
         "load_bytes": access_widths(sass, "LDG"),
         "store_bytes": access_widths(sass, "STG"),
     }
+
+
+def load_threads(ttgir: str) -> list[list[int]]:
+    """How the 32 threads of a warp are spread over the axes of each block that is loaded."""
+    layouts = dict(re.findall(r"^(#blocked\d*) = .*threadsPerWarp = \[([\d, ]+)\]", ttgir, re.MULTILINE))
+    loaded = re.findall(r"= tt\.load .*: tensor<[^#]*, (#blocked\d*)>", ttgir)
+    return [[int(number) for number in layouts[name].split(",")] for name in loaded]
 
 
 def access_widths(sass: str, opcode: str) -> dict[int, int]:
@@ -123,6 +133,7 @@ COLUMNS = {
     "registers": lambda row: str(row["registers"]),
     "spilled bytes": lambda row: str(row["spill_bytes"]),
     "shared bytes": lambda row: str(row["shared_bytes"]),
+    "barriers": lambda row: str(row["barriers"]),
     "loads": lambda row: " ".join(f"{n}x{width}" for width, n in row["load_bytes"].items()),
     "stores": lambda row: " ".join(f"{n}x{width}" for width, n in row["store_bytes"].items()),
     "bytes of loads": lambda row: str(sum(n * width for width, n in row["load_bytes"].items())),

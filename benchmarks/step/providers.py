@@ -3,13 +3,14 @@
 A provider is written
 
     project[:float32|:bfloat16][:eager|:compiled][:keep|:pointwise|:recompute][:xformers|:sdpa][:triton|:torch][:fp8]
-           [:fused][:graphs]
+           [:fused][:graphs][:autotune]
     reference[:float32|:bfloat16]
     official[:float32|:bfloat16]
 
 `project` is `parallelize` (FSDP2) and `TrainStep`, as in a run. `keep`, `pointwise` and `recompute` say what the
 backward pass computes again: nothing, norms and GELUs, or whole blocks. `fp8` is the precision of the teacher,
-`fused` updates student and teacher with one kernel, and `graphs`, with `fused`, replays steps as CUDA graphs.
+`fused` updates student and teacher with one kernel, `graphs`, with `fused`, replays steps as CUDA graphs, and
+`autotune` times kernels for the products of the teacher's blocks, before the first step, and takes the fastest.
 `reference` is `dmtjepa.reference.step` with autograd and PyTorch's AdamW, under autocast for bfloat16. `official` is
 the official code (`benchmarks.official`); its images are normalized before the time is measured. All providers start
 from the same weights. Workloads are described in benchmarks/workloads.py.
@@ -65,6 +66,7 @@ PROPERTIES = {
     "fp8": "runtime.teacher_precision=fp8",
     "fused": "runtime.fused_update=true",
     "graphs": "runtime.cuda_graphs='on'",
+    "autotune": "runtime.autotune_teacher=true",
 }
 
 

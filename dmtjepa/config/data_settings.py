@@ -94,6 +94,11 @@ class DataSettings(Section):
             )
         return self
 
+    @field_validator("root_path", "image_folder", mode="before")
+    @classmethod
+    def _nothing_is_empty(cls, value: Any) -> Any:
+        return "" if value is None else value  # YAML's null, and what a shell leaves of data.image_folder=""
+
     @field_validator("loader", mode="before")
     @classmethod
     def _earlier_name(cls, value: Any) -> Any:

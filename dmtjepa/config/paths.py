@@ -25,7 +25,11 @@ def expand_path(text: str, setting: str) -> str:
     """
     unset = [name for pair in _VARIABLE.findall(text) for name in pair if name and name not in os.environ]
     if unset:
-        raise ConfigError(f"{setting}: {text} contains ${unset[0]}, and the environment variable {unset[0]} is not set")
+        example = f" ({setting}=PATH)" if "." in setting else ""
+        raise ConfigError(
+            f"{setting}: {text} contains ${unset[0]}, and the environment variable {unset[0]} is not set; set it, or "
+            f"name the path itself{example}"
+        )
     path = os.path.expanduser(os.path.expandvars(text))
     if path.startswith("~"):
         user = path.partition("/")[0]

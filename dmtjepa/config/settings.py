@@ -197,6 +197,12 @@ class RuntimeSettings(Section):
     compile: Free[Literal["auto", "on", "off"]] = Field(
         "auto", description="torch.compile of each block; auto: on CUDA"
     )
+    autotune_teacher: Free[bool] = Field(
+        False,
+        description="let torch.compile time several kernels for each matrix product of the teacher's blocks, some with "
+        "what follows the product (GELU) in the same kernel, and take the fastest (max-autotune-no-cudagraphs). Only "
+        "where blocks are compiled; a run starts later. Off by default, because it has not run on a GPU",
+    )
     activation_checkpointing: Free[Literal["auto", "none", "pointwise", "blocks"]] = Field(
         "auto",
         description="what the backward pass computes again instead of keeping it: of the student's blocks, norms and "

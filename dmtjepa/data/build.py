@@ -13,7 +13,7 @@ import torch
 from dmtjepa.config import DataSettings, as_file_name
 from dmtjepa.data.loaders.base import Loader
 from dmtjepa.data.loaders.center_crop import EvaluationLoader
-from dmtjepa.data.loaders.torchvision import TorchvisionLoader
+from dmtjepa.data.loaders.pil import PilLoader
 from dmtjepa.data.sources.base import LIST_EXTENSIONS, DataError, ImageSource, StoredSource
 from dmtjepa.data.sources.file_list import ListSource
 from dmtjepa.data.sources.folder import FolderSource, find_images
@@ -119,7 +119,7 @@ def build_loader(
                 raise
             logger.warning("DALI is installed but does not work here, so PIL loads the images: %s", error)
     pin_memory = settings.pin_mem and device.type == "cuda"
-    return TorchvisionLoader(source, settings, seed=seed, rank=rank, world_size=world_size, pin_memory=pin_memory)
+    return PilLoader(source, settings, seed=seed, rank=rank, world_size=world_size, pin_memory=pin_memory)
 
 
 def build_eval_loader(

@@ -118,8 +118,11 @@ def _measure(picture: Picture) -> np.ndarray:
     return np.stack([counts @ values, counts @ values**2])
 
 
-def check_sample(source: ImageSource, settings: DataSettings) -> None:
+def check_sample(source: ImageSource, settings: DataSettings, *, evaluated: bool = False) -> None:
     """Read and decode a few images, evenly spaced. Warns of those that are corrupt.
+
+    Args:
+        evaluated: they are measured on, not trained on.
 
     Raises:
         DataError: all of them are.
@@ -133,12 +136,13 @@ def check_sample(source: ImageSource, settings: DataSettings) -> None:
             corrupt.append(f"  {make_printable(source.name(image))}: {tell_reason(error)}")
     if not corrupt:
         return
-    found = f"{len(corrupt)} of {len(images)} images that were tried cannot be decoded"
+    kind = "images to evaluate on" if evaluated else "images"
+    found = f"{len(corrupt)} of {len(images)} {kind} that were tried cannot be decoded"
     listed = "\n".join(["`dmtjepa check SOURCE` tries all:", *corrupt])
     if len(corrupt) == len(images):
         raise DataError(f"{found}. {listed}")
     limit = f"A run stops when more than {settings.max_broken:.3g} of its images are corrupt (data.max_broken)"
-    logger.warning("%s. %s. %s", found, limit, listed)
+    logger.warning("%s. %s. %s", found, "Evaluations leave them out" if evaluated else limit, listed)
 
 
 # Of this worker process: images, channels, max_value, and every how many images are measured.

@@ -41,6 +41,13 @@ LAYOUT_DECAYS, LAYOUT_ITERATIONS = (1e-1, 1e-2, 1e-3), 30
 MAX_GALLERY = 20_000
 """Training images among which pictures show the nearest ones."""
 
+START_MEASURED = (
+    "before the first step and after the last, student and teacher are measured on %d and %d images "
+    "(evaluation.measure_start=false: not)"
+)
+START_NOT_MEASURED = "the weights that the run starts from are not measured. %s"
+"""What a start logs, and a dry run."""
+
 Encoders: TypeAlias = Mapping[str, VisionTransformer]
 """`teacher` and `student`, frozen."""
 Task: TypeAlias = Callable[[], dict[str, float]]
@@ -165,8 +172,9 @@ class Evaluator:
         Returns:
             Numbers by name. `knn_20` and `linear` are accuracies of pooled features, from 0 to 1, computed as in the
             report; `knn_20_layout` and `linear_layout` are those of features that keep the layout of the image. `miou`
-            is the mean IoU of a linear probe of patches. Names of what is not the teacher's last block have a prefix:
-            `student/linear`, `block11/linear`. `train_images` and `images` are the numbers of images.
+            is the mean IoU of a linear probe of patches, and `miou_error` its standard error. Names of what is not the
+            teacher's last block have a prefix: `student/linear`, `block11/linear`. `train_images` and `images` are the
+            numbers of images.
 
         Raises:
             EvaluationError: no image of a split can be read.
@@ -311,7 +319,8 @@ class Evaluator:
         except EvaluationError as error:
             logger.warning("segmentation is not measured: %s", error)
             return {}
-        return {f"{key.prefix}miou": found.scores.mean_iou}
+        scores = found.scores
+        return {f"{key.prefix}miou": scores.mean_iou, f"{key.prefix}miou_error": scores.mean_iou_error}
 
 
 def _digest(source: ImageSource) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from dmtjepa.evaluation.gains import accuracy_error, describe_gains
 
 WITH_LAYOUT = ", with layout"
 """Ends the names of features that keep the layout of the image, where they stand beside pooled ones."""
@@ -138,26 +139,18 @@ def _compare_with_start(report: Report) -> list[str]:
     scores["mIoU"] = {
         name: (values["mean_iou"], values["mean_iou_error"]) for name, values in report.segmentation.items()
     }
-    parts = []
-    for measure, values in scores.items():
-        if {"trained", "start"} <= values.keys():
-            (trained, error), (start, start_error) = values["trained"], values["start"]
-            gain, gain_error = trained - start, math.hypot(error, start_error)
-            clear = "better" if gain > 0 else "worse"
-            judgement = clear if abs(gain) > 2 * gain_error else "not clearly different"
-            parts.append(f"{measure} {100 * gain:+.1f} +- {100 * gain_error:.1f} points ({judgement})")
-    if not parts:
+    pairs = {
+        measure: (values["trained"], values["start"])
+        for measure, values in scores.items()
+        if {"trained", "start"} <= values.keys()
+    }
+    if not pairs:
         return []
-    return [f"against the weights that the run started from ({report.run['start']}): {', '.join(parts)}"]
+    return [f"against the weights that the run started from ({report.run['start']}): {describe_gains(pairs)}"]
 
 
 def _best_accuracy(accuracy: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
     return {name: max(values.values()) for name, values in accuracy.items()}
-
-
-def accuracy_error(accuracy: float, num_images: int) -> float:
-    """Standard error of an accuracy, a share from 0 to 1 of so many images."""
-    return math.sqrt(accuracy * (1 - accuracy) / max(num_images, 1))
 
 
 def _error(accuracy: float, report: Report) -> str:

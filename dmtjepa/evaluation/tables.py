@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dmtjepa.evaluation.formatting import WITH_LAYOUT, Report, accuracy_error, format_verdict
+from dmtjepa.evaluation.formatting import WITH_LAYOUT, Report, format_verdict
+from dmtjepa.evaluation.gains import accuracy_error
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from dmtjepa.config.settings import PatchSettings
 from dmtjepa.evaluation.collapse import MAX_COSINE, MIN_RANK
+from dmtjepa.evaluation.gains import REMEDY
 
 NUM_LOOKS = 3
 """A run has collapsed if so many looks in a row show it."""
@@ -321,8 +322,7 @@ def find_over_training(rows: Sequence[Row]) -> Finding | None:
                 "worse_than_start",
                 f"Worse than its start: {name} of the weights that the run started from was {scores[best]:.1%} and is "
                 f"{scores[-1]:.1%} now",
-                "Keep those weights, or start from them again with a lower optimization.lr and a higher first value of "
-                "optimization.ema",
+                REMEDY,
             )
         then, now = (_loss_before(rows, evaluations[place]["step"]) for place in (best, -1))
         if then is not None and now is not None and now < then:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -10,11 +11,11 @@ from pathlib import Path
 import torch
 
 from dmtjepa.checkpoint_format import check_fits, list_checkpoints, newest_whole, read_meta, step_of
-from dmtjepa.config import Config, ConfigError
-from dmtjepa.data import StoredSource, build_loader, check_batch_fits, check_loader, open_source
+from dmtjepa.config import Config, ConfigError, expand_path
+from dmtjepa.data import DataError, StoredSource, build_loader, check_batch_fits, check_loader, open_source
 from dmtjepa.data.check import check_sample
 from dmtjepa.data.fingerprint import Fingerprint
-from dmtjepa.evaluation.evaluator import open_asked_splits
+from dmtjepa.evaluation.evaluator import START_MEASURED, START_NOT_MEASURED, open_asked_splits
 from dmtjepa.interop import load_model
 from dmtjepa.interop.sources import find_initial_weights
 from dmtjepa.masks import check_masks
@@ -30,6 +31,11 @@ from dmtjepa.training.graphs import check_graphs
 from dmtjepa.training.images import check_images, check_steps_per_epoch
 from dmtjepa.training.parallelize import check_shard_size
 from dmtjepa.training.trackers import check_loggers
+
+logger = logging.getLogger(__name__)
+
+MAX_LISTED = 5
+"""Files of weights in a message."""
 
 
 def check_start(config: Config, world_size: int, device_type: str) -> StoredSource:
@@ -67,10 +73,26 @@ def check_start(config: Config, world_size: int, device_type: str) -> StoredSour
     check_space(folder, model)
     weights = find_initial_weights(config, folder)
     if weights is not None and not list_checkpoints(folder.checkpoints):
+        _check_exists(config, weights)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")  # nothing is loaded here
             load_model(model, weights)
     return source
+
+
+def _check_exists(config: Config, weights: Path) -> None:
+    """Refuse `meta.read_checkpoint` that names nothing, with what is beside it.
+
+    Raises:
+        ConfigError: neither it nor the same below the run folder exists.
+    """
+    if weights.exists():
+        return
+    given = Path(expand_path(str(config.meta.read_checkpoint), "meta.read_checkpoint"))
+    below = "" if given.is_absolute() else ", nor below logging.folder"
+    others = sorted(path.name for path in given.parent.glob("*.pth.tar"))[:MAX_LISTED]
+    beside = f"{given.parent} holds {', '.join(others)}" if others else "name a run folder, or a file of weights"
+    raise ConfigError(f"meta.read_checkpoint: there is no {given}{below}; {beside}")
 
 
 def check_settings(config: Config, world_size: int) -> None:
@@ -126,14 +148,12 @@ def check_dry_run(config: Config, world_size: int, devices: Sequence[str]) -> st
     here = _find_type_here(device.type)  # a login node may have no GPU
     source = check_start(config, world_size, device.type)
     check_sample(source, config.data)
-    splits = open_asked_splits(config)
-    if splits is not None:
-        check_sample(splits.validation, config.data)
     folder = RunFolder.from_config(config)
     folder.check_unlocked()
     loader = build_loader(config.data, seed=config.runtime.seed, world_size=world_size, device=here, source=source)
     loader.close()
     checkpoint, _ = check_checkpoint(config, folder, source, loader.name, world_size)
+    _check_evaluated(config, is_new=checkpoint is None)
     with torch.device("meta"):
         model = build_model_for(config, here)
     facts = describe_start(
@@ -151,6 +171,34 @@ def check_dry_run(config: Config, world_size: int, devices: Sequence[str]) -> st
         return facts
     unchecked = "" if here == device.type else f". Not checked: {', '.join(_list_unchecked(config, loader.name))}"
     return f"{facts}\n\nthis machine has no {', '.join(missing)}{unchecked}"
+
+
+def _check_evaluated(config: Config, *, is_new: bool) -> None:
+    """Check the images of evaluations during training as a start does, and whether a few of them can be decoded.
+
+    A fault of images that only `evaluation.measure_start` asks for ends no start: it is logged.
+
+    Raises:
+        DataError, ConfigError: `evaluation.every_epochs` asks, and nothing can be measured.
+    """
+
+    def log_fault(reason: str) -> None:
+        logger.info(START_NOT_MEASURED, reason)
+
+    splits = open_asked_splits(config, log_fault)
+    if splits is None:
+        return
+    parts = [splits.validation] if config.evaluation.data is None else [splits.train, splits.validation]
+    try:
+        for part in parts:  # where they are those of the run, training images were tried before
+            check_sample(part, config.data, evaluated=True)
+    except DataError as error:
+        if config.evaluation.every_epochs:
+            raise
+        log_fault(str(error))
+        return
+    if is_new and not config.evaluation.every_epochs:
+        logger.info(START_MEASURED, len(splits.train), len(splits.validation))
 
 
 def _find_type_here(device_type: str) -> str:

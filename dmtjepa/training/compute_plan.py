@@ -23,6 +23,8 @@ class ComputePlan:
             for the backward pass.
         keep_copies: whether weights in `dtype` are kept from step to step in a model that is not sharded. Who updates
             weights then updates these too (`weight_copies`).
+        autotune_teacher: whether `torch.compile` times kernels for the products of the teacher's blocks and takes the
+            fastest.
     """
 
     dtype: torch.dtype = torch.float32
@@ -30,6 +32,7 @@ class ComputePlan:
     recompute: Literal["none", "pointwise", "blocks"] = "none"
     reshard_after_forward: bool = True
     keep_copies: bool = False
+    autotune_teacher: bool = False
 
     @classmethod
     def from_config(cls, config: Config, device_type: str) -> ComputePlan:
@@ -43,4 +46,5 @@ class ComputePlan:
         recompute = runtime.activation_checkpointing
         if recompute == "auto":
             recompute = "pointwise" if compiled else "none"
-        return cls(dtype, compiled, recompute, runtime.reshard_after_forward, runtime.fused_update)
+        keep_copies, autotune = runtime.fused_update, runtime.autotune_teacher
+        return cls(dtype, compiled, recompute, runtime.reshard_after_forward, keep_copies, autotune)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dmtjepa.config import Config
 from dmtjepa.evaluation.errors import EvaluationError
-from dmtjepa.evaluation.evaluator import Evaluator, open_asked_splits
+from dmtjepa.evaluation.evaluator import START_MEASURED, START_NOT_MEASURED, Evaluator, open_asked_splits
+from dmtjepa.evaluation.gains import same_counts
 from dmtjepa.evaluation.ranks import Ranks
 from dmtjepa.evaluation.verdict import find_over_training
 from dmtjepa.interop import write_official
@@ -34,8 +35,6 @@ logger = logging.getLogger(__name__)
 PREFIX, PICTURE_PREFIX = "eval/", "figures/"
 SCORES = ("eval/linear", "eval/miou")
 """What decides which evaluation is the best: the first of them that is measured."""
-COUNTS = ("eval/train_images", "eval/images")
-"""Evaluations on other numbers of images are not compared with each other."""
 SUMMARY = {"knn_20": "k-NN", "linear": "linear", "miou": "mIoU"}
 
 
@@ -89,14 +88,11 @@ class PeriodicEvaluation:
                 self._evaluator = None
                 self._log_fault(str(error))
             if world.rank == 0 and self._evaluator is not None and not self._every_epochs and state.step == 0:
-                logger.info(
-                    "before the first step and after the last, student and teacher are measured on %d and %d images "
-                    "(evaluation.measure_start=false: not)", len(splits.train), len(splits.validation),
-                )  # fmt: skip
+                logger.info(START_MEASURED, len(splits.train), len(splits.validation))
 
     def _log_fault(self, reason: str) -> None:
         if self._world.rank == 0:
-            logger.info("the weights that the run starts from are not measured. %s", reason)
+            logger.info(START_NOT_MEASURED, reason)
 
     def is_due(self) -> bool:
         """Whether the settings ask for an evaluation after the steps that are done."""
@@ -167,7 +163,7 @@ class PeriodicEvaluation:
         if name is None:
             return
         path = self._folder.best_export
-        earlier = [row[name] for row in self._read_rows() if name in row and _same_counts(row, values)]
+        earlier = [row[name] for row in self._read_rows() if name in row and same_counts(row, values)]
         if path.is_file() and earlier and values[name] <= max(earlier):
             return
         parts = {"encoder": weights["student"], "target_encoder": weights["teacher"]}
@@ -192,7 +188,3 @@ class PeriodicEvaluation:
         epoch, seconds = self._state.step / self._schedules.steps_per_epoch, values["eval/seconds"]
         when = f"after epoch {epoch:g}" if epoch else "before the first step"
         return f"evaluation {when} ({seconds:.1f} s): {', '.join(parts) or 'nothing could be measured'}"
-
-
-def _same_counts(row: Mapping[str, float], values: Mapping[str, float]) -> bool:
-    return all(row.get(name) == values.get(name) for name in COUNTS)

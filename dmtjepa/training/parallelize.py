@@ -103,7 +103,7 @@ def parallelize(model: DMTJEPA, mesh: DeviceMesh, plan: ComputePlan) -> DMTJEPA:
         from dmtjepa.training.inductor import configure_inductor  # takes a second to import
 
         configure_inductor()
-        compile_blocks(model)
+        compile_blocks(model, autotune_teacher=plan.autotune_teacher)
     teacher, student = teacher_units(model, mesh), student_units(model, mesh)
     shard_units(model, teacher, student, mesh, plan)
     register_forward_methods(model)
@@ -320,12 +320,17 @@ def set_memory_budget(recompute: str) -> None:
     torch._functorch.config.activation_memory_budget = 0.9 if recompute == "pointwise" else 1.0
 
 
-def compile_blocks(model: DMTJEPA, compiler: Compiler = torch.compile) -> None:
-    """Compile blocks and heads without graph breaks. The number of patches is symbolic where it varies."""
+def compile_blocks(model: DMTJEPA, compiler: Compiler = torch.compile, *, autotune_teacher: bool = False) -> None:
+    """Compile blocks and heads without graph breaks. The number of patches is symbolic where it varies.
+
+    Args:
+        autotune_teacher: time kernels for the products of the teacher's blocks, whose shapes never change.
+    """
+    mode = {"mode": "max-autotune-no-cudagraphs"} if autotune_teacher else {}
     for block in student_blocks(model):
         replace_method(block, "forward", _compile_varying(block.forward, compiler))
     for block in model.teacher_encoder.blocks:
-        replace_method(block, "forward", compiler(block.forward, fullgraph=True, dynamic=False))
+        replace_method(block, "forward", compiler(block.forward, fullgraph=True, dynamic=False, **mode))
     for head, method in ((model.teacher_head, "aggregate_neighbors"), (model.head, "aggregate_context")):
         if head is not None:
             replace_method(head, method, _compile_varying(getattr(head, method), compiler))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check, machine, page
-from benchmarks.step import attention
+from benchmarks import gpu_check, machine, page, predictions
+from benchmarks.step import attention, runs
+from benchmarks.workloads import parse_workload
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
@@ -19,6 +20,18 @@ def test_the_page_of_the_h200_is_made_from_its_files():
     assert (ROOT / "docs/h200.md").read_text() == page.make_page(documents), (
         "python -m benchmarks.page benchmarks/results/nvidia-h200-*.json > docs/h200.md"
     )
+
+
+def test_bytes_of_bias_gradients_are_those_of_the_profile():
+    profile = json.loads((RESULTS / "nvidia-h200-2026-11-26-profile.json").read_text())
+    kernels = [
+        f"triton_red_fused_{name}" for name in ("gelu_gelu_backward_sum_view_2", "stack_sum_view_9", "sum_view_7")
+    ]
+    measured = [row["gbytes"] for row in profile["rows"] if row["operator"] in kernels]
+    assert len(measured) == 3
+    steps = range(runs.CHECKED_STEPS, runs.CHECKED_STEPS + 3)
+    counted = [predictions.bias_gradient_bytes(parse_workload("vit_huge:128"), step) / 1e9 for step in steps]
+    assert sum(counted) / 3 == pytest.approx(sum(measured), rel=0.05)
 
 
 def document(**more) -> dict:

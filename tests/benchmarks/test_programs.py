@@ -261,12 +261,12 @@ def test_gpu_check_in_three_parts(tmp_path):
     found = gpu_check.steps(tmp_path, None, None, time_anyway=True)
     parts = [gpu_check.choose(found, None, part) for part in (1, 2, 3)]
     assert [*parts[0], *parts[1], *parts[2]] == gpu_check.choose(found, None, None) == found
-    assert [step.name for step in parts[0]] == ["operator-tests", "attention", "profile", "step"]
+    assert [step.name for step in parts[0]] == ["operator-tests", "graphs-tests", "attention", "profile", "step"]
     assert [step.name for step in gpu_check.choose(found, ["host"], None)] == ["host"]
     with pytest.raises(SystemExit, match=r"--only other: choose of operator-tests"):
         gpu_check.choose(found, ["other"], None)
     timed = {step.name for step in found if "--time-anyway" in step.command}
-    assert timed == {"step", "others", "small", "keep", "operators", "targets"}
+    assert timed == {"step", "others", "small", "huge", "operators", "targets"}
 
 
 def test_archive_of_results_leaves_out_what_is_largest(tmp_path):

@@ -24,6 +24,14 @@ def test_images_on_the_command_line_take_the_place_of_drawn_ones(tmp_path):
         load_config(path, ["data.root_path=photos", "data.dataset=shapes"])
 
 
+def test_a_folder_may_be_left_empty_as_a_shell_and_yaml_write_it(official, tmp_path):
+    for override in ("data.image_folder=", "data.image_folder=''", "data.image_folder=null"):
+        assert load_config(official, [override]).data.image_folder == ""
+    path = tmp_path / "x.yaml"
+    path.write_text("data:\n  root_path: /photos\n  image_folder:\n")
+    assert str(load_config(path).data.path) == "/photos"
+
+
 @pytest.mark.parametrize("value", ["on", "off", "auto"])
 def test_compile_is_written_plainly_in_yaml(value):
     config = parse_config(yaml.safe_load(f"runtime: {{compile: {value}}}"))

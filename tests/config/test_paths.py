@@ -37,8 +37,11 @@ def test_all_paths_are_expanded_alike(text, path):
 
 
 def test_a_variable_that_is_not_set_is_named():
-    with pytest.raises(ConfigError, match=r"logging\.folder: \$NOT_SET/x contains \$NOT_SET, .* is not set"):
+    with pytest.raises(ConfigError, match=r"logging\.folder: \$NOT_SET/x contains \$NOT_SET, .* is not set; set") as e:
         expand_path("$NOT_SET/x", "logging.folder")
+    assert str(e.value).endswith("set it, or name the path itself (logging.folder=PATH)")
+    with pytest.raises(ConfigError, match=r"name the path itself$"):
+        expand_path("$NOT_SET/x", "--fname")
     config = parse_config({"data": {"root_path": "$SCRATCH/${NOT_SET}"}, "logging": {"folder": "${NOT_SET}"}})
     with pytest.raises(ConfigError, match=r"data\.root_path: .*NOT_SET is not set"):
         _ = config.data.path

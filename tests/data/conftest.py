@@ -15,7 +15,7 @@ from tests.helpers.images import image_folder
 def settings(image_folder: Path) -> DataSettings:
     """Small crops of that folder, made in the test's own process."""
     return DataSettings(
-        root_path=str(image_folder), batch_size=4, crop_size=32, num_workers=0, loader="torchvision", max_broken=0.2
+        root_path=str(image_folder), batch_size=4, crop_size=32, num_workers=0, loader="pil", max_broken=0.2
     )
 
 

@@ -81,7 +81,7 @@ def test_max_value_scales_what_has_more_than_eight_bits(tmp_path: Path):
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(encode(Image.fromarray(np.full((16, 16), 4095, np.uint16))))
     settings = DataSettings(root_path=str(tmp_path), batch_size=4, crop_size=8, num_workers=0, channels=1)
-    for loader in ("torchvision", "auto"):  # auto: DALI where it is installed
+    for loader in ("pil", "auto"):  # auto: DALI where it is installed
         assert batches(settings, loader=loader, max_value=4095).unique().tolist() == [255]
         assert batches(settings, loader=loader).unique().tolist() == [16]
     images, _, _ = next(iter(build_eval_loader(tmp_path, 8, 4, channels=1, max_value=4095)))
@@ -105,7 +105,7 @@ def test_other_images_count_as_corrupt():
 
 def test_each_channel_is_resized_by_itself(four: Path):
     """PIL would weight colours with the alpha channel."""
-    settings = DataSettings(root_path=str(four), batch_size=4, crop_size=24, num_workers=0, loader="torchvision")
+    settings = DataSettings(root_path=str(four), batch_size=4, crop_size=24, num_workers=0, loader="pil")
     expected = batches(settings, image_folder="rgb")
     found = batches(settings, image_folder="rgba", channels=4)
     assert found.shape == (8, 4, 24, 24)

@@ -60,7 +60,7 @@ def test_an_epoch_survives_with_the_right_counts(damaged: tuple[Path, set[str]],
 def test_loaders_agree_on_every_whole_kind(damaged: tuple[Path, set[str]]):
     folder, _ = damaged
     batches = []
-    for name in ("torchvision", "dali"):
+    for name in ("pil", "dali"):
         settings = DataSettings(
             root_path=str(folder), batch_size=16, crop_size=32, num_workers=2, loader=name, max_broken=1
         )

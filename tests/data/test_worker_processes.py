@@ -17,7 +17,7 @@ import pytest
 from dmtjepa.config import DataSettings
 from dmtjepa.data import check
 from dmtjepa.data.loaders.center_crop import EvaluationLoader
-from dmtjepa.data.loaders.torchvision import TorchvisionLoader
+from dmtjepa.data.loaders.pil import PilLoader
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 240  # only ends a hang
@@ -54,7 +54,7 @@ def evaluate_images(source: Endless) -> None:
 
 def train_on_images(source: Endless) -> None:
     settings = DataSettings(root_path="images", batch_size=4, crop_size=32, num_workers=2)
-    next(TorchvisionLoader(source, settings, seed=0).epoch(0))
+    next(PilLoader(source, settings, seed=0).epoch(0))
 
 
 @pytest.mark.parametrize("work", [check_images, evaluate_images, train_on_images])

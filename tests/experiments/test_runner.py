@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 TABLE = """
 base: configs/quickstart.yaml
-settings: [data.dataset=folder, data.crop_size=32, data.batch_size=8, data.num_workers=0, data.loader=torchvision,
+settings: [data.dataset=folder, data.crop_size=32, data.batch_size=8, data.num_workers=0, data.loader=pil,
   mask.min_keep=0, optimization.epochs=8, runtime.log_every=1, runtime.save_every_epochs=1]
 variants:
   patch: [patch.query=patch]

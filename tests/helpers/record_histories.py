@@ -106,7 +106,7 @@ def settings(folder: Path, images: Path, changes: Mapping[str, Any]) -> Config:
     values: dict[str, dict[str, Any]] = {
         "data": {
             "batch_size": 16, "crop_size": 32, "crop_scale": [0.5, 1.0], "root_path": str(images), "num_workers": 0,
-            "loader": "torchvision",
+            "loader": "pil",
         },
         "logging": {"folder": str(folder)},
         "mask": {"patch_size": 4, "min_keep": 4, "sampler": "corrected"},

@@ -74,7 +74,7 @@ def settings_in(image_folder) -> Callable[..., Config]:
                 "crop_scale": [0.5, 1.0],
                 "root_path": str(image_folder),
                 "num_workers": 0,
-                "loader": "torchvision",
+                "loader": "pil",
             },
             "logging": {"folder": str(folder)},
             "mask": {"patch_size": 4, "min_keep": 4, "context_cut": "global"},

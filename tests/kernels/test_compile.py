@@ -38,3 +38,8 @@ def test_compiles_without_spills(model, architectures, tmp_path):
         if row["kernel"] in WIDE_KERNELS[model] and "channels last" not in row["case"]:
             assert row["load_bytes"].get("16", 0) >= 2, row
             assert set(row["load_bytes"]) <= {"16", "8", "4", "2"}, row
+        if row["kernel"] == "select_neighbors":  # blocks [vectors, patches, candidates, VECTOR]
+            assert row["barriers"] == 0, row
+            features = [threads for threads in row["load_threads"] if len(threads) == 4]
+            assert len(features) == 2, row
+            assert all(threads[0] == 8 for threads in features), "8 threads read the 128 bytes of a row together"

@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dmtjepa.config import MaskSettings
-from dmtjepa.data.loaders.torchvision import TorchvisionLoader
+from dmtjepa.data.loaders.pil import PilLoader
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.batches import BatchStream
@@ -61,7 +61,7 @@ def test_slow_first_steps_and_short_waits_are_not(tmp_path: Path, caplog):
 def test_the_next_batch_is_fetched_before_the_host_waits_for_the_device(settings, monkeypatch):
     """Of a step that is logged, too: its losses are read after the next batch is on its way."""
     events: list[str] = []
-    next_batches, train_step, flush, save = TorchvisionLoader.epoch, TrainStep.__call__, Metrics.flush, Saver.save
+    next_batches, train_step, flush, save = PilLoader.epoch, TrainStep.__call__, Metrics.flush, Saver.save
 
     def watched_epoch(loader, *arguments):
         for images in next_batches(loader, *arguments):
@@ -71,7 +71,7 @@ def test_the_next_batch_is_fetched_before_the_host_waits_for_the_device(settings
     def watch(name, function):
         return lambda *arguments: events.append(name) or function(*arguments)
 
-    monkeypatch.setattr(TorchvisionLoader, "epoch", watched_epoch)
+    monkeypatch.setattr(PilLoader, "epoch", watched_epoch)
     monkeypatch.setattr(TrainStep, "__call__", watch("train", train_step))
     monkeypatch.setattr(Metrics, "flush", watch("flush", flush))
     monkeypatch.setattr(Saver, "save", watch("save", save))
@@ -98,7 +98,7 @@ def test_the_reported_share_is_that_of_waiting_for_the_loader(settings, monkeypa
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr(TorchvisionLoader, "_receive", advanced("loader", TorchvisionLoader._receive))
+            patch.setattr(PilLoader, "_receive", advanced("loader", PilLoader._receive))
             patch.setattr(TrainStep, "__call__", advanced("step", TrainStep.__call__))
             patch.setattr(Metrics, "_write", advanced("log", Metrics._write))
             config = settings("-".join(advances), **{"runtime.log_every": 2, "optimization.epochs": 1})

@@ -24,7 +24,7 @@ from dmtjepa.evaluation.linear import fit_linear
 from dmtjepa.interop import read_checkpoint
 from dmtjepa.metrics_file import read_metrics
 from dmtjepa.run_folder import RunFolder
-from dmtjepa.training.check import check_start
+from dmtjepa.training.check import check_dry_run, check_start
 from dmtjepa.training.evaluation import PeriodicEvaluation
 from dmtjepa.training.launch import launch
 from dmtjepa.training.step import TrainStep
@@ -164,7 +164,7 @@ def test_weights_that_a_run_starts_from_are_measured_before_its_first_step(evalu
 
 
 @pytest.mark.slow
-def test_start_and_end_are_measured_without_being_asked(plain, evaluated, labelled, settings, caplog):
+def test_start_and_end_are_measured_without_being_asked(plain, evaluated, labelled, settings, caplog, capfd):
     changes = {"optimization.epochs": 2, "optimization.warmup": 0, "evaluation.data": str(labelled)}
     changes |= {"meta.load_checkpoint": True, "meta.read_checkpoint": plain.logging.folder}
     config = settings(**changes)
@@ -175,6 +175,8 @@ def test_start_and_end_are_measured_without_being_asked(plain, evaluated, labell
     assert last["step"] == 15
     assert "measured on 30 and 12 images (evaluation.measure_start=false: not)" in caplog.text
     assert re.search(r"evaluation before the first step \(\d+\.\d s\): k-NN", caplog.text)
+    verdict = capfd.readouterr().err.partition("Against the weights that the run started from: ")[2]
+    assert re.match(r"linear probe \S+ \+- \S+ points \(.*, k-NN \S+ \+- .*, mIoU \S+ \+- \S+ points \(", verdict)
 
     off = change_settings(config, {"evaluation.measure_start": False})
     assert open_asked_splits(off) is None
@@ -192,6 +194,33 @@ def test_images_without_labels_do_not_keep_a_run_from_starting_from_weights(sett
     assert "evaluation.data: no/such/folder does not exist" in faults[2]
     assert open_asked_splits(settings(), faults.append) is None  # there are no weights to measure
     assert len(faults) == 3
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_what_a_start_from_weights_would_measure(plain, labelled, settings, tmp_path, caplog):
+    data = Path(shutil.copytree(labelled, tmp_path / "images"))
+    weights = {"meta.load_checkpoint": True, "meta.read_checkpoint": plain.logging.folder}
+    config = settings(**weights | {"evaluation.data": str(data)})
+
+    def messages(config):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            check_dry_run(config, 1, ["cpu"])
+        return caplog.text
+
+    assert "measured on 30 and 12 images" in messages(config)
+    unlabelled = messages(settings(**weights))
+    assert "the weights that the run starts from are not measured. evaluation.measure_start: nothing can" in unlabelled
+    (image, *others) = sorted(path for path in (data / "val").rglob("*.*") if path.is_file())
+    image.write_bytes(b"bad")
+    assert "1 of 8 images to evaluate on that were tried cannot be decoded. Evaluations leave them" in messages(config)
+    for path in others:
+        path.write_bytes(b"bad")
+    text = messages(config)
+    assert "are not measured. 8 of 8 images to evaluate on that were tried cannot be decoded" in text
+    assert "measured on 30" not in text
+    with pytest.raises(DataError, match="8 of 8 images to evaluate on"):
+        check_dry_run(change_settings(config, {"evaluation.every_epochs": 1}), 1, ["cpu"])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from PIL import Image
 from dmtjepa.checkpoint_format import CheckpointError
 from dmtjepa.data import open_images
 from dmtjepa.data.fingerprint import ImageList, describe_change
-from dmtjepa.data.loaders.torchvision import TorchvisionLoader
+from dmtjepa.data.loaders.pil import PilLoader
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.images import check_images
 from dmtjepa.training.launch import launch
@@ -95,7 +95,7 @@ def test_resume_with_other_images_is_refused_until_it_is_allowed(folder, setting
             **values | {"data.batch_size": 8, "data.loader": "auto", "runtime.save_every_steps": 1} | changes
         )
 
-    def stop(loader, epoch, step=0, epoch_of=TorchvisionLoader.epoch):
+    def stop(loader, epoch, step=0, epoch_of=PilLoader.epoch):
         for number, images in enumerate(epoch_of(loader, epoch, step)):
             if epoch == 1 and number + step == 1:
                 raise KeyError("stopped here")
@@ -103,7 +103,7 @@ def test_resume_with_other_images_is_refused_until_it_is_allowed(folder, setting
 
     monkeypatch.setattr("dmtjepa.data.build.is_dali_installed", lambda: False)
     with monkeypatch.context() as patch:
-        patch.setattr(TorchvisionLoader, "epoch", stop)
+        patch.setattr(PilLoader, "epoch", stop)
         with pytest.raises(KeyError, match="stopped here"):
             launch(config(), ["cpu"])
     (folder / "00.png").rename(folder / "z.png")
@@ -113,7 +113,7 @@ def test_resume_with_other_images_is_refused_until_it_is_allowed(folder, setting
     assert losses(config()) == rows  # nothing was written
     (folder / "z.png").rename(folder / "00.png")
     with monkeypatch.context() as patch:
-        patch.setattr(TorchvisionLoader, "name", "dali")
+        patch.setattr(PilLoader, "name", "dali")
         with pytest.raises(CheckpointError, match="the loader: pil there, dali now"):
             launch(config(), ["cpu"])
     (folder / "00.png").rename(folder / "z.png")

@@ -13,7 +13,7 @@ from dmtjepa.evaluation.subject import find_subject
 from dmtjepa.interop import read_checkpoint
 from dmtjepa.interop.sources import find_source
 from dmtjepa.run_folder import RunFolder
-from dmtjepa.training.check import find_initial_weights
+from dmtjepa.training.check import check_start, find_initial_weights
 from dmtjepa.training.launch import launch
 
 
@@ -54,6 +54,18 @@ def test_a_folder_that_holds_no_weights_is_refused_by_name(settings, tmp_path):
     config = settings(**{"meta.load_checkpoint": True, "meta.read_checkpoint": str(tmp_path)})
     with pytest.raises(ConfigError, match=f"meta.read_checkpoint: {tmp_path} is no run folder"):
         find_initial_weights(config, RunFolder.from_config(config))
+
+
+def test_weights_that_are_not_there_are_named_as_they_were_given(settings, tmp_path, monkeypatch):
+    """Not as a path below the run folder, where they are looked for, too; and with what is beside them."""
+    monkeypatch.chdir(tmp_path)
+    config = settings(**{"meta.load_checkpoint": True, "meta.read_checkpoint": "runs/a/jepa-ep9.pth.tar"})
+    with pytest.raises(ConfigError, match=r"no runs/a/jepa-ep9\.pth\.tar, nor below logging\.folder; name a run"):
+        check_start(config, 1, "cpu")
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/jepa-ep2.pth.tar").touch()
+    with pytest.raises(ConfigError, match=r"logging\.folder; runs/a holds jepa-ep2\.pth\.tar$"):
+        check_start(config, 1, "cpu")
 
 
 @pytest.mark.slow

@@ -31,6 +31,21 @@ from dmtjepa.training.parallelize import (
 from tests.helpers.ranks import run_ranks
 
 
+@pytest.mark.parametrize("autotune", [False, True])
+def test_the_products_of_the_teacher_alone_are_tuned_and_only_on_request(settings, autotune):
+    config = settings(**{"runtime.autotune_teacher": autotune})
+    plan, model = ComputePlan.from_config(config, "cuda"), build_model(config)
+    tuned = []
+
+    def compiler(function, **options):
+        if options.get("mode") == "max-autotune-no-cudagraphs":
+            tuned.append(function.__self__)
+        return function
+
+    compile_blocks(model, compiler, autotune_teacher=plan.autotune_teacher)
+    assert tuned == (list(model.teacher_encoder.blocks) if autotune else [])
+
+
 @pytest.mark.slow
 def test_at_most_two_graphs_per_kind_of_block_over_100_mask_shapes(settings):
     config = settings(**{"data.crop_size": 56, "data.batch_size": 2, "mask.context_cut": "rank"})

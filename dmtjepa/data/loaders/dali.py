@@ -1,4 +1,4 @@
-"""The DALI loader: the same samples and crops as with torchvision, decoded by DALI, on the GPU if there is one.
+"""The DALI loader: the same samples and crops as with the loader `pil`, decoded by DALI, on the GPU if there is one.
 
 The order of images and their crop boxes come from sampling.py and not from DALI's readers. DALI gets encoded bytes and
 boxes, and decodes no more of a JPEG than its box.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dmtjepa.evaluation.formatting import accuracy_error
+from dmtjepa.evaluation.gains import accuracy_error
 
 FEATURES = ("trained", "student", "start", "untrained", "pixels")
 BASELINES = ("untrained", "pixels")

@@ -1,4 +1,4 @@
-"""The DALI loader against the torchvision loader: same samples, same boxes, the same pixels within a tolerance."""
+"""The loader `dali` against `pil`: same samples, same boxes, the same pixels within a tolerance."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Te
     ],
     ids=["plain", "flip", "color"],
 )
-def test_pixels_agree_with_torchvision(settings: DataSettings, changes: dict):
+def test_pixels_agree_with_pil(settings: DataSettings, changes: dict):
     """Stated in docs/data.md: on a CPU at most 2 grey levels, 0.1 on average, before colours are distorted."""
-    theirs = batches(settings.model_copy(update={"loader": "torchvision", **changes}))
+    theirs = batches(settings.model_copy(update={"loader": "pil", **changes}))
     apart = difference(batches(use(settings, **changes)), theirs)
     assert apart.mean() < 0.1
     assert apart.max() <= (2 if "use_color_distortion" not in changes else 8)
@@ -87,7 +87,7 @@ def _whole_graph(monkeypatch):
 @pytest.mark.usefixtures("_whole_graph")
 def test_resize_within_dali_agrees_too(settings: DataSettings):
     flipped = use(settings, use_horizontal_flip=True)
-    theirs = batches(flipped.model_copy(update={"loader": "torchvision"}))
+    theirs = batches(flipped.model_copy(update={"loader": "pil"}))
     ours = batches(flipped)
     assert ours[0].is_contiguous()
     apart = difference(ours, theirs)
@@ -101,11 +101,11 @@ def photographs(tmp_path: Path, monkeypatch) -> DataSettings:
         pytest.skip("DMTJEPA_TEST_DATA is not set")
     monkeypatch.setenv("DMTJEPA_CACHE", str(tmp_path))
     sample = os.path.join(os.environ["DMTJEPA_TEST_DATA"], "imagenet-sample-250.tar")
-    return DataSettings(root_path=sample, batch_size=50, num_workers=2, loader="torchvision")
+    return DataSettings(root_path=sample, batch_size=50, num_workers=2, loader="pil")
 
 
 @pytest.mark.slow
-def test_photographs_agree_with_torchvision(photographs: DataSettings):
+def test_photographs_agree_with_pil(photographs: DataSettings):
     apart = difference(batches(use(photographs)), batches(photographs))
     assert apart.mean() < 0.1
     assert apart.max() <= 2
@@ -235,7 +235,7 @@ def test_a_stalled_read_ends_the_run_with_its_cause(settings: DataSettings, monk
     assert Stall(settings.path).name(11) in str(error.value)
 
 
-def test_where_dali_does_not_work_auto_takes_torchvision(settings: DataSettings, monkeypatch, caplog):
+def test_where_dali_does_not_work_auto_takes_pil(settings: DataSettings, monkeypatch, caplog):
     from dmtjepa.data.loaders import dali_pipeline
 
     def fail(self: object) -> None:
@@ -245,14 +245,14 @@ def test_where_dali_does_not_work_auto_takes_torchvision(settings: DataSettings,
     with pytest.raises(DataError, match=r"DALI cannot start on cpu, set data\.loader: pil \(CUDA driver"):
         build_loader(use(settings), seed=0)
     loader = build_loader(use(settings, loader="auto", num_workers=0), seed=0)
-    assert type(loader).__name__ == "TorchvisionLoader"
+    assert type(loader).__name__ == "PilLoader"
     assert "does not work here" in caplog.text
 
 
 def test_auto_takes_dali(settings: DataSettings, monkeypatch):
     assert type(build_loader(use(settings, loader="auto"), seed=0)).__name__ == "DaliLoader"
     monkeypatch.setattr("dmtjepa.data.build.is_dali_installed", lambda: False)
-    assert type(build_loader(use(settings, loader="auto"), seed=0)).__name__ == "TorchvisionLoader"
+    assert type(build_loader(use(settings, loader="auto"), seed=0)).__name__ == "PilLoader"
 
 
 def test_an_error_that_is_no_images_fault_is_raised(settings: DataSettings, monkeypatch):
@@ -267,7 +267,7 @@ def test_an_error_that_is_no_images_fault_is_raised(settings: DataSettings, monk
 @pytest.mark.gpu
 def test_on_a_gpu_pixels_agree_and_memory_is_not_reused_too_early(settings: DataSettings):
     device = torch.device("cuda", 0)
-    theirs = batches(settings.model_copy(update={"loader": "torchvision", "use_horizontal_flip": True}))
+    theirs = batches(settings.model_copy(update={"loader": "pil", "use_horizontal_flip": True}))
     ours = batches(use(settings, use_horizontal_flip=True), device=device)
     assert ours[0].device == device
     assert ours[0].is_contiguous()

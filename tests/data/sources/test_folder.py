@@ -113,7 +113,7 @@ def test_names_that_are_not_utf8_survive_from_listing_to_message(tmp_path: Path,
     for number in range(4):
         with open(folder + b"/%d-\xff\xe9.png" % number, "wb") as file:
             file.write(b"no image")
-    settings = DataSettings(root_path=os.fsdecode(folder), batch_size=4, loader="torchvision", num_workers=0)
+    settings = DataSettings(root_path=os.fsdecode(folder), batch_size=4, loader="pil", num_workers=0)
     with pytest.raises(DataError) as error:
         next(build_loader(settings, seed=0).epoch(0))
     for text in (str(error.value), caplog.text):
@@ -162,7 +162,7 @@ def test_names_round_trip():
 
 def test_missing_empty_and_small_folders(tmp_path: Path):
     def build(path: Path | str, **changes: object) -> None:
-        build_loader(DataSettings(root_path=str(path), loader="torchvision", num_workers=0, **changes), seed=0)
+        build_loader(DataSettings(root_path=str(path), loader="pil", num_workers=0, **changes), seed=0)
 
     with pytest.raises(DataError, match=r"nowhere does not exist.*data\.image_folder"):
         build(tmp_path / "nowhere")
@@ -209,7 +209,7 @@ def test_what_may_not_be_read_is_named(monkeypatch):
             touch(folder / "inner" / f"{name}.png")
         (folder / "inner" / "b.png").chmod(0)
         settings = DataSettings(
-            root_path=str(folder), batch_size=2, crop_size=8, max_broken=1, num_workers=0, loader="torchvision"
+            root_path=str(folder), batch_size=2, crop_size=8, max_broken=1, num_workers=0, loader="pil"
         )
         with permissions():
             loader = build_loader(settings, seed=0)

@@ -1,4 +1,4 @@
-"""The torchvision loader: pixels, order, resume, corrupt images, dead and stalled workers."""
+"""The loader `pil`: pixels, order, resume, corrupt images, dead and stalled workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from torchvision.transforms.v2 import functional as F
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, FolderSource, build_loader
 from dmtjepa.data.loaders.base import wait_for_progress
-from dmtjepa.data.loaders.torchvision import _PREFETCH, TorchvisionLoader
+from dmtjepa.data.loaders.pil import _PREFETCH, PilLoader
 from dmtjepa.data.sampling import FLIP_DRAW, SampleOrder, choose_crop, draw_uniforms
 from tests.helpers.images import LOADERS
 
@@ -33,6 +35,12 @@ def batches(settings: DataSettings, epoch: int = 0, start_step: int = 0, **optio
     result = list(loader.epoch(epoch, start_step))
     loader.close()
     return result
+
+
+def test_each_loader_has_the_name_of_its_setting():
+    names = set(get_args(DataSettings.model_fields["loader"].annotation)) - {"auto"}
+    assert all(find_spec(f"dmtjepa.data.loaders.{name}") for name in names)
+    assert PilLoader.__module__.endswith(f".{PilLoader.name}")
 
 
 def test_pixels_are_torchvisions_on_the_same_box(settings: DataSettings):
@@ -168,7 +176,7 @@ class Trap(FolderSource):
     """A source that does something terrible at one image."""
 
     @staticmethod
-    def sprung(loader: TorchvisionLoader) -> bool:
+    def sprung(loader: PilLoader) -> bool:
         return int(loader._maker.progress[0, 1]) == 11
 
     def read(self, image: int) -> bytes:
@@ -184,7 +192,7 @@ class Stall(Trap):
 
 class Die(Trap):
     @staticmethod
-    def sprung(loader: TorchvisionLoader) -> bool:
+    def sprung(loader: PilLoader) -> bool:
         return False  # a death is noticed without a timeout
 
     def spring(self) -> None:
@@ -208,14 +216,14 @@ def test_a_dead_or_stalled_worker_ends_the_run_with_its_cause(
             pass
         return wait_for_progress(done, count_progress, timeout)
 
-    monkeypatch.setattr("dmtjepa.data.loaders.torchvision.wait_for_progress", wait)
+    monkeypatch.setattr("dmtjepa.data.loaders.pil.wait_for_progress", wait)
     with pytest.raises(DataError, match=cause) as error:
         list(loader.epoch(0))
     assert loader.num_images == 30
     assert trap(settings.path).name(11) in str(error.value)
 
 
-def started(settings: DataSettings) -> tuple[TorchvisionLoader, Iterator[torch.Tensor]]:
+def started(settings: DataSettings) -> tuple[PilLoader, Iterator[torch.Tensor]]:
     """A loader whose worker has loaded as many batches ahead as it may, and the rest of its epoch."""
     loader = build_loader(settings.model_copy(update={"num_workers": 1}), seed=0)
     images = loader.epoch(0)

@@ -117,7 +117,7 @@ class _Requests(Sampler[Any]):
         return self._order.requests(self._epoch, self._step)
 
 
-class TorchvisionLoader(Loader):
+class PilLoader(Loader):
     """Batches in the memory of the CPU, pinned if asked for."""
 
     name = "pil"
