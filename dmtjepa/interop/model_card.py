@@ -145,6 +145,8 @@ def _describe(shape: EncoderShape, image_size: tuple[int, int] | None, origin: O
     if origin.config is not None:
         dmt = origin.config.patch.local_agg_head
         method = f" with {'DMT-JEPA (arXiv 2405.17995)' if dmt else 'I-JEPA (arXiv 2301.08243)'}"
+        if origin.config.optimization.context_loss:
+            method += " and a loss on the visible patches (arXiv 2603.14482)"
     held = " and ".join(f"the {PARTS[part]}" for part in parts)
     return (
         f"An image encoder without class token, trained without labels{method}: {held}. Width {shape.embed_dim}, "

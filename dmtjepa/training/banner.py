@@ -71,6 +71,8 @@ def describe_start(
     data, runtime, optimization = config.data, config.runtime, config.optimization
     plan = ComputePlan.from_config(config, device.type)
     method = "I-JEPA" if not config.patch.local_agg_head else f"DMT-JEPA, patch.query {config.patch.query}"
+    if optimization.context_loss:
+        method += f", context loss {optimization.context_loss:g}"
     height, width = data.image_size
     processes = _count(world_size, "process", "processes")
     num_steps = optimization.epochs * steps_per_epoch

@@ -19,7 +19,7 @@ def test_no_step_between_two_logged_ones_waits_for_the_device(start_on):
     options = (*(f"-p{plugin}" for plugin in plugins), "-k", "waits_for_the_device or graphs_give_the_losses")
     ended = start_on(sys.executable, "-m", "pytest", HERE.parent / "training" / "test_gpu.py", *options).end()
     assert ended.code == 0, ended.output
-    assert "11 passed" in ended.output
+    assert "13 passed" in ended.output
 
 
 def test_main_trains_and_goes_on(main_py, settings):

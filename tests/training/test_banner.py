@@ -29,11 +29,13 @@ def test_facts_of_a_start(settings, image_folder):
     assert lines["run"] == f"{config.logging.folder}, new"
     resumed = describe_start(config, open_images(image_folder), steps_per_epoch=2, step=4, **facts)
     assert resumed.endswith("resumes at step 4")
-    single = settings(**{"data.batch_size": 8, "data.num_workers": 1, "optimization.epochs": 1})
+    changes = {"optimization.epochs": 1, "optimization.context_loss": 0.5}
+    single = settings(**{"data.batch_size": 8, "data.num_workers": 1} | changes)
     text = describe_start(single, open_images(image_folder), steps_per_epoch=1, **facts | {"world_size": 1})
     assert "DALI, 1 worker for each process" in text
     assert "8 images = 8 x 1 process\n" in text
     assert "1 epoch of 1 step, 1 in all" in text
+    assert "(DMT-JEPA, patch.query image, context loss 0.5)" in text
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -57,6 +57,8 @@ def _no_waiting(monkeypatch):
         {"mask.pack": True},
         {"mask.pack": True, "runtime.attention": "sdpa"},
         {"patch.local_agg_head": False},
+        {"optimization.context_loss": 0.5},
+        {"optimization.context_loss": 0.5, "mask.pack": True},
         {"runtime.teacher_precision": "fp8"},
         {"runtime.kernels": "torch"},
         {"runtime.fused_update": True, "optimization.clip_grad": 1.0},

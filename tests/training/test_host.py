@@ -107,6 +107,7 @@ def test_a_step_that_reads_its_loss_is_noticed(settings, monkeypatch):
                 {"patch.local_agg_head": False},
                 {"optimization.clip_grad": 1.0},
                 {"mask.pack": True},
+                {"mask.pack": True, "optimization.context_loss": 0.5},
                 {"runtime.teacher_precision": "fp8"},
             )
         ),
