@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -354,3 +355,14 @@ def test_gpu_check_runs_every_test_that_needs_a_gpu(tmp_path):
     marked = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/*.py") if "mark.gpu" in path.read_text()}
     assert len(marked) >= 8
     assert all(any(name.startswith(path) for path in paths) for name in marked - {"tests/benchmarks/test_programs.py"})
+
+
+def test_gpu_check_imports_no_test_that_needs_more_than_is_carried(tmp_path):
+    """On a bare machine one test module that cannot be imported would end the whole step."""
+    words = {
+        word for step in gpu_check.steps(tmp_path, None, None) for word in step.command if word.startswith("tests/")
+    }
+    paths = {path for word in words for path in [ROOT / word, *(ROOT / word).rglob("test_*.py")] if path.is_file()}
+    assert len(paths) >= 15
+    missing = re.compile(r"^(from|import) (tensorboard|matplotlib|scipy|sklearn|timm|transformers)\b", re.MULTILINE)
+    assert [path for path in paths if missing.search(path.read_text())] == []
