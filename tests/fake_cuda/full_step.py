@@ -13,8 +13,8 @@ from benchmarks.step.runs import Run
 from benchmarks.workloads import Workload
 from dmtjepa.training.distributed import check_device, process_group
 from dmtjepa.training.estimate import memory_bytes
-from tests.fake_cuda.extreme_masks import extreme_masks
 from tests.helpers import no_machine_code  # noqa: F401
+from tests.helpers.extreme_masks import extreme_masks
 
 STEPS = 12  # of different masks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.workloads import parse_workload
-from tests.fake_cuda.extreme_masks import context_bounds
+from tests.helpers.extreme_masks import context_bounds
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
