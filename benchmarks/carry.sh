@@ -2,6 +2,7 @@
 # gpu_check on a machine that has torch and Triton, but no package registry.
 #
 #   benchmarks/carry.sh download [--all]   here: wheels of what such a machine lacks, into build/carry (6 MB)
+#   benchmarks/carry.sh list [--all]       their names
 #   benchmarks/carry.sh run --part 1 --out results --archive part1.tar.gz      there, then parts 2 and 3
 #
 # --all adds what a machine with nothing but torch and Triton lacks: numpy, pytest and others (40 MB). PYTHON names the
@@ -11,19 +12,22 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 wheels=build/carry unpacked=$PWD/build/carried
+packages=(pydantic submitit) # and xformers, without torch, which it needs and which is there
+[[ ${2:-} != --all ]] || packages+=(numpy pillow pyyaml tqdm safetensors pytest pytest-timeout hypothesis)
 
 case ${1:-} in
 download)
     version=${PYTHON_VERSION:-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
-    packages=(pydantic submitit)
-    [[ ${2:-} != --all ]] || packages+=(numpy pillow pyyaml tqdm safetensors pytest pytest-timeout hypothesis)
     options=(--quiet --only-binary=:all: --python-version "$version" --implementation cp --dest "$wheels")
     for glibc in 2_28 2_27 2_17 2_12 2_5; do options+=(--platform "manylinux_${glibc}_x86_64"); done
     options+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64 --constraint constraints.txt)
     rm -rf "$wheels"
     "$python" -m pip download "${options[@]}" "${packages[@]}"
-    "$python" -m pip download "${options[@]}" --no-deps xformers # needs torch, which is there
+    "$python" -m pip download "${options[@]}" --no-deps xformers
     du -sh "$wheels"
+    ;;
+list)
+    echo "${packages[@]}" xformers
     ;;
 run)
     if ! compgen -G "$wheels/*.whl" >/dev/null; then
@@ -31,8 +35,8 @@ run)
         exit 1
     fi
     rm -rf "$unpacked"
-    mkdir -p "$unpacked"
-    for wheel in "$wheels"/*.whl; do "$python" -m zipfile -e "$wheel" "$unpacked"; done # pip may not be there
+    unpack='import sys, zipfile; [zipfile.ZipFile(path).extractall(sys.argv[1]) for path in sys.argv[2:]]'
+    "$python" -c "$unpack" "$unpacked" "$wheels"/*.whl # pip may not be there
     PYTHONPATH=$unpacked:$PWD exec "$python" -m benchmarks.gpu_check "${@:2}"
     ;;
 *)

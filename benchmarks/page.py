@@ -16,12 +16,26 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.goals import decide
-from benchmarks.predictions import OPERATORS_HUGE, PREDICTIONS
-from benchmarks.step import profile, speed
+from benchmarks.predictions import OPERATORS_HUGE, PREDICTIONS, kernel_groups
+from benchmarks.step import profile, runs, speed
 from benchmarks.tables import number
+from benchmarks.workloads import parse_workload
 
 Columns = dict[str, Callable[[dict], str]]
 NUM_OPERATORS = 25  # of a profile, those that take most time
+# Names of operators in a profile, by the groups of `predictions.kernel_groups`; the first that fits counts.
+PROFILED = {
+    "all products": r"aten::(addmm|mm|bmm)$",
+    "attention": r"aten::_flash_attention",
+    "LayerNorm and residual": r".*native_layer_norm|triton_poi_fused_add_view",
+    "qkv gradients": r"triton_poi_fused_stack",
+    "bias gradients": r"triton_(red|per)_fused_.*sum|aten::sum$",
+    "GELU": r".*gelu",
+    "update": r"aten::(_fused_adamw_|_foreach_|_chunk_cat|copy_)",
+    "operators": r"(GeneratedBackwardFor_)?dmtjepa",
+    "others": "",
+}
+PRODUCTS = r"(teacher|student): |heads and embeddings"
 
 
 def markdown_table(columns: Columns, rows: Sequence[dict], num_names: int) -> list[str]:
@@ -72,6 +86,65 @@ def profile_tables(document: dict) -> Iterator[list[str]]:
         f"profiled. Ceilings: {document['product_tflop_per_s']:.0f} TFLOP/s, {document['copy_gb_per_s']:.0f} GB/s."
     ]
     yield markdown_table(profile.COLUMNS, document["rows"][:NUM_OPERATORS], 1)
+    for text in ("vit_huge:128", "vit_base:256"):
+        yield from group_tables(document, text)
+
+
+def group_tables(document: dict, text: str) -> Iterator[list[str]]:
+    """The groups of a step of the workload `text`, predicted for an H100, beside the profile if that is of it."""
+    workload = parse_workload(text)
+    steps = range(runs.CHECKED_STEPS, runs.CHECKED_STEPS + 3)  # those of a profile
+    rows = [
+        {"name": group.name, "flops": group.flops, "bytes": group.bytes, "kernel_bytes": group.kernel_bytes}
+        | {"ceiling": group.seconds(with_kernels=False), "kernels": group.seconds(with_kernels=True)}
+        for group in kernel_groups(workload, steps)
+    ]
+    products = [row for row in rows if re.match(PRODUCTS, row["name"])]
+    rows.append(sum_rows("all products", products))
+    if text == "vit_huge:128":
+        seconds = sum(OPERATORS_HUGE.values()) / 1e6
+        rows.append({"name": "operators", "ceiling": seconds, "kernels": seconds})
+    total = sum_rows("all", [row for row in rows if row["name"] != "all products"])
+    profiled = document["rows"] if document["workload"] == workload.name else []
+    measured = profile_groups(profiled)
+    rows.append({"name": "others"})
+    for row in rows:
+        row |= measured.get(row["name"], {})
+    if profiled:
+        total["ms"] = sum(row["ms"] for row in profiled)
+    columns: Columns = {
+        "group": lambda row: row["name"],
+        "GFLOP": number("flops", "{:.0f}", 1e-9),
+        "GB": number("bytes", "{:.1f}", 1e-9),
+        "with kernels": number("kernel_bytes", "{:.1f}", 1e-9),
+        "H100 predicted, ms: ceiling": number("ceiling", "{:.1f}", 1e3),
+        "with kernels, ms": number("kernels", "{:.1f}", 1e3),
+        "measured, GFLOP": number("gflop", "{:.0f}"),
+        "measured, ms": number("ms", "{:.1f}"),
+    }
+    yield [
+        f"**Predictions by groups of kernels** for {workload.name} on an H100, means of {len(steps)} steps "
+        "(bytes of heads and embeddings are not counted)"
+        + (", beside the profile above:" if profiled else "; it has not been profiled:")
+    ]
+    yield markdown_table(columns, [*rows, total], 1)
+
+
+def sum_rows(name: str, rows: Sequence[dict]) -> dict:
+    keys = ("flops", "bytes", "kernel_bytes", "ceiling", "kernels")
+    return {"name": name} | {key: sum(row.get(key, 0.0) for row in rows) for key in keys}
+
+
+def profile_groups(rows: Sequence[dict]) -> dict[str, dict]:
+    """Milliseconds and GFLOP of the operators of a profile by the groups of `PROFILED`."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        name = next(name for name, pattern in PROFILED.items() if re.match(pattern, row["operator"]))
+        group = found.setdefault(name, {"ms": 0.0, "gflop": None})
+        group["ms"] += row["ms"]
+        if row["gflop"]:
+            group["gflop"] = (group["gflop"] or 0.0) + row["gflop"]
+    return found
 
 
 def attention_tables(document: dict) -> Iterator[list[str]]:

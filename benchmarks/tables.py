@@ -53,6 +53,8 @@ def save(out: Path | None, name: str, device: str, rows: list[dict], *, plot: Ca
         figure = Figure(figsize=(9, 1 + 0.35 * min(25, max(8, len(rows)))), layout="constrained")
         plot(figure.add_subplot(), rows)
         figure.savefig(path.with_suffix(".png"), dpi=120)
+    except ModuleNotFoundError as error:
+        print(f"no plot: {error}")
     except Exception:  # the results are written: a benchmark must not fail because of its plot
         traceback.print_exc()
 

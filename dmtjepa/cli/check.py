@@ -36,6 +36,13 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "dmtjepa check")
         "--max-value", type=float, metavar="VALUE", help="as data.max_value: what counts as 1, of more than 8 bits"
     )
     parser.add_argument(
+        "--max-megapixels",
+        type=float,
+        metavar="N",
+        default=100,
+        help="as data.max_megapixels: larger images count as unreadable (%(default)s)",
+    )
+    parser.add_argument(
         "--measured",
         type=int,
         metavar="N",
@@ -45,6 +52,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "dmtjepa check")
     options = parser.parse_args(arguments)
     if options.max_value is not None and options.max_value <= 0:
         parser.error("--max-value must be larger than 0")
+    if not 0 < options.max_megapixels <= 178:  # PIL decodes no larger ones
+        parser.error("--max-megapixels must be larger than 0 and at most 178")
     if options.workers < 1 or options.channels < 1 or options.measured < 0:
         parser.error("--workers and --channels must be at least 1, --measured at least 0")
     return run_command(lambda: report(options))
@@ -61,6 +70,7 @@ def report(options: argparse.Namespace) -> int:
             options.workers,
             channels=options.channels,
             max_value=options.max_value,
+            max_megapixels=options.max_megapixels,
             max_measured=options.measured,
         )
     except DataError as error:

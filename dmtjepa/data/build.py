@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dmtjepa.config import DataSettings, as_file_name
+from dmtjepa.data.decode import MAX_MEGAPIXELS
 from dmtjepa.data.loaders.base import Loader
 from dmtjepa.data.loaders.center_crop import EvaluationLoader
 from dmtjepa.data.loaders.pil import PilLoader
@@ -130,6 +131,7 @@ def build_eval_loader(
     num_workers: int = 0,
     channels: int = 3,
     max_value: float | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> EvaluationLoader:
     """Build a loader that gives every image once, in order, cropped at the centre.
 
@@ -140,8 +142,17 @@ def build_eval_loader(
         num_workers: processes that read images; 0: this one.
         channels: of the images.
         max_value: what counts as 1 in images of more than 8 bits; None: see `data.max_value`.
+        max_megapixels: larger images, by the size that they declare, are left out.
     """
     if isinstance(source, (str, os.PathLike)):
         source = open_images(source)
     size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-    return EvaluationLoader(source, size, batch_size, num_workers=num_workers, channels=channels, max_value=max_value)
+    return EvaluationLoader(
+        source,
+        size,
+        batch_size,
+        num_workers=num_workers,
+        channels=channels,
+        max_value=max_value,
+        max_megapixels=max_megapixels,
+    )

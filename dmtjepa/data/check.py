@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data import DataError, ImageSource
-from dmtjepa.data.decode import CorruptImage, Picture, decode_image, read_kind, tell_reason
+from dmtjepa.data.decode import MAX_MEGAPIXELS, CorruptImage, Picture, decode_image, read_kind, tell_reason
 from dmtjepa.data.sources.base import make_printable
 from dmtjepa.processes import enter_worker
 
@@ -99,10 +99,17 @@ def _join_names(names: list[str]) -> str:
     return " = ".join(names[:_MAX_NAMES]) + more
 
 
-def examine(data: bytes, channels: int = 3, max_value: float | None = None, *, measured: bool = False) -> Finding:
+def examine(
+    data: bytes,
+    channels: int = 3,
+    max_value: float | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    *,
+    measured: bool = False,
+) -> Finding:
     """Decode an image and describe it; if `measured`, with the moments of its pixels."""
     try:
-        picture = decode_image(data, channels=channels, max_value=max_value)
+        picture = decode_image(data, max_megapixels, channels, max_value)
         form, mode = read_kind(data)
         digest = hashlib.blake2b(data, digest_size=16).digest()
         moments = _measure(picture) if measured else None
@@ -145,22 +152,24 @@ def check_sample(source: ImageSource, settings: DataSettings, *, evaluated: bool
     logger.warning("%s. %s. %s", found, "Evaluations leave them out" if evaluated else limit, listed)
 
 
-# Of this worker process: images, channels, max_value, and every how many images are measured.
-_task: tuple[ImageSource, int, float | None, int]
+_Limits = tuple[int, float | None, float]
+
+# Of this worker process: images; channels, max_value and max_megapixels; and every how many images are measured.
+_task: tuple[ImageSource, _Limits, int]
 
 
-def _init_worker(source: ImageSource, channels: int, max_value: float | None, stride: int, parent: int) -> None:
+def _init_worker(source: ImageSource, limits: _Limits, stride: int, parent: int) -> None:
     global _task
-    _task = source, channels, max_value, stride
+    _task = source, limits, stride
     enter_worker(parent)
 
 
 def _examine_chunk(start: int) -> list[Finding]:
     findings = []
-    source, channels, max_value, stride = _task
+    source, limits, stride = _task
     for image in range(start, min(start + _CHUNK, len(source))):
         try:
-            findings.append(examine(source.read(image), channels, max_value, measured=image % stride == 0))
+            findings.append(examine(source.read(image), *limits, measured=image % stride == 0))
         except OSError as error:
             findings.append(Finding(reason=tell_reason(error)))
     return findings
@@ -172,21 +181,21 @@ def check(
     *,
     channels: int = 3,
     max_value: float | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
     max_measured: int = 2_000,
 ) -> Report:
     """Read and decode every image of a source with `num_workers` processes.
 
     Args:
-        channels, max_value: of the images, see `decode_image`.
+        channels, max_value, max_megapixels: of the images, see `decode_image`.
         max_measured: the pixels of about this many images, evenly spaced, are measured.
     """
     stride = max(1, -(-len(source) // max_measured)) if max_measured else len(source) + 1
     report = Report(len(source), len(source.class_names))
     sizes, digests = [], defaultdict(list)
     starts = range(0, len(source), _CHUNK)
-    pool = ProcessPoolExecutor(
-        num_workers, initializer=_init_worker, initargs=(source, channels, max_value, stride, os.getpid())
-    )
+    limits = channels, max_value, max_megapixels
+    pool = ProcessPoolExecutor(num_workers, initializer=_init_worker, initargs=(source, limits, stride, os.getpid()))
     with pool, tqdm(total=len(source), unit=" images", disable=None) as bar:
         try:
             for start, findings in zip(starts, pool.map(_examine_chunk, starts), strict=True):

@@ -10,7 +10,7 @@ import warnings
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dmtjepa.data.resources import check_resources, is_memory_error, is_memory_left
 
@@ -76,6 +76,9 @@ def decode_image(
             return convert_channels(image, channels, max_value)
     except CorruptImage:
         raise
+    except UnidentifiedImageError as error:
+        check_resources(error)
+        raise CorruptImage("not an image that PIL can read") from error
     except Exception as error:  # the plugins of PIL raise nearly every type on damaged input
         check_resources(error)
         reason = re.sub(r"<_io\.BytesIO[^>]*>", "", str(error))  # PIL names the object that it reads

@@ -43,15 +43,21 @@ class EvaluationContext:
 
     def build_loader(self, source: ImageSource) -> EvaluationLoader:
         """A loader of all images of `source`, cropped as the settings say."""
-        data, batch_size = self.config.data, self.config.evaluation.batch_size
-        return build_eval_loader(
-            source,
-            data.image_size,
-            batch_size,
-            num_workers=self.num_workers,
-            channels=data.channels,
-            max_value=data.max_value,
-        )
+        return build_split_loader(source, self.config, num_workers=self.num_workers)
+
+
+def build_split_loader(source: ImageSource, config: Config, *, num_workers: int = 0) -> EvaluationLoader:
+    """A loader of images that are measured. All that the settings say of images is passed on here, and only here."""
+    data = config.data
+    return build_eval_loader(
+        source,
+        data.image_size,
+        config.evaluation.batch_size,
+        num_workers=num_workers,
+        channels=data.channels,
+        max_value=data.max_value,
+        max_megapixels=data.max_megapixels,
+    )
 
 
 def load_encoders(

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from dmtjepa.config import Config, ConfigError, expand_path
-from dmtjepa.data import DataError, build_eval_loader
+from dmtjepa.data import DataError
 from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.data.sources.huggingface import is_reference
-from dmtjepa.evaluation.context import EvaluationContext
+from dmtjepa.evaluation.context import EvaluationContext, build_split_loader
 from dmtjepa.evaluation.errors import EvaluationError, NotMeasuredError
 from dmtjepa.evaluation.features import autocast, average_fields, average_patches, last_layers
 from dmtjepa.evaluation.figure_data import add_nearest, collect_figure_data
@@ -252,14 +252,7 @@ class Evaluator:
         """Features of the images of this rank: pooled and with layout, or, if `dense`, of patches, and the masks."""
         part, config = _Part(), self._config
         mine = self._ranks.take_part(source)
-        loader = build_eval_loader(
-            mine,
-            config.data.image_size,
-            config.evaluation.batch_size,
-            num_workers=self._num_workers,
-            channels=config.data.channels,
-            max_value=config.data.max_value,
-        )
+        loader = build_split_loader(mine, config, num_workers=self._num_workers)
         for images, labels, names in loader if len(mine) else ():
             self._on_progress()
             for name, encoder in encoders.items():

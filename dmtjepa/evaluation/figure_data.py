@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmtjepa.config import Config
-from dmtjepa.data import build_eval_loader
-from dmtjepa.evaluation.context import EvaluationContext
+from dmtjepa.evaluation.context import EvaluationContext, build_split_loader
 from dmtjepa.evaluation.features import average_patches, extract_patches
 from dmtjepa.evaluation.figures import FigureData
 from dmtjepa.evaluation.retrieval import FeaturedImages, find_nearest
@@ -84,14 +83,12 @@ def load_shown(context: EvaluationContext) -> tuple[Tensor, Tensor | None, list[
 
     Those that are corrupt are left out.
     """
-    source, data = subsample(context.splits.validation, NUM_SHOWN), context.config.data
-    batches = list(
-        build_eval_loader(source, data.image_size, NUM_SHOWN, channels=data.channels, max_value=data.max_value)
-    )
+    batches = list(build_split_loader(subsample(context.splits.validation, NUM_SHOWN), context.config))
     if not batches:
         return torch.empty(0), None, []
-    images, labels, names = batches[0]
-    return images, labels, names
+    images, labels, names = zip(*batches, strict=True)
+    known = [part for part in labels if part is not None]
+    return torch.cat(images), torch.cat(known) if known else None, [name for part in names for name in part]
 
 
 def add_nearest(figures: FigureData, context: EvaluationContext, gallery: FeaturedImages) -> FigureData:

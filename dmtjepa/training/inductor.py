@@ -46,6 +46,10 @@ def configure_inductor() -> None:
     """Set the options of this module; call it before the first compilation of a process."""
     fuse_reductions_of_any_size()
     hold_rows_in_registers()
+    # Inductor would consider padding matrices of 12 heads to a multiple of 8. It decides by the number of patches,
+    # and compiles the context head again on the other side of a limit (ViT-B/16: 12 patches or fewer). Nothing else in
+    # blocks and heads has a size to pad.
+    config.shape_padding = False
 
 
 def hold_rows_in_registers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,18 @@ def test_bytes_of_bias_gradients_are_those_of_the_profile():
     steps = range(runs.CHECKED_STEPS, runs.CHECKED_STEPS + 3)
     counted = [predictions.bias_gradient_bytes(parse_workload("vit_huge:128"), step) / 1e9 for step in steps]
     assert sum(counted) / 3 == pytest.approx(sum(measured), rel=0.05)
+
+
+def test_groups_have_the_flops_of_the_profile():
+    profile = json.loads((RESULTS / "nvidia-h200-2026-11-26-profile.json").read_text())
+    measured = page.profile_groups(profile["rows"])
+    assert sum(group["ms"] for group in measured.values()) == pytest.approx(sum(row["ms"] for row in profile["rows"]))
+    steps = range(runs.CHECKED_STEPS, runs.CHECKED_STEPS + 3)
+    groups = predictions.kernel_groups(parse_workload("vit_huge:128"), steps)
+    products = sum(group.flops for group in groups if re.match(page.PRODUCTS, group.name)) / 1e9
+    attention = sum(group.flops for group in groups if group.name == "attention") / 1e9
+    assert products == pytest.approx(measured["all products"]["gflop"], rel=0.01)
+    assert attention == pytest.approx(measured["attention"]["gflop"], rel=0.01)
 
 
 def document(**more) -> dict:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import goals, gpu_check, machine
+from benchmarks import goals, gpu_check, machine, tables
 from benchmarks.operators import speed as operators_speed
 from benchmarks.operators.cases import Case
 from benchmarks.step import host, memory, profile, runs, scaling
@@ -199,6 +201,16 @@ def test_efficiency_against_the_smallest_world(tmp_path):
     assert one["predicted"] > eight["predicted"] > 0.7  # the model's: 8 GPUs of one node lose little
 
 
+def test_results_are_saved_without_a_plot_where_matplotlib_is_not_there(monkeypatch, tmp_path, capsys):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)  # to import it is a ModuleNotFoundError
+    tables.save(tmp_path, "step", "cpu", [{"ms": 1.0}], plot=lambda axes, rows: None)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+    printed = capsys.readouterr()
+    assert "no plot" in printed.out
+    assert "Traceback" not in printed.err  # one for each save would hide the results in a step's last lines
+
+
 def test_union_of_spans():
     assert scaling.covered([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == 4
 
@@ -257,6 +269,61 @@ def test_gpu_check_goes_on_after_a_failure_and_says_what_it_had_no_time_for(gpu_
     assert [(row["name"], row["return_code"]) for row in summary["steps"]] == [("bad", 3), ("good", 0), ("slow", 0)]
 
 
+@pytest.mark.slow
+def test_gpu_check_ends_a_minute_before_its_limit_and_says_what_is_left(gpu_check_on_a_cpu):
+    steps = [step("first", "import time; time.sleep(600)", 600.0), step("second", "print('never')", 600.0)]
+    code, summary, printed = gpu_check_on_a_cpu(steps, "--seconds", str(gpu_check.MARGIN + 7))
+    assert code == 0
+    first, second = summary["steps"]
+    assert [first["return_code"], second["return_code"]] == [None, None]
+    assert 0 < first["seconds"] < gpu_check.MARGIN  # not the 600 that it may take itself
+    assert second["seconds"] == 0
+    assert printed.rstrip().endswith("--only first second")
+
+
+@pytest.mark.slow
+def test_gpu_check_stops_what_a_stopped_step_has_started(tmp_path):
+    """It would use the GPU beside the next step."""
+    script = f"sleep 600 & echo $! > {tmp_path / 'process'}; wait"
+    row = gpu_check.run(gpu_check.Step("outer", ("bash", "-c", script), 7.0), tmp_path, 60.0)
+    assert row["return_code"] is None
+    state = Path(f"/proc/{(tmp_path / 'process').read_text().strip()}/stat")
+    for _ in range(100):  # a process that is killed may still have to be scheduled
+        if gone := not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX":
+            break
+        time.sleep(0.1)
+    assert gone
+
+
+def test_what_matters_most_has_time_in_each_part(tmp_path):
+    """The limits of these steps add up to the time of a call; the steps after them have what is left."""
+    sure = {
+        1: ["operator-tests", "graphs-tests", "attention", "profile", "step"],
+        2: ["base", "large", "profile-base", "small", "host-small"],
+        3: ["operators", "targets", "memory", "training-tests", "other-tests"],
+    }
+    most = gpu_check.TIME_LIMIT - gpu_check.MARGIN
+    found = gpu_check.steps(tmp_path, tmp_path, tmp_path)
+    for part, names in sure.items():
+        chosen = gpu_check.choose(found, None, part)
+        assert [step.name for step in chosen[: len(names)]] == names
+        assert sum(step.seconds for step in chosen[: len(names)]) <= most
+    assert all(step.seconds <= most for step in found)
+
+
+@pytest.mark.parametrize("given", [None, Path("checkout")])
+def test_a_rehearsal_runs_every_step_on_a_tiny_model(tmp_path, given):
+    for real in gpu_check.steps(tmp_path, tmp_path, given):
+        tiny = gpu_check.rehearse(real)
+        assert tiny.command[: len(real.command)] == real.command
+        added = tiny.command[len(real.command) :]
+        for option in ("--workloads", "--workload"):
+            if option in real.command:
+                assert added[added.index(option) + 1] == "vit_nano:2"
+        if "pytest" in real.command:
+            assert added == ("--collect-only",)
+
+
 def test_gpu_check_in_three_parts(tmp_path):
     found = gpu_check.steps(tmp_path, None, None, time_anyway=True)
     parts = [gpu_check.choose(found, None, part) for part in (1, 2, 3)]
@@ -266,7 +333,7 @@ def test_gpu_check_in_three_parts(tmp_path):
     with pytest.raises(SystemExit, match=r"--only other: choose of operator-tests"):
         gpu_check.choose(found, ["other"], None)
     timed = {step.name for step in found if "--time-anyway" in step.command}
-    assert timed == {"step", "others", "small", "huge", "operators", "targets"}
+    assert timed == {"step", "base", "large", "small", "huge", "operators", "targets"}
 
 
 def test_archive_of_results_leaves_out_what_is_largest(tmp_path):
@@ -288,3 +355,14 @@ def test_gpu_check_runs_every_test_that_needs_a_gpu(tmp_path):
     marked = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/*.py") if "mark.gpu" in path.read_text()}
     assert len(marked) >= 8
     assert all(any(name.startswith(path) for path in paths) for name in marked - {"tests/benchmarks/test_programs.py"})
+
+
+def test_gpu_check_imports_no_test_that_needs_more_than_is_carried(tmp_path):
+    """On a bare machine one test module that cannot be imported would end the whole step."""
+    words = {
+        word for step in gpu_check.steps(tmp_path, None, None) for word in step.command if word.startswith("tests/")
+    }
+    paths = {path for word in words for path in [ROOT / word, *(ROOT / word).rglob("test_*.py")] if path.is_file()}
+    assert len(paths) >= 15
+    missing = re.compile(r"^(from|import) (tensorboard|matplotlib|scipy|sklearn|timm|transformers)\b", re.MULTILINE)
+    assert [path for path in paths if missing.search(path.read_text())] == []

@@ -67,6 +67,12 @@ def test_images_above_the_limit_are_refused_by_both_loaders(tmp_path: Path, load
     loader.close()
 
 
+def test_the_check_of_a_data_set_has_the_limit_of_a_run(image_folder: Path, capsys):
+    """The images have thousands of pixels, the limit is a thousand."""
+    assert check.main([str(image_folder), "--workers", "1", "--max-megapixels", "0.001"]) == 1
+    assert capsys.readouterr().out.count("pixels exceed data.max_megapixels = 0.001") == 30
+
+
 def test_the_memory_that_is_left_is_found_out():
     """In a fresh process with room for 64 MiB more: a process that has freed much can allocate that again."""
     program = """

@@ -6,13 +6,18 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dmtjepa.config import parse_config
+from dmtjepa.evaluation.context import EvaluationContext
 from dmtjepa.evaluation.evaluator import Evaluator, open_splits
+from dmtjepa.evaluation.figure_data import load_shown
 from dmtjepa.evaluation.ranks import Ranks
-from dmtjepa.models import VisionTransformer
+from dmtjepa.evaluation.splits import find_splits
+from dmtjepa.models import ARCHITECTURES, VisionTransformer
 from dmtjepa.objective import build_model
 from dmtjepa.training.distributed import new_gloo_group, process_group
 from tests.helpers.ranks import run_ranks
@@ -93,3 +98,25 @@ def test_tasks_and_rows_of_one_rank_need_no_group():
     assert ranks.run([lambda: 1, lambda: 2]) == [1, 2]
     assert ranks.gather_on(0, [torch.ones(2, 3), torch.zeros(1, 3)]).shape == (3, 3)
     assert len(ranks.gather_on(0, [])) == len(ranks.gather([])) == 0
+
+
+@pytest.mark.parametrize("settings", [{"max_megapixels": 0.001}, {"max_value": 1000}, {"channels": 1}])
+def test_every_evaluation_reads_images_as_the_settings_say(tmp_path: Path, settings: dict):
+    """That of the report, its figures, and that during training."""
+    config = parse_config({"data": {"root_path": str(tmp_path), "crop_size": 16} | settings, "mask": {"patch_size": 8}})
+    image = Image.fromarray(np.full((50, 50), 1000, np.uint16))  # 2,500 pixels, of which 1,000 is white
+    for path in (tmp_path / split / name / "0.png" for split in ("train", "val") for name in "ab"):
+        path.parent.mkdir(parents=True)
+        image.save(path)
+    splits = find_splits(config.data)
+    context = EvaluationContext(config, {}, splits, progress=False)
+    seen: list[torch.Tensor] = []
+    encoder = VisionTransformer(16, 8, num_channels=config.data.channels, **ARCHITECTURES["vit_nano"])
+    encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    Evaluator(config, splits, Ranks())._read({"teacher": encoder}, splits.validation, dense=False)
+    found = [*seen, *(images for images, _, _ in context.build_loader(splits.validation)), load_shown(context)[0]]
+    if "max_megapixels" in settings:
+        assert not any(map(len, found))
+        return
+    assert [tuple(images.shape) for images in found] == [(2, config.data.channels, 16, 16)] * 3
+    assert {int(images.max()) for images in found} == {255 if "max_value" in settings else 4}

@@ -14,6 +14,7 @@ from benchmarks.workloads import Workload
 from dmtjepa.training.distributed import check_device, process_group
 from dmtjepa.training.estimate import memory_bytes
 from tests.helpers import no_machine_code  # noqa: F401
+from tests.helpers.extreme_masks import extreme_masks
 
 STEPS = 12  # of different masks
 
@@ -30,6 +31,8 @@ if __name__ == "__main__":
         before = count_calls()
         run.step(run.images, masks, largest)
         after = count_calls()
+        for masks in extreme_masks(workload, world.device):
+            run.step(run.images, masks, STEPS)
     shapes = {workload.masks(step).context_index.shape[1] for step in range(STEPS)}
     estimate = memory_bytes(workload.config(*provider.settings), workload.mask_shapes(largest), 1, on_cuda=True)
     calls = {name: after[name] - before[name] for name in after}

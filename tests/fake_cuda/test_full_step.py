@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.workloads import parse_workload
+from tests.helpers.extreme_masks import context_bounds
+
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
 
@@ -23,10 +26,19 @@ def test_memory_lies_a_little_below_its_estimate(found):
     assert found["peak"] <= found["estimate"] <= 1.5 * found["peak"]
 
 
-def test_masks_of_other_shapes_compile_nothing_again(found):
-    assert found["context_sizes"] >= 5
+def test_no_masks_that_can_be_drawn_compile_anything_again(found):
+    assert found["context_sizes"] >= 5  # and the smallest and the largest
     # Blocks of the teacher, the encoder, the predictor and its last one; both halves of the head.
     assert found["graphs"] == 6
+
+
+@pytest.mark.parametrize(("workload", "fewest", "most"), [("vit_base:256", 11, 139), ("vit_huge:128", 11, 190)])
+def test_bounds_of_contexts_hold_those_that_are_drawn(workload, fewest, most):
+    workload = parse_workload(workload)
+    assert context_bounds(workload) == (fewest, most)
+    sizes = {int(workload.mask_shapes(step).context) for step in range(8)}
+    assert fewest <= min(sizes)
+    assert max(sizes) <= most
 
 
 def test_host_enqueues_a_step_without_waiting(found):

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dmtjepa.data.crop import crop_center
-from dmtjepa.data.decode import CorruptImage, decode_image, tell_reason
+from dmtjepa.data.decode import MAX_MEGAPIXELS, CorruptImage, decode_image, tell_reason
 from dmtjepa.data.loaders.base import start_workers
 from dmtjepa.data.sources.base import DataError, ImageSource, make_printable
 from dmtjepa.processes import enter_worker
@@ -23,16 +23,22 @@ class _CenterCrops(Dataset[Any]):
     """Image number -> (uint8 [C,H,W] or None if it is corrupt, the number, the reason or an error to raise)."""
 
     def __init__(
-        self, source: ImageSource, image_size: tuple[int, int], channels: int, max_value: float | None
+        self,
+        source: ImageSource,
+        image_size: tuple[int, int],
+        max_megapixels: float,
+        channels: int,
+        max_value: float | None,
     ) -> None:
-        self._source, self._size, self._channels, self._max_value = source, image_size, channels, max_value
+        self._source, self._size = source, image_size
+        self._limits = max_megapixels, channels, max_value
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, image: int) -> tuple[torch.Tensor | None, int, str | DataError]:
         try:
-            decoded = decode_image(self._source.read(image), channels=self._channels, max_value=self._max_value)
+            decoded = decode_image(self._source.read(image), *self._limits)
         except DataError as error:  # an error that a worker raises would arrive as a traceback
             return None, image, error
         except (CorruptImage, OSError) as error:
@@ -65,13 +71,14 @@ class EvaluationLoader:
         num_workers: int = 0,
         channels: int = 3,
         max_value: float | None = None,
+        max_megapixels: float = MAX_MEGAPIXELS,
     ) -> None:
         self.source = source
         self.corrupt: list[tuple[str, str]] = []
         self.class_names = source.class_names
         parent = os.getpid()
         self._loader = DataLoader(
-            _CenterCrops(source, image_size, channels, max_value),
+            _CenterCrops(source, image_size, max_megapixels, channels, max_value),
             batch_size,
             num_workers=num_workers,
             collate_fn=_collate,

@@ -96,7 +96,7 @@ def test_corrupt_rows_are_named(tmp_path: Path):
     report = check.check(source, num_workers=2)
     names, reasons = zip(*report.corrupt, strict=True)
     assert names == tuple(f"hf:{tmp_path}/bad[{row}]" for row in range(3))
-    assert "cannot identify" in reasons[0]
+    assert reasons[0] == "not an image that PIL can read"
     assert reasons[1:] == ("the row holds no image", "No such file or directory")
     assert report.formats == {"PNG": 1}
     assert [source.size(row) for row in range(4)] == [8, -1, -1, (tmp_path / "good.png").stat().st_size]
