@@ -75,3 +75,19 @@ def test_messages_of_a_rank(rank):
     lines = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines()]
     assert lines.count("INFO dmtjepa.part: told") == (rank == 0)
     assert lines.count("WARNING dmtjepa.part: warned" if rank == 0 else "rank 3: WARNING dmtjepa.part: warned") == 1
+
+
+def test_messages_of_a_library_that_writes_them_itself_come_once(tmp_path):
+    """As those of huggingface_hub. A file of its own is no reason to be silent."""
+    program = """if True:
+        import logging, sys
+        from dmtjepa.output import configure_logging
+        configure_logging()
+        logging.getLogger("library").addHandler(logging.StreamHandler())
+        logging.getLogger("library.part").warning("retrying")
+        logging.getLogger("other").addHandler(logging.FileHandler(sys.argv[1]))
+        logging.getLogger("other").warning("written")
+    """
+    arguments = [sys.executable, "-c", program, str(tmp_path / "log")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+    assert done.stderr.splitlines() == ["retrying", "WARNING other: written"]

@@ -130,7 +130,7 @@ class PeriodicEvaluation:
                 numbers = self._evaluator.measure(encoders)
             except EvaluationError as error:
                 if self._world.rank == 0:
-                    logger.warning("not evaluated after step %d: %s", self._state.step, error)
+                    logger.warning("not evaluated %s: %s", self._describe_moment(), error)
                 return
             pictures = self._draw(encoders["teacher"]) if self._world.rank == 0 else {}
         if self._world.rank == 0:
@@ -152,10 +152,13 @@ class PeriodicEvaluation:
         try:
             pictures = self._evaluator.draw(teacher, masks=not self._has_drawn)
         except Exception as error:  # whatever images, fonts or memory make of it
-            logger.warning("no pictures after step %d: %s: %s", self._state.step, type(error).__name__, error)
+            logger.warning("no pictures %s: %s: %s", self._describe_moment(), type(error).__name__, error)
             return {}
         self._has_drawn = True
         return {PICTURE_PREFIX + name: picture for name, picture in pictures.items()}
+
+    def _describe_moment(self) -> str:
+        return f"after step {self._state.step}" if self._state.step else "before the first step"
 
     def _keep_if_best(self, values: Mapping[str, float], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write `{tag}-best.pth.tar`, before the row of metrics: if a kill comes between, both are made again."""

@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dmtjepa import checkpoint_format
 from dmtjepa.config import ConfigError, change_settings
 from dmtjepa.data import DataError, build_eval_loader
 from dmtjepa.evaluation.context import load_teacher
+from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.evaluator import open_asked_splits
 from dmtjepa.evaluation.features import extract_features
 from dmtjepa.evaluation.knn import knn_accuracy, standardize
@@ -259,3 +261,25 @@ def test_over_training_is_said_while_the_run_goes_on_and_at_its_end(settings, la
         assert "take the best evaluation (evaluation.keep_best)" in text
     best = read_checkpoint(RunFolder.from_config(config).best_export)
     assert best["epoch"] == 2
+
+
+@pytest.mark.parametrize(("step", "moment"), [(0, "before the first step"), (8, "after step 8")])
+def test_what_could_not_be_evaluated_says_when(settings, monkeypatch, caplog, step, moment):
+    def refuse(encoders, masks=False):
+        raise EvaluationError("no images")
+
+    for name in ("build_frozen_encoder", "first_fault"):
+        monkeypatch.setattr(f"dmtjepa.training.evaluation.{name}", lambda *arguments: None)
+    world = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    network = torch.nn.Identity()
+    state = SimpleNamespace(step=step, model=SimpleNamespace(encoder=network, teacher_encoder=network))
+    watchdog = SimpleNamespace(on_phase=lambda *arguments: None)
+    evaluation = PeriodicEvaluation(settings(), world, None, None, state, None, watchdog)
+    evaluation._evaluator = SimpleNamespace(measure=refuse)
+    evaluation.run()
+    evaluation._evaluator = SimpleNamespace(draw=refuse)
+    assert evaluation._draw(network) == {}
+    assert [record.message for record in caplog.records] == [
+        f"not evaluated {moment}: no images",
+        f"no pictures {moment}: EvaluationError: no images",
+    ]
