@@ -30,7 +30,7 @@ class DMTJEPA(nn.Module):
         predictor: predictor of the student.
         head: aggregation head of the student. None trains plain I-JEPA, whose targets are the features of the teacher.
         loss: `smooth_l1` with beta 1, as in the official code, or `l2`, as in the paper.
-        context_loss: weight of the loss on the patches that the student sees, which is added to that on the targets, as
+        context_loss_weight: of the loss on the patches that the student sees, which is added to that on the targets, as
             in V-JEPA 2.1 (arXiv 2603.14482, there with weights that fall with the distance to the hidden patches).
             0: none.
         kernels: `triton` or `torch`, see `dmtjepa.kernels.backend`.
@@ -46,7 +46,7 @@ class DMTJEPA(nn.Module):
         head: AggregationHead | None,
         loss: str = "smooth_l1",
         *,
-        context_loss: float = 0.0,
+        context_loss_weight: float = 0.0,
         kernels: str = "triton",
     ) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class DMTJEPA(nn.Module):
         self.teacher_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.teacher_head = copy.deepcopy(head).requires_grad_(False) if head is not None else None
         self.loss_name = loss
-        self.context_loss = context_loss
+        self.context_loss_weight = context_loss_weight
         self._gather_tokens = operators.backend(kernels).gather_tokens
         self._indexed_smooth_l1 = operators.backend(kernels).indexed_smooth_l1
 
@@ -85,14 +85,14 @@ class DMTJEPA(nn.Module):
         """
         h = self.teacher_encoder(images)
         h = F.layer_norm(h, h.shape[-1:])
-        seen = masks.flat_context(h.shape[1]) if self.context_loss else None
+        seen = masks.flat_context(h.shape[1]) if self.context_loss_weight else None
         if self.teacher_head is None:
             patches = masks.target_unique if seen is None else torch.cat([masks.target_unique, seen])
             return self._gather_tokens(h.flatten(0, 1)[None], patches[None])[0]
         patch = self.teacher_encoder.patch_size
         grid_size = (images.shape[-2] // patch, images.shape[-1] // patch)
         self.teacher_head.check_window(masks.window, masks.border)  # here, because the next line may be compiled
-        # The windows around all that the student sees, and around what it does not see, are nearly all patches.
+        # With the context, the windows cover nearly all patches, so keys and values are projected for all.
         neighborhood = masks.neighborhood if seen is None else None
         return self.teacher_head.aggregate_neighbors(h, grid_size, masks.target_unique, neighborhood, seen)
 
@@ -111,7 +111,7 @@ class DMTJEPA(nn.Module):
             z = self.head.aggregate_context(z, masks.context_packing)
         packing, blocks = masks.prediction_packing, masks.target_index
         predictions: Predictions = self.predictor(
-            z, masks.context_index, blocks, packing, with_context=bool(self.context_loss)
+            z, masks.context_index, blocks, packing, with_context=bool(self.context_loss_weight)
         )
         return predictions
 
@@ -120,13 +120,13 @@ class DMTJEPA(nn.Module):
 
         Returns:
             A float32 scalar, or float64 for float64 predictions: the mean over the target blocks and, multiplied by
-            `context_loss`, the mean over the patches that the student sees.
+            `context_loss_weight`, the mean over the patches that the student sees.
         """
         loss = self._mean_loss(predictions.targets, targets, masks.target_slot)
         if predictions.context is None:
             return loss
         slot = masks.context_slot() + (len(targets) - masks.context_index.numel())
-        return loss + self.context_loss * self._mean_loss(predictions.context, targets, slot)
+        return loss + self.context_loss_weight * self._mean_loss(predictions.context, targets, slot)
 
     def _mean_loss(self, predictions: Tensor, targets: Tensor, slot: Tensor) -> Tensor:
         """Mean distance of predictions [B, M, T, D] and the targets that `slot` [B, M, T] points to."""
@@ -242,7 +242,7 @@ def build_model(config: Config, device_type: str = "cpu") -> DMTJEPA:
         )
     optimization = config.optimization
     model = DMTJEPA(
-        encoder, predictor, head, optimization.loss, context_loss=optimization.context_loss, kernels=kernels
+        encoder, predictor, head, optimization.loss, context_loss_weight=optimization.context_loss, kernels=kernels
     )
     if device_type == "cpu":
         compute_by_onednn(model)

@@ -47,21 +47,25 @@ def protect_output() -> None:
             setattr(sys, name, SafeStream(stream))
 
 
+def _writes_its_own(name: str) -> bool:
+    """Whether a logger, or one above it other than the root, has a handler that writes to a stream."""
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None and logger.parent is not None:
+        if any(type(handler) is logging.StreamHandler for handler in logger.handlers):
+            return True
+        logger = logger.parent
+    return False
+
+
 class MessageHandler(logging.Handler):
     """Writes messages to standard error, above a progress bar if there is one.
 
     Those of libraries that write their own there, as huggingface_hub does, are left to them.
     """
 
-    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
-        logger: logging.Logger | None = logging.getLogger(record.name)
-        while logger is not None and logger.parent is not None:  # the root has this handler
-            if any(type(handler) is logging.StreamHandler for handler in logger.handlers):
-                return False
-            logger = logger.parent
-        return super().filter(record)
-
     def emit(self, record: logging.LogRecord) -> None:
+        if _writes_its_own(record.name):
+            return
         from tqdm import tqdm  # late: a command line that asks for help does not need it
 
         try:

@@ -271,7 +271,8 @@ def _select_neighbors_kernel(
     tl.store(p_neighbor, b_neighbor, mask=m_u[:, None] & (o_slot < K)[None, :])
 
 
-# Features are read a cache line at a time. With 256 threads a step is four 16-byte loads of candidates per thread.
+# Features are read a cache line at a time. With 128 threads a step is eight 16-byte loads of candidates per thread, and
+# one of their patch.
 _BLOCK_U = 16
 _BLOCK_BYTES = 128
 _VECTOR_BYTES = 16

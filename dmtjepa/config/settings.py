@@ -142,7 +142,8 @@ class OptimizationSettings(Section):
         0.0,
         ge=0,
         description="weight of a loss on the patches that the student sees, added to that on the targets (V-JEPA 2.1, "
-        "arXiv 2603.14482). 0: none, as published; 0.5 was better on small sets of photographs",
+        "arXiv 2603.14482). The mean is over these patches: with mask.pack, images with long contexts count more. "
+        "0: none, as published; 0.5 was better on small sets of photographs",
     )
     lr_batch_size: int | None = Field(
         None, ge=1, description="global batch the learning rates are meant for: they scale linearly with the batch"
@@ -200,8 +201,9 @@ class RuntimeSettings(Section):
     autotune_teacher: Free[bool] = Field(
         False,
         description="let torch.compile time several kernels for each matrix product of the teacher's blocks, some with "
-        "what follows the product (GELU) in the same kernel, and take the fastest (max-autotune-no-cudagraphs). Only "
-        "where blocks are compiled; a run starts later. Off by default, because it has not run on a GPU",
+        "what follows the product (GELU) in the same kernel, and take the fastest (max-autotune-no-cudagraphs, which "
+        "tunes other kernels, too). Starts and ranks may choose differently, so a resumed run need not repeat bit for "
+        "bit. Only where blocks are compiled; a run starts later. Off by default, because it has not run on a GPU",
     )
     activation_checkpointing: Free[Literal["auto", "none", "pointwise", "blocks"]] = Field(
         "auto",

@@ -61,7 +61,7 @@ def compare_with_start(rows: Sequence[Row]) -> list[str]:
     scores = {
         measure: (_measured(now, name), _measured(start, name))
         for measure, name in MEASURES.items()
-        if now.get(name) is not None and start.get(name) is not None
+        if _is_measured(now, name) and _is_measured(start, name)
     }
     if not scores:
         return []
@@ -73,6 +73,11 @@ def compare_with_start(rows: Sequence[Row]) -> list[str]:
 def same_counts(row: Row, other: Row) -> bool:
     """Whether two evaluations measured as many images."""
     return all(row.get(name) == other.get(name) for name in COUNTS)
+
+
+def _is_measured(row: Row, name: str) -> bool:
+    """Whether a row has the measure. The error of a mean IoU cannot be told from it; earlier versions left it out."""
+    return row.get(name) is not None and (name != "eval/miou" or row.get("eval/miou_error") is not None)
 
 
 def _measured(row: Row, name: str) -> Measured:

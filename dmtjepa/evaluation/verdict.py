@@ -177,17 +177,18 @@ def find_collapse(looks: Sequence[Row], patch: PatchSettings, rows: Sequence[Row
 
 
 def find_past_collapse(looks: Sequence[Row], patch: PatchSettings) -> Finding | None:
-    """The longest collapse that a run came out of, if it lasted for `NUM_LOOKS` looks or more after a healthy one.
+    """The longest collapse that a run came out of: `NUM_LOOKS` looks or more, after as many healthy ones.
 
     Features and targets of such a run vary again, which says nothing of what they have kept.
     """
     longest: list[Row] = []
-    start = 0
+    num_healthy = 0
     for healthy, group in itertools.groupby(looks, lambda look: not shows_collapse(look, patch)):
-        collapsed = list(group)
-        if not healthy and start and len(collapsed) >= max(NUM_LOOKS, len(longest) + 1):
-            longest = collapsed
-        start += len(collapsed)
+        same = list(group)
+        if healthy:
+            num_healthy += len(same)
+        elif num_healthy >= NUM_LOOKS and len(same) >= max(NUM_LOOKS, len(longest) + 1):
+            longest = same
     if not longest or longest[-1] is looks[-1]:  # the end of the run is that of `find_collapse`
         return None
     return Finding(

@@ -214,14 +214,19 @@ class AggregationHead(nn.Module):
 
         Returns:
             [U, D] targets, or [U + V, D] with `others`.
+
+        Raises:
+            ValueError: there are both `neighborhood` and `others`.
         """
+        if neighborhood is not None and others is not None:
+            raise ValueError(
+                "neighborhood holds the windows around target_unique alone: others needs neighborhood=None"
+            )
         batch, num_patches, _ = h.shape
-        covered = target_unique
-        if others is not None:
-            target_unique = torch.cat([target_unique, others])
+        patches = target_unique if others is None else torch.cat([target_unique, others])
         tokens = h.flatten(0, 1)
         neighbor_index = self._select_neighbors(
-            h, target_unique, grid_size, num_neighbors=self.num_neighbors, window=self.window, border=self.border
+            h, patches, grid_size, num_neighbors=self.num_neighbors, window=self.window, border=self.border
         )
         if neighborhood is not None:
             tokens = self._gather_tokens(tokens[None], neighborhood[None])[0]
@@ -229,11 +234,11 @@ class AggregationHead(nn.Module):
 
         first, second = self.blocks
         if self.query == "patch":
-            query = self._gather_tokens(h.flatten(0, 1)[None], target_unique[None])[0]
+            query = self._gather_tokens(h.flatten(0, 1)[None], patches[None])[0]
             y = self._add_neighbors(first, query, tokens, neighbor_index)
         else:
-            query = h.mean(dim=1) if self.query == "image" else _mean_of_targets(h, covered)
-            image = target_unique // num_patches
+            query = h.mean(dim=1) if self.query == "image" else _mean_of_targets(h, target_unique)
+            image = patches // num_patches
             y = self._pool_by_image(first, query, h, tokens, neighborhood, neighbor_index, image)
         return self.norm(self._add_neighbors(second, y, tokens, neighbor_index))
 

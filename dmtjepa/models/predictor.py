@@ -31,6 +31,8 @@ class Predictions(NamedTuple):
 class Predictor(nn.Module):
     """Predicts each target block separately from the context and the positions of its patches (I-JEPA section 3).
 
+    On demand, it predicts the patches of the context as well (V-JEPA 2.1, arXiv 2603.14482).
+
     Args:
         grid_size: rows and columns of patches.
         embed_dim: width D of the encoder.
@@ -109,19 +111,18 @@ class Predictor(nn.Module):
         *blocks, last = self.predictor_blocks
         for block in blocks:
             x = block(x, packed and packed.packing)
-        if packed is not None:
-            x = last(x, packed.packing)[0]
-            if not with_context:
-                x = x.index_select(0, packed.target)
-        elif with_context:
-            x = last(x)
-        else:
+        if packed is None and not with_context:
             x = last(x, None, x[:, -num_targets:])  # only the outputs of the targets are used
-        x = self.predictor_proj(self.predictor_norm(x))
-        if not with_context:
-            return Predictions(x.view(batch, num_blocks, num_targets, -1))
+            return Predictions(self._project(x).view(batch, num_blocks, num_targets, -1))
+        x = last(x, packed and packed.packing)
         if packed is None:
-            x = x.unflatten(0, (batch, num_blocks))
+            x = self._project(x).unflatten(0, (batch, num_blocks))
             return Predictions(x[:, :, -num_targets:], x[:, :, :-num_targets])
-        targets = x.index_select(0, packed.target).view(batch, num_blocks, num_targets, -1)
-        return Predictions(targets, x.index_select(0, packed.context)[None, None])
+        # What is not used is not projected.
+        targets = self._project(x[0].index_select(0, packed.target)).view(batch, num_blocks, num_targets, -1)
+        return Predictions(targets, self._project(x[:, packed.context][None]) if with_context else None)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Map the width of the predictor to that of the encoder: [..., predictor_dim] -> [..., D]."""
+        projected: Tensor = self.predictor_proj(self.predictor_norm(x))
+        return projected

@@ -89,6 +89,11 @@ def _check_exists(config: Config, weights: Path) -> None:
     if weights.exists():
         return
     given = Path(expand_path(str(config.meta.read_checkpoint), "meta.read_checkpoint"))
+    for place in (given, Path(config.logging.folder, given)):
+        if place.is_dir():
+            raise ConfigError(
+                f"meta.read_checkpoint: {place} holds no weights: no export, no checkpoint, no model.safetensors"
+            )
     below = "" if given.is_absolute() else ", nor below logging.folder"
     others = sorted(path.name for path in given.parent.glob("*.pth.tar"))[:MAX_LISTED]
     beside = f"{given.parent} holds {', '.join(others)}" if others else "name a run folder, or a file of weights"

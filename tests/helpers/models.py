@@ -48,7 +48,7 @@ def make_model(case: Case, dtype: torch.dtype, seed: int = 0) -> DMTJEPA:
     if case.head:
         neighbors = case.num_neighbors, case.window, case.border
         head = AggregationHead(case.embed_dim, case.num_heads, *neighbors, case.query)
-    model = DMTJEPA(encoder, predictor, head, context_loss=case.context_loss).to(dtype)
+    model = DMTJEPA(encoder, predictor, head, context_loss_weight=case.context_loss).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

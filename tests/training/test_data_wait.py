@@ -140,5 +140,5 @@ def test_every_tensor_that_was_copied_aside_is_kept_for_the_main_stream(monkeypa
     ((images, masks),) = batch.micro_batches
     tensors = [images]
     masks._map(tensors.append)
-    assert len(tensors) == (14 if packed else 6)
+    assert len(tensors) == (15 if packed else 6)
     assert kept == [(id(tensor), current) for tensor in tensors]

@@ -145,7 +145,7 @@ def test_instruments_take_less_than_a_hundredth_of_the_steps_between_two_looks(n
             targets = model.compute_targets(images, masks)
             predictions = model.predict_targets(images, masks)
             model.loss(predictions, targets, masks).backward()
-            gauges.see_batch(predictions, targets, masks)
+            gauges.see_batch(predictions.targets, targets, masks)
             with torch.no_grad(), gauges.see_update(weights):
                 pass
             gauges.take()
