@@ -168,12 +168,22 @@ def test_uint8_images_equal_normalised_ones():
     torch.testing.assert_close(model(images, masks), model(normalised, masks), rtol=1e-6, atol=1e-7)
 
 
-def test_l2_loss():
+def test_others_cannot_have_the_neighborhood_of_the_targets():
     case = Case(2, (6, 6), 4, 3, "wrap")
+    model, masks = make_model(case, torch.float32), make_masks(case)
+    h = torch.randn(2, 36, case.embed_dim)
+    with pytest.raises(ValueError, match="others needs neighborhood=None"):
+        model.head.aggregate_neighbors(h, case.grid, masks.target_unique, masks.neighborhood, masks.flat_context(36))
+
+
+@pytest.mark.parametrize("context_loss", [0.0, 0.5])
+def test_l2_loss(context_loss):
+    case = Case(2, (6, 6), 4, 3, "wrap", context_loss=context_loss)
     model, masks = make_model(case, torch.float64), make_masks(case)
     model.loss_name = "l2"
     images = make_images(case, torch.float64)
-    expected = reference.compute_loss(model, images, masks.context_index, masks.target_index, loss="l2")
+    indices = masks.context_index, masks.target_index
+    expected = reference.compute_loss(model, images, *indices, loss="l2", context_loss=context_loss)
     torch.testing.assert_close(model(images, masks), expected, rtol=1e-9, atol=0)
 
 

@@ -118,7 +118,8 @@ def test_equal_lengths_compute_as_unpacked(case):
     "case",
     [
         CASE, CASE._replace(grid=(6, 9)), CASE._replace(head=False), CASE._replace(context_loss=0.5),
-        CASE._replace(head=False, context_loss=0.5),
+        CASE._replace(head=False, context_loss=0.5), CASE._replace(query="targets", context_loss=0.5),
+        CASE._replace(query="patch", context_loss=0.5),
     ],
     ids=str,
 )  # fmt: skip

@@ -27,6 +27,14 @@ def test_two_evaluations_tell_better_from_worse_beyond_two_standard_errors():
     assert sentence.endswith(f"mIoU -10.0 +- 4.2 points (worse). {REMEDY}")
 
 
+def test_a_mean_iou_without_its_error_is_left_out():
+    """Earlier versions did not record it, and it cannot be told from the number of images."""
+    before = {name: value for name, value in START.items() if name != "eval/miou_error"}
+    (sentence,) = compare_with_start([before, END])
+    assert "linear probe" in sentence
+    assert "mIoU" not in sentence
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_a_run_that_was_stopped_before_its_first_export_has_weights(plain, tmp_p
     torch.testing.assert_close(found, exported, rtol=0, atol=0)
 
 
-def test_a_folder_that_holds_no_weights_is_refused_by_name(settings, tmp_path):
+def test_a_run_that_holds_no_weights_is_refused_by_name(settings, tmp_path):
     config = settings(**{"meta.load_checkpoint": True, "meta.read_checkpoint": str(tmp_path)})
     with pytest.raises(ConfigError, match=f"meta.read_checkpoint: {tmp_path} is no run folder"):
         find_initial_weights(config, RunFolder.from_config(config))
@@ -65,6 +66,17 @@ def test_weights_that_are_not_there_are_named_as_they_were_given(settings, tmp_p
     (tmp_path / "runs/a").mkdir(parents=True)
     (tmp_path / "runs/a/jepa-ep2.pth.tar").touch()
     with pytest.raises(ConfigError, match=r"logging\.folder; runs/a holds jepa-ep2\.pth\.tar$"):
+        check_start(config, 1, "cpu")
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_run_that_holds_no_weights_is_not_said_to_be_missing(settings, tmp_path, monkeypatch, below):
+    monkeypatch.chdir(tmp_path)
+    config = settings(**{"meta.load_checkpoint": True, "meta.read_checkpoint": "old"})
+    old = (Path(config.logging.folder) if below else tmp_path) / "old"
+    old.mkdir(parents=True)
+    (old / "config.yaml").write_text(config.to_yaml())
+    with pytest.raises(ConfigError, match=r"old holds no weights: no export, no checkpoint"):
         check_start(config, 1, "cpu")
 
 
