@@ -6,7 +6,7 @@ IMAGES is a folder of small photographs; CIFAR-10 was used. A run takes about ha
 `tests/evaluation/histories/NAME.jsonl`, the figures that the verdict reads, rounded. Looks are taken every 20 steps and
 not every 50, so that 240 steps show as much as 600. Six histories (zeros, grey, lr10x, and three healthy ones, of 300
 steps of 32 images) are of runs with these settings that were made before this program. `past_collapse-street` is of
-1,500 steps on street scenes (docs/experiments.md, the published recipe with `optimization.ema: [0.98, 1.0]`).
+1,500 steps on street scenes (docs/experiments.md, the published recipe with a momentum from 0.98).
 """
 
 from __future__ import annotations
