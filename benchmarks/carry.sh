@@ -2,7 +2,6 @@
 # gpu_check on a machine that has torch and Triton, but no package registry.
 #
 #   benchmarks/carry.sh download [--all]   here: wheels of what such a machine lacks, into build/carry (6 MB)
-#   benchmarks/carry.sh list [--all]       their names
 #   benchmarks/carry.sh run --part 1 --out results --archive part1.tar.gz      there, then parts 2 and 3
 #
 # --all adds what a machine with nothing but torch and Triton lacks: numpy, pytest and others (40 MB). PYTHON names the
@@ -25,9 +24,6 @@ download)
     "$python" -m pip download "${options[@]}" "${packages[@]}"
     "$python" -m pip download "${options[@]}" --no-deps xformers
     du -sh "$wheels"
-    ;;
-list)
-    echo "${packages[@]}" xformers
     ;;
 run)
     if ! compgen -G "$wheels/*.whl" >/dev/null; then

@@ -14,7 +14,7 @@ MEASURES = {"linear probe": "eval/linear", "k-NN": "eval/knn_20", "mIoU": "eval/
 """What is compared, by its name in messages, and where it stands in a row of `metrics.jsonl`."""
 COUNTS = ("eval/train_images", "eval/images")
 """Evaluations on other numbers of images are not compared with each other."""
-REMEDY = (
+KEEP_START = (
     "Keep those weights, or start from them again with a lower optimization.lr and a higher first value of "
     "optimization.ema"
 )
@@ -67,7 +67,7 @@ def compare_with_start(rows: Sequence[Row]) -> list[str]:
         return []
     text = f"Against the weights that the run started from: {describe_gains(scores)}"
     is_worse = any(judge_gain(*pair) == "worse" for pair in scores.values())
-    return [f"{text}. {REMEDY}" if is_worse else text]
+    return [f"{text}. {KEEP_START}" if is_worse else text]
 
 
 def same_counts(row: Row, other: Row) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from dmtjepa.config.settings import PatchSettings
 from dmtjepa.evaluation.collapse import MAX_COSINE, MIN_RANK
-from dmtjepa.evaluation.gains import REMEDY
+from dmtjepa.evaluation.gains import KEEP_START, compare_with_start
 
 NUM_LOOKS = 3
 """A run has collapsed if so many looks in a row show it."""
@@ -122,6 +122,15 @@ def describe(rows: Sequence[Row], patch: PatchSettings) -> list[str]:
     else:
         learnt = f"predictions explain {explained[-1]:.0%} of the targets' variance"
     return [f"{start} {learnt}{rank}", *sentences]
+
+
+def describe_end(rows: Sequence[Row], patch: PatchSettings) -> list[str]:
+    """What a run says at its end: as `describe`, and how it compares with the weights that it started from."""
+    sentences = describe(rows, patch)
+    gains = compare_with_start(rows)
+    if any(KEEP_START in sentence for sentence in sentences):
+        gains = [sentence.removesuffix(f". {KEEP_START}") for sentence in gains]
+    return [*sentences, *gains]
 
 
 # ---- Collapse
@@ -323,7 +332,7 @@ def find_over_training(rows: Sequence[Row]) -> Finding | None:
                 "worse_than_start",
                 f"Worse than its start: {name} of the weights that the run started from was {scores[best]:.1%} and is "
                 f"{scores[-1]:.1%} now",
-                REMEDY,
+                KEEP_START,
             )
         then, now = (_loss_before(rows, evaluations[place]["step"]) for place in (best, -1))
         if then is not None and now is not None and now < then:

@@ -23,8 +23,7 @@ import torch.distributed as dist
 
 from dmtjepa.config import Config
 from dmtjepa.errors import UserError
-from dmtjepa.evaluation.gains import compare_with_start
-from dmtjepa.evaluation.verdict import describe
+from dmtjepa.evaluation.verdict import describe_end
 from dmtjepa.output import configure_logging, protect_output
 from dmtjepa.processes import STOP_SIGNALS
 from dmtjepa.run_folder import RunFolder
@@ -67,7 +66,7 @@ def run_process(config: Config, device_name: str) -> Outcome:
             remedy = "" if outcome.complete else "; start it again with the same settings to continue"
             print(f"{how} at {place}; the run is in {config.logging.path}{remedy}", file=sys.stderr, flush=True)
             rows = RunFolder.from_config(config).read_metrics() if outcome.complete else []
-            for sentence in [*describe(rows, config.patch), *compare_with_start(rows)]:
+            for sentence in describe_end(rows, config.patch):
                 print(sentence, file=sys.stderr, flush=True)
         return outcome
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dmtjepa.evaluation.gains import REMEDY, compare_with_start
+from dmtjepa.evaluation.gains import KEEP_START, compare_with_start
 
 START = {
     "step": -1,
@@ -24,7 +24,7 @@ def test_two_evaluations_tell_better_from_worse_beyond_two_standard_errors():
         "k-NN +0.0 +- 6.9 points (not clearly different), mIoU -5.0 +- 4.2 points (not clearly different)"
     ]
     (sentence,) = compare_with_start([START, END | {"eval/miou": 0.5}])
-    assert sentence.endswith(f"mIoU -10.0 +- 4.2 points (worse). {REMEDY}")
+    assert sentence.endswith(f"mIoU -10.0 +- 4.2 points (worse). {KEEP_START}")
 
 
 def test_a_mean_iou_without_its_error_is_left_out():

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from dmtjepa.config.settings import PatchSettings
-from dmtjepa.evaluation.verdict import GRACE_LOOKS, MIN_ROWS, NUM_LOOKS, describe, find_collapse, judge
+from dmtjepa.evaluation.gains import KEEP_START
+from dmtjepa.evaluation.verdict import (
+    GRACE_LOOKS,
+    MIN_ROWS,
+    NUM_LOOKS,
+    describe,
+    describe_end,
+    find_collapse,
+    judge,
+)
 from dmtjepa.metrics_file import read_metrics
 
 HISTORIES = sorted((Path(__file__).parent / "histories").glob("*.jsonl"))
@@ -144,6 +153,20 @@ def test_a_run_that_never_reaches_its_start_is_told_so():
     assert finding.name == "worse_than_start"
     assert "eval/linear of the weights that the run started from was 60.0% and is 50.0% now" in finding.text
     assert judge([start, *evaluations((0.4, 0.5, 0.59), (1, 2, 3))], IJEPA) == []
+
+
+def test_the_end_of_a_run_that_is_worse_than_its_start_says_once_what_to_do():
+    measured = {"eval/seconds": 1.0, "eval/images": 2000, "eval/train_images": 100}
+    rows = [
+        row | measured if "eval/linear" in row else row
+        for row in [{"step": -1, "eval/linear": 0.6}, *evaluations((0.4, 0.5, 0.5), (1, 2, 3))]
+    ]
+    finding, gain = describe_end(rows, IJEPA)
+    assert finding.startswith("Worse than its start")
+    assert finding.endswith(KEEP_START)
+    assert gain.endswith("linear probe -10.0 +- 1.6 points (worse)")
+    (alone,) = describe_end([rows[0], rows[-1]], IJEPA)  # too few for a verdict
+    assert alone.endswith(f"(worse). {KEEP_START}")
 
 
 def test_nothing_measured_nothing_said():

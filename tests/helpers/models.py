@@ -9,8 +9,13 @@ from dmtjepa.config import MaskSettings
 from dmtjepa.masks import MaskBatch, MaskSampler
 from dmtjepa.models import AggregationHead, Predictor, VisionTransformer
 from dmtjepa.objective import DMTJEPA
+from dmtjepa.training.schedules import Schedules
 
 PATCH = 4
+SCHEDULES = Schedules(
+    steps_per_epoch=10, num_epochs=1, warmup=0, start_lr=1e-3, lr=1e-3, final_lr=1e-4,
+    weight_decay=0.04, final_weight_decay=0.4, ema=(0.9, 1.0),
+)  # fmt: skip
 
 
 class Case(NamedTuple):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.helpers.one_thread import _one_thread
 from tests.helpers.run_folders import write_images, write_masks
@@ -29,3 +30,11 @@ def labelled(tmp_path_factory) -> Path:
     write_images(folder / "val", 4, seed=1)
     write_masks(folder)
     return folder
+
+
+@pytest.fixture
+def _alone():
+    """This process is a process group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

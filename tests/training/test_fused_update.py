@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import triton
 
 from dmtjepa import checkpoint_format
@@ -20,14 +19,9 @@ from dmtjepa.training import optimizer as optimizer_module
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.launch import launch
 from dmtjepa.training.parallelize import CASTING_VERSIONS, build_mesh, parallelize, weight_copies
-from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.state import model_state, optimizer_steps
 from dmtjepa.training.step import TrainStep
-
-SCHEDULES = Schedules(
-    steps_per_epoch=10, num_epochs=1, warmup=0, start_lr=1e-3, lr=1e-3, final_lr=1e-4,
-    weight_decay=0.04, final_weight_decay=0.4, ema=(0.9, 1.0),
-)  # fmt: skip
+from tests.helpers.models import SCHEDULES
 
 
 @pytest.mark.slow
@@ -39,13 +33,6 @@ def test_a_run_goes_on_with_it_from_a_checkpoint_that_was_written_without_it(pla
     torch.testing.assert_close(losses(config), losses(plain), rtol=1e-5, atol=0)
     for name, tensor in weights(plain).items():
         torch.testing.assert_close(weights(config)[name], tensor, rtol=1e-4, atol=1e-6)
-
-
-@pytest.fixture
-def _alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def train(fused, dtype, clip_grad, frozen):

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dmtjepa.training import optimizer as optimizer_module
@@ -29,13 +28,6 @@ def test_groups_have_the_official_order_and_do_not_decay_biases_and_norms():
     set_schedules(optimizer, 0.5, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5] * 6
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.25, 0.0, 0.0, 0.25, 0.0]
-
-
-@pytest.fixture
-def _alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("_alone")

@@ -2,32 +2,18 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from dmtjepa.config import OptimizationSettings
 from dmtjepa.training.compute_plan import ComputePlan
 from dmtjepa.training.instruments import Observer
 from dmtjepa.training.parallelize import build_mesh, parallelize
-from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.step import TrainStep
-from tests.helpers.models import Case, make_images, make_masks, make_model, packed_masks
-
-SCHEDULES = Schedules(
-    steps_per_epoch=10, num_epochs=1, warmup=0, start_lr=1e-3, lr=1e-3, final_lr=1e-4,
-    weight_decay=0.04, final_weight_decay=0.4, ema=(0.9, 1.0),
-)  # fmt: skip
+from tests.helpers.models import SCHEDULES, Case, make_images, make_masks, make_model, packed_masks
 
 
 class Recorder(Observer):
     def see_batch(self, predictions, targets, masks):
         self.seen = predictions, targets
-
-
-@pytest.fixture
-def _alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("_alone")
