@@ -17,6 +17,8 @@ from dmtjepa.cli.weights import main
 from dmtjepa.config import parse_config
 from dmtjepa.data.crop import crop_center
 from dmtjepa.interop import build_encoder, export_official, load_model, read_checkpoint, write_official
+from dmtjepa.interop.model_card import Origin, format_card
+from dmtjepa.interop.weights import EncoderShape
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
 
@@ -335,6 +337,16 @@ def test_hub_entries_take_another_image_size(hubconf, tmp_path):
     torch.save({"target_encoder": hubconf.dmtjepa_vitt16(image_size=64).state_dict()}, tmp_path / "a.pth.tar")
     encoder = hubconf.dmtjepa_vitt16(weights=str(tmp_path / "a.pth.tar"), image_size=32)
     assert encoder.pos_embed.shape == (1, 4, 192)
+
+
+def test_a_card_names_the_loss_on_visible_patches():
+    values = {"data": {"root_path": "images"}, "patch": {"local_agg_head": False}}
+    shape, texts = EncoderShape("vit_tiny", 192, 12, 768, 8, 16), []
+    for weight in (0.0, 0.5):
+        config = parse_config(values | {"optimization": {"context_loss": weight}})
+        texts.append(format_card(shape, (32, 32), Origin({}, config), ("target_encoder",), ""))
+    assert "I-JEPA (arXiv 2301.08243): the teacher" in texts[0]
+    assert "I-JEPA (arXiv 2301.08243) and a loss on the visible patches (arXiv 2603.14482): the teacher" in texts[1]
 
 
 def test_a_card_says_what_was_exported(run, tmp_path, capsys):
