@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dmtjepa.data.sources.base import make_printable
 from dmtjepa.evaluation import measurements
 from dmtjepa.evaluation.context import EvaluationContext, load_encoders, load_start
 from dmtjepa.evaluation.errors import NotMeasuredError
@@ -30,6 +31,9 @@ from dmtjepa.files import write_atomically, write_json
 from dmtjepa.interop import read_checkpoint
 from dmtjepa.run_folder import PAGE, RunFolder
 from dmtjepa.step_csv import LossCurve
+
+MAX_NAMED = 5
+"""Images that cannot be read, in a note of the report."""
 
 
 def evaluate(
@@ -80,6 +84,10 @@ def evaluate(
     figures = collect_figure_data(context, loss=loss, accuracy=accuracy, chance=chance, segmented=segmented)
     with skipping(report):
         figures = add_nearest(figures, context, gallery)
+    if context.corrupt:
+        names = ", ".join(map(make_printable, sorted(context.corrupt)[:MAX_NAMED]))
+        more = f" and {len(context.corrupt) - MAX_NAMED} more" if len(context.corrupt) > MAX_NAMED else ""
+        report.notes.append(f"left out because they cannot be read: {names}{more}")
     write_report(report, figures, subject)
     return report
 
@@ -150,6 +158,7 @@ def measure_features(report: Report, context: EvaluationContext) -> FeaturedImag
     measure_papers(report, context, train, validation)
     labels = validation["trained"].labels
     assert labels is not None
+    report.data["train_images"] = num_train  # without those that cannot be read
     report.data["validation_images"] = len(labels)
     report.data["most_frequent_class"] = (labels.bincount().max() / len(labels)).item()
     return FeaturedImages(splits.train, train["trained"].pooled)

@@ -257,13 +257,19 @@ def without_figures(monkeypatch):
     monkeypatch.setattr("dmtjepa.evaluation.report.save_figures", lambda *_: [])
 
 
-def test_few_training_images_skip_the_linear_probe(run, tmp_path, capsys, without_figures):
+def test_few_training_images_skip_the_linear_probe(run, tmp_path, capsys, caplog, without_figures):
+    """Images that cannot be read do not count. The log and the report name them once."""
     write_images(tmp_path / "small" / "train", 3, seed=0)
+    (tmp_path / "small" / "train" / "class0" / "bad.jpg").touch()
     write_images(tmp_path / "small" / "val", 3, seed=1)
     assert main([str(run), "--device", "cpu", "--data", str(tmp_path / "small")]) == 0
     assert "skipped linear probe: it needs at least 10 training images, not 9" in capsys.readouterr().out
     report = json.loads((run / "report" / "report.json").read_text())
     assert report["linear"] == {}
+    assert report["data"]["train_images"] == 9
+    bad = tmp_path / "small" / "train" / "class0" / "bad.jpg"
+    assert report["notes"] == [f"left out because they cannot be read: {bad}"]
+    assert sum(str(bad) in record.message for record in caplog.records) == 1
     assert list(report["knn"]["trained"]) == ["5"]
     assert "k-NN, k = 5" in (run / "report" / "report.md").read_text()
 
