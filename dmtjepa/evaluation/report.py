@@ -16,7 +16,7 @@ import torch
 from dmtjepa.data.sources.base import make_printable
 from dmtjepa.evaluation import measurements
 from dmtjepa.evaluation.context import EvaluationContext, load_encoders, load_start
-from dmtjepa.evaluation.errors import NotMeasuredError
+from dmtjepa.evaluation.errors import EvaluationError, NotMeasuredError
 from dmtjepa.evaluation.figure_data import NUM_SHOWN, add_nearest, collect_figure_data
 from dmtjepa.evaluation.figures import FigureData, save_figures
 from dmtjepa.evaluation.formatting import WITH_LAYOUT, Report
@@ -27,7 +27,7 @@ from dmtjepa.evaluation.splits import Splits
 from dmtjepa.evaluation.subject import Subject
 from dmtjepa.evaluation.tables import format_markdown
 from dmtjepa.evaluation.verdict import describe
-from dmtjepa.files import write_atomically, write_json
+from dmtjepa.files import check_writable, write_atomically, write_json
 from dmtjepa.interop import read_checkpoint
 from dmtjepa.run_folder import PAGE, RunFolder
 from dmtjepa.step_csv import LossCurve
@@ -56,8 +56,15 @@ def evaluate(
 
     Raises:
         WeightsError: the checkpoint has no teacher, or the teacher does not fit the settings or is not finite.
-        EvaluationError: a split has no readable image, or features are not finite.
+        EvaluationError: a split has no readable image, features are not finite, or the folder of the report cannot be
+            written to.
     """
+    if num_workers < 0:
+        raise EvaluationError(f"{options.num_workers} must be at least 0, not {num_workers}")
+    try:
+        check_writable(subject.out)
+    except OSError as error:
+        raise EvaluationError(f"{subject.out} ({options.out}) cannot be written to: {error}") from error
     config, run = subject.config, subject.run
     encoders = load_encoders(config, subject.checkpoint, device)
     context = EvaluationContext(config, encoders, splits, device, num_workers, progress, quick, options)
