@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,12 +60,7 @@ def evaluate(
         EvaluationError: a split has no readable image, features are not finite, or the folder of the report cannot be
             written to.
     """
-    if num_workers < 0:
-        raise EvaluationError(f"{options.num_workers} must be at least 0, not {num_workers}")
-    try:
-        check_writable(subject.out)
-    except OSError as error:
-        raise EvaluationError(f"{subject.out} ({options.out}) cannot be written to: {error}") from error
+    check_options(subject.out, num_workers, options)
     config, run = subject.config, subject.run
     encoders = load_encoders(config, subject.checkpoint, device)
     context = EvaluationContext(config, encoders, splits, device, num_workers, progress, quick, options)
@@ -97,6 +93,16 @@ def evaluate(
         report.notes.append(f"left out because they cannot be read: {names}{more}")
     write_report(report, figures, subject)
     return report
+
+
+def check_options(out: Path, num_workers: int, options: OptionNames) -> None:
+    """Refuse what would fail after minutes. Raises EvaluationError."""
+    if num_workers < 0:
+        raise EvaluationError(f"{options.num_workers} must be at least 0, not {num_workers}")
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise EvaluationError(f"{out} ({options.out}) cannot be written to: {error}") from error
 
 
 def describe_subject(subject: Subject, context: EvaluationContext) -> dict[str, Any]:

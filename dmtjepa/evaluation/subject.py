@@ -85,10 +85,16 @@ def find_subject(
             + in_run * (run_folder is not None)
         )
     if hub_name is not None:
-        place = Path(hub_name.replace("/", "_"))
-        name = hub_name
+        name, place = hub_name, Path(hub_name.replace("/", "_"))
     else:
-        place = source if source.name not in ("", "..") else source.resolve()  # `.` has no name
-        name = place.name if source.is_dir() else place.name.removesuffix(".tar").rpartition(".")[0] or place.name
+        name, place = _name_weights(source)
     beside = place.with_name(f"{place.name.removesuffix('.pth.tar')}-report")
     return Subject(name, None, config, path, out or beside)
+
+
+def _name_weights(source: Path) -> tuple[str, Path]:
+    """The name of a folder, or that of a file without its extension; and the path, which ends with a name."""
+    place = source if source.name not in ("", "..") else source.resolve()  # `.` has no name
+    if source.is_dir():
+        return place.name, place
+    return place.name.removesuffix(".tar").rpartition(".")[0] or place.name, place
