@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+COMMAND_LINE = "the command line"
+"""What messages call the source of its settings."""
 USAGE = "any setting can follow as section.key=value, e.g. data.batch_size=64 logging.folder=runs/mine"
 
 

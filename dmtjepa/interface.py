@@ -119,11 +119,8 @@ def evaluate(
     splits = find_splits(subject.config.data, data=given, train=first, validation=second, max_images=max_images)
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed
         return write_report(
-            subject.run,
-            subject.config,
-            subject.checkpoint,
+            subject,
             splits,
-            subject.out,
             device=where,
             num_workers=num_workers,
             progress=progress,

@@ -27,6 +27,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -113,6 +114,11 @@ class RunFolder:
     def epoch_export(self, num_epochs: int) -> Path:
         """The file of the state after `num_epochs` epochs."""
         return self.path / f"{self.tag}-ep{num_epochs}.pth.tar"
+
+    def is_export(self, path: Path) -> bool:
+        """Whether a file has one of the names under which the run exports its weights."""
+        names = (self.latest_export.name, self.best_export.name)
+        return path.name in names or bool(re.fullmatch(rf"{re.escape(self.tag)}-ep\d+\.pth\.tar", path.name))
 
     @property
     def image_list(self) -> Path:

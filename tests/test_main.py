@@ -95,7 +95,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     ("arguments", "words"),
     [
         (["data.batchsize=4"], ["data.batchsize: unknown key; did you mean batch_size?"]),
-        (["data.batch_size=many"], ["data.batch_size"]),
+        (["data.batch_size=many"], ["ConfigError: the command line:\n  data.batch_size: "]),
         (["data.crop_size=4"], ["data.crop_size", "smaller than a patch"]),
         (["data.crop_size=8"], ["patch.patch_k_size", "larger than the grid of 1x1"]),
         (["mask.min_keep=30"], ["min_keep 30", "lower mask.min_keep"]),

@@ -19,7 +19,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m dmtje
         **describe_command(
             "Measure teacher and student of a run, and write tables and figures into RUN/report/.",
             "dmtjepa evaluate runs/mine",
-            "dmtjepa evaluate runs/mine/jepa-best.pth.tar --data photos",
+            "dmtjepa evaluate runs/mine --checkpoint runs/mine/jepa-best.pth.tar",
+            "dmtjepa evaluate facebook/ijepa_vith14_1k --data photos",
         ),
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or weights: see --data")
@@ -61,7 +62,7 @@ def measure(options: argparse.Namespace) -> int:
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    run, config, checkpoint, out = find_subject(
+    subject = find_subject(
         options.run,
         has_images=options.data is not None or options.train is not None,
         checkpoint=options.checkpoint,
@@ -69,7 +70,7 @@ def measure(options: argparse.Namespace) -> int:
         options=COMMAND_LINE,
     )
     splits = find_splits(
-        config.data,
+        subject.config.data,
         data=options.data,
         train=options.train,
         validation=options.val,
@@ -77,16 +78,13 @@ def measure(options: argparse.Namespace) -> int:
         options=COMMAND_LINE,
     )
     print(
-        f"measuring {checkpoint} on {device}: {len(splits.train)} training and "
+        f"measuring {subject.checkpoint} on {device}: {len(splits.train)} training and "
         f"{len(splits.validation)} validation images of {splits.description}",
         flush=True,
     )
     report = evaluate(
-        run,
-        config,
-        checkpoint,
+        subject,
         splits,
-        out,
         device=device,
         num_workers=options.num_workers,
         quick=options.quick,
@@ -95,6 +93,7 @@ def measure(options: argparse.Namespace) -> int:
     table = format_table(report)
     print(f"\n{table}\n" if table else "")
     print("\n".join(format_verdict(report)))
+    out = subject.out
     print(f"\nwritten: {out}/report.html, {', '.join(Path(f).name for f in report.files[1:])}")
     print("next:")
     print(f"  open {out}/report.html in a browser")

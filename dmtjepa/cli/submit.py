@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmtjepa.arguments import USAGE, add_settings, describe_command, parse_with_overrides
+from dmtjepa.arguments import COMMAND_LINE, USAGE, add_settings, describe_command, parse_with_overrides
 from dmtjepa.cli.exit_status import run_command
 
 if TYPE_CHECKING:
@@ -146,7 +146,9 @@ def read_configs(options: argparse.Namespace) -> dict[str, Config]:
         if not all(isinstance(item, list) and all(isinstance(name, str) for name in item) for item in lists):
             raise ConfigError(f"--batch-launch: {', '.join(names)} must hold a YAML list of names of settings files")
         names = [name for item in lists for name in item]
-    configs = [(name, load_config(find_settings(name), options.overrides)) for name in names]
+    configs = [
+        (name, load_config(find_settings(name), options.overrides, overrides_from=COMMAND_LINE)) for name in names
+    ]
     for _, config in configs:
         check_settings(config, options.nodes * options.tasks_per_node)
     folders = {os.path.realpath(config.logging.path) for _, config in configs}

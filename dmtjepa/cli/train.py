@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dmtjepa.arguments import USAGE, add_settings, describe_command, parse_with_overrides
+from dmtjepa.arguments import COMMAND_LINE, USAGE, add_settings, describe_command, parse_with_overrides
 from dmtjepa.cli.exit_status import run_command
 from dmtjepa.output import configure_logging
 
@@ -69,7 +69,7 @@ def train(options: argparse.Namespace) -> int:
     from dmtjepa.training.distributed import check_device, parse_device, read_rank
     from dmtjepa.training.launch import default_devices, hand_over, launch, run_process
 
-    config = load_config(find_settings(options.fname), options.overrides)
+    config = load_config(find_settings(options.fname), options.overrides, overrides_from=COMMAND_LINE)
     _, world_size = read_rank()
     under_torchrun = bool(os.environ.get("RANK"))
     if under_torchrun and options.devices:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,32 @@ from dmtjepa.config.faults import explain_fault
 from dmtjepa.config.settings import Config
 
 
-def load_config(path: str | os.PathLike[str], overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+def load_config(
+    path: str | os.PathLike[str],
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    *,
+    overrides_from: str = "the overrides",
+) -> Config:
     """Read a settings file and apply overrides.
 
     Args:
         overrides: `section.key=value`, with values in YAML; or values by `section.key`.
+        overrides_from: where they come from, for errors.
 
     Raises:
         ConfigError: the file is missing or not YAML, or keys are unknown (the nearest valid name is given),
-            or values have a wrong type or lie out of range (the range is given). All faults are listed at once.
+            or values have a wrong type or lie out of range (the range is given). All faults are listed at once,
+            below the file or `overrides_from`, whichever has them.
     """
     values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of settings")
-    _apply_all(values, overrides)
-    return parse_config(values, source=str(path))
+    return _parse_changed(values, str(path), overrides, overrides_from)
 
 
 def change_settings(config: Config, overrides: Mapping[str, Any]) -> Config:
     """Settings with other values, by `section.key`. Raises `ConfigError` as `load_config`."""
-    values = config.model_dump(mode="json")
-    _apply_all(values, overrides)
-    return parse_config(values)
+    return _parse_changed(config.model_dump(mode="json"), "the settings", overrides, "the overrides")
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
@@ -64,12 +69,51 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
 
 def parse_config(values: dict[str, Any], source: str = "settings") -> Config:
     """Validate a tree of settings; `source` names it in errors. Raises `ConfigError` as `load_config`."""
+    config, faults = _validate(values)
+    if config is None:
+        raise ConfigError(_list_faults({source: faults}))
+    return config
+
+
+def _parse_changed(
+    values: dict[str, Any], source: str, overrides: Iterable[str] | Mapping[str, Any], overrides_from: str
+) -> Config:
+    """Validate a tree of settings with overrides.
+
+    Errors name what has the fault: `overrides_from`, if the key at fault is an override; `source`, if its settings have
+    the fault by themselves; and both, if they do not fit together.
+    """
+    pairs = list(overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides))
+    changed = copy.deepcopy(values)
+    _apply_all(changed, pairs)
+    config, faults = _validate(changed)
+    if config is not None:
+        return config
+    _, earlier = _validate(values)
+    replaced = [key.split(".") for key, _ in pairs]
+    found: dict[str, list[str]] = {}
+    for fault in faults:
+        place = fault.partition(":")[0].split(".")  # a fault begins with its key
+        if any(key == place[: len(key)] or place == key[: len(place)] for key in replaced):
+            origin = overrides_from
+        else:
+            origin = source if fault in earlier else f"{source} together with {overrides_from}"
+        found.setdefault(origin, []).append(fault)
+    raise ConfigError(_list_faults(found))
+
+
+def _validate(values: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    """The settings, or None and their faults."""
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(values), []
     except ValidationError as error:
         # A value of the wrong shape is one fault for each type that it could have.
-        faults = "\n".join(dict.fromkeys(f"  {explain_fault(fault)}" for fault in error.errors()))
-        raise ConfigError(f"{source}:\n{faults}") from None
+        return None, list(dict.fromkeys(explain_fault(fault) for fault in error.errors()))
+
+
+def _list_faults(faults: Mapping[str, Iterable[str]]) -> str:
+    """Faults below the names of what has them."""
+    return "\n".join("\n".join([f"{source}:", *(f"  {fault}" for fault in own)]) for source, own in faults.items())
 
 
 class _Loader(yaml.SafeLoader):
@@ -96,9 +140,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _apply_all(values: dict[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> None:
-    """Set values in the tree."""
-    pairs = list(overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides))
+def _apply_all(values: dict[str, Any], pairs: Sequence[tuple[str, Any]]) -> None:
+    """Set values in the tree by `section.key`."""
     for key, value in pairs:
         node, parts = values, str(key).split(".")
         if not all(parts):

@@ -132,6 +132,7 @@ def build_eval_loader(
     channels: int = 3,
     max_value: float | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
+    named: set[str] | None = None,
 ) -> EvaluationLoader:
     """Build a loader that gives every image once, in order, cropped at the centre.
 
@@ -143,6 +144,7 @@ def build_eval_loader(
         channels: of the images.
         max_value: what counts as 1 in images of more than 8 bits; None: see `data.max_value`.
         max_megapixels: larger images, by the size that they declare, are left out.
+        named: corrupt images that the log has named already, see `EvaluationLoader`.
     """
     if isinstance(source, (str, os.PathLike)):
         source = open_images(source)
@@ -155,4 +157,5 @@ def build_eval_loader(
         channels=channels,
         max_value=max_value,
         max_megapixels=max_megapixels,
+        named=named,
     )

@@ -66,7 +66,8 @@ class Report:
             for name, values in (("widths", self.sizes[:, 0]), ("heights", self.sizes[:, 1])):
                 lines.append(f"{name:<11} {values.min()} to {values.max()}, median {int(np.median(values))}")
         for name, counts in (("formats", self.formats), ("modes", self.modes)):
-            lines.append(f"{name:<11} " + ", ".join(f"{key} {count}" for key, count in counts.most_common()))
+            if counts:
+                lines.append(f"{name:<11} " + ", ".join(f"{key} {count}" for key, count in counts.most_common()))
         lines += self._describe_pixels()
         copies = sum(len(group) - 1 for group in self.duplicates)
         lines.append(f"duplicates  {copies} copies of {len(self.duplicates)} images (same bytes)")

@@ -10,7 +10,7 @@ from dmtjepa.data.sources.base import DataError, ImageSource, make_printable
 
 logger = logging.getLogger(__name__)
 
-_MAX_LISTED = 100
+_MAX_LISTED = 10  # the log has named all of them
 
 
 class CorruptImages:
@@ -49,6 +49,6 @@ class CorruptImages:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in self.entries[:_MAX_LISTED])
         rest = f"\n  and {len(self.entries) - _MAX_LISTED} more" if len(self.entries) > _MAX_LISTED else ""
         raise DataError(
-            f"{len(self.entries)} images are corrupt, {cause}. Remove or repair them, or raise data.max_broken:\n"
-            f"{listed}{rest}"
+            f"{len(self.entries)} images are corrupt, {cause}. Remove or repair them, all of which "
+            f"`dmtjepa check SOURCE` names, or raise data.max_broken:\n{listed}{rest}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ class EvaluationContext:
         if the run started from weights, and `untrained`.
     quick: leave out what takes long: low-shot and attentive probes, and the last four blocks.
     options: what messages call the options.
+    corrupt: names of the images that could not be read so far. The log names each once.
     """
 
     config: Config
@@ -40,13 +41,16 @@ class EvaluationContext:
     progress: bool = True
     quick: bool = False
     options: OptionNames = KEYWORDS
+    corrupt: set[str] = field(default_factory=set)
 
     def build_loader(self, source: ImageSource) -> EvaluationLoader:
         """A loader of all images of `source`, cropped as the settings say."""
-        return build_split_loader(source, self.config, num_workers=self.num_workers)
+        return build_split_loader(source, self.config, self.corrupt, num_workers=self.num_workers)
 
 
-def build_split_loader(source: ImageSource, config: Config, *, num_workers: int = 0) -> EvaluationLoader:
+def build_split_loader(
+    source: ImageSource, config: Config, corrupt: set[str], *, num_workers: int = 0
+) -> EvaluationLoader:
     """A loader of images that are measured. All that the settings say of images is passed on here, and only here."""
     data = config.data
     return build_eval_loader(
@@ -57,6 +61,7 @@ def build_split_loader(source: ImageSource, config: Config, *, num_workers: int 
         channels=data.channels,
         max_value=data.max_value,
         max_megapixels=data.max_megapixels,
+        named=corrupt,
     )
 
 

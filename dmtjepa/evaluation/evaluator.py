@@ -157,6 +157,7 @@ class Evaluator:
     ) -> None:
         self._config, self._splits, self._ranks = config, splits, ranks
         self._device, self._num_workers, self._on_progress = device, num_workers, on_progress
+        self._corrupt: set[str] = set()  # images that the log has named
         self._gallery: FeaturedImages | None = None
         self._masked = [find_masked(source) for source in (splits.train, splits.validation)]
 
@@ -252,7 +253,7 @@ class Evaluator:
         """Features of the images of this rank: pooled and with layout, or, if `dense`, of patches, and the masks."""
         part, config = _Part(), self._config
         mine = self._ranks.take_part(source)
-        loader = build_split_loader(mine, config, num_workers=self._num_workers)
+        loader = build_split_loader(mine, config, self._corrupt, num_workers=self._num_workers)
         for images, labels, names in loader if len(mine) else ():
             self._on_progress()
             for name, encoder in encoders.items():

@@ -83,7 +83,7 @@ def load_shown(context: EvaluationContext) -> tuple[Tensor, Tensor | None, list[
 
     Those that are corrupt are left out.
     """
-    batches = list(build_split_loader(subsample(context.splits.validation, NUM_SHOWN), context.config))
+    batches = list(build_split_loader(subsample(context.splits.validation, NUM_SHOWN), context.config, context.corrupt))
     if not batches:
         return torch.empty(0), None, []
     images, labels, names = zip(*batches, strict=True)

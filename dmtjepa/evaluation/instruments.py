@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dmtjepa.evaluation.collapse import collapse_numbers
 
-NUM_SUMS = 10
-"""Length of the result of `sum_targets` without its D last elements."""
+NUM_PAIR_SUMS, NUM_ERROR_SUMS = 6, 4
+"""Lengths of the results of `sum_targets` and `sum_errors`: that of `sum_errors` has D more, and ends both."""
 
 
 @torch.no_grad()
@@ -35,27 +35,52 @@ def sum_targets(
     Returns:
         [10 + D] float32, on the device of `targets`.
     """
-    num_images, num_blocks, _ = target_slot.shape
-    y = targets.float()
-    uses = y.new_zeros(len(y)).index_add_(0, target_slot.flatten(), y.new_ones(target_slot.numel()))
-    mean = uses @ y / target_slot.numel()
-    y = y - mean  # sums of squares of numbers around 1 would hide a variance of 1e-6
+    y, mean, uses = _center(targets, target_slot)
     square = y.square().sum(1)
-    error = y.new_zeros(())
-    for block in range(num_blocks):  # one by one: all targets together would need the memory of all predictions
-        difference = predictions[:, block].float() - mean - y[target_slot[:, block]]
-        error = error + difference.square().sum()
     sums = [
-        y.new_full((), target_slot.numel()),
-        error,
-        uses @ square,
-        target_slot.numel() * mean.square().sum(),
         y.new_full((), float(len(y) * (len(y) - 1))),
         2 * (len(y) * square.sum() - y.sum(0).square().sum()),
-        *_sum_pairs(y, square, target_unique // num_patches, num_images),
+        *_sum_pairs(y, square, target_unique // num_patches, len(target_slot)),
         *_sum_pairs(y, square, target_unique % num_patches, num_patches),
     ]
-    return torch.cat([torch.stack(sums), target_slot.numel() * mean])
+    return torch.cat([torch.stack(sums), _sum_errors(predictions, target_slot, y, mean, uses @ square)])
+
+
+@torch.no_grad()
+def sum_errors(predictions: Tensor, targets: Tensor, slot: Tensor) -> Tensor:
+    """The sums of a batch that `explained_variance` needs. Those of several batches or ranks can be added.
+
+    Args:
+        predictions: [B, M, T, D] of the student, any floating dtype.
+        targets: [U, D] of the teacher, any floating dtype.
+        slot: [B, M, T] int64, the row of `targets` for each prediction.
+
+    Returns:
+        [4 + D] float32, on the device of `targets`.
+    """
+    y, mean, uses = _center(targets, slot)
+    return _sum_errors(predictions, slot, y, mean, uses @ y.square().sum(1))
+
+
+def _center(targets: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets [U, D] without their mean, which is taken over all predictions; this mean; how often each is predicted.
+
+    Sums of squares of numbers around 1 would hide a variance of 1e-6.
+    """
+    y = targets.float()
+    uses = y.new_zeros(len(y)).index_add_(0, slot.flatten(), y.new_ones(slot.numel()))
+    mean = uses @ y / slot.numel()
+    return y - mean, mean, uses
+
+
+def _sum_errors(predictions: Tensor, slot: Tensor, y: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    """`sum_errors` of targets without their mean, and the sum of their squares over all predictions."""
+    error = y.new_zeros(())
+    for block in range(slot.shape[1]):  # one by one: all targets together would need the memory of all predictions
+        difference = predictions[:, block].float() - mean - y[slot[:, block]]
+        error = error + difference.square().sum()
+    sums = [y.new_full((), slot.numel()), error, spread, slot.numel() * mean.square().sum()]
+    return torch.cat([torch.stack(sums), slot.numel() * mean])
 
 
 def _sum_pairs(y: Tensor, square: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
@@ -69,16 +94,13 @@ def _sum_pairs(y: Tensor, square: Tensor, group: Tensor, num_groups: int) -> tup
 def read_targets(sums: Sequence[float]) -> dict[str, float]:
     """Explained variance of the targets, and how their variance divides.
 
-    `explained_variance` is 1 - squared error / variance, over all predictions and dimensions: the squared error is
-    |prediction - target|^2 whatever the loss, the variance that of the targets around the mean of each dimension. 1 is
-    a perfect prediction, 0 what the mean of the targets would reach. A target counts as often as it is predicted.
-
-    `variance` is that of a dimension, averaged over dimensions. It divides into the part that all patches of an image
-    share (`variance_between_images`), the part that all patches at a position of the grid share
-    (`variance_of_position`), and the rest (`variance_within_images`); the three shares sum to 1. They are estimated
-    from pairs of patches, each patch once: half the mean squared distance of two patches is the whole variance if image
-    and position differ, and lacks the share of the image, or of the position, where they agree. So the estimate is
-    unbiased for batches of any size and masks of any shape, and a share near 0 can come out slightly negative.
+    `explained_variance` is that of the function of this name. `variance` is that of a dimension, averaged over
+    dimensions. It divides into the part that all patches of an image share (`variance_between_images`), the part that
+    all patches at a position of the grid share (`variance_of_position`), and the rest (`variance_within_images`); the
+    three shares sum to 1. They are estimated from pairs of patches, each patch once: half the mean squared distance of
+    two patches is the whole variance if image and position differ, and lacks the share of the image, or of the
+    position, where they agree. So the estimate is unbiased for batches of any size and masks of any shape, and a share
+    near 0 can come out slightly negative.
 
     Args:
         sums: [10 + D] of `sum_targets`, added over batches and ranks.
@@ -86,21 +108,39 @@ def read_targets(sums: Sequence[float]) -> dict[str, float]:
     Returns:
         Figures by name; NaN where the batch does not determine them.
     """
-    count, error, spread, mean_square, all_pairs, all_distance, *by_group = (float(x) for x in sums[:NUM_SUMS])
+    all_pairs, all_distance, *by_group = (float(x) for x in sums[:NUM_PAIR_SUMS])
     image_pairs, image_distance, position_pairs, position_distance = by_group
-    mean_sum = np.asarray(sums[NUM_SUMS:], dtype=np.float64)
-    total = spread + max(0.0, mean_square - _divide(float(mean_sum @ mean_sum), count))
+    errors = sums[NUM_PAIR_SUMS:]
     pairs = all_pairs - image_pairs - position_pairs
     variance = _divide(all_distance - image_distance - position_distance, 2 * pairs)
     between = 1 - _divide(_divide(image_distance, 2 * image_pairs), variance)
     position = 1 - _divide(_divide(position_distance, 2 * position_pairs), variance)
     return {
-        "explained_variance": 1 - _divide(error, total),
-        "variance": variance / len(mean_sum),
+        "explained_variance": explained_variance(errors),
+        "variance": variance / (len(errors) - NUM_ERROR_SUMS),
         "variance_between_images": between,
         "variance_of_position": position,
         "variance_within_images": 1 - between - position,
     }
+
+
+def explained_variance(sums: Sequence[float]) -> float:
+    """1 - squared error / variance, over all predictions and dimensions.
+
+    The squared error is |prediction - target|^2 whatever the loss, the variance that of the targets around the mean of
+    each dimension. 1 is a perfect prediction, 0 what the mean of the targets would reach. A target counts as often as
+    it is predicted.
+
+    Args:
+        sums: [4 + D] of `sum_errors`, added over batches and ranks.
+
+    Returns:
+        NaN for targets that are all equal.
+    """
+    count, error, spread, mean_square = (float(x) for x in sums[:NUM_ERROR_SUMS])
+    mean_sum = np.asarray(sums[NUM_ERROR_SUMS:], dtype=np.float64)
+    total = spread + max(0.0, mean_square - _divide(float(mean_sum @ mean_sum), count))
+    return 1 - _divide(error, total)
 
 
 def _divide(numerator: float, denominator: float) -> float:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dmtjepa.config import Config
+from dmtjepa.data.sources.base import make_printable
 from dmtjepa.evaluation import measurements
 from dmtjepa.evaluation.context import EvaluationContext, load_encoders, load_start
 from dmtjepa.evaluation.errors import NotMeasuredError
@@ -25,6 +24,7 @@ from dmtjepa.evaluation.option_names import KEYWORDS, OptionNames
 from dmtjepa.evaluation.page.report_page import make_report_page
 from dmtjepa.evaluation.retrieval import FeaturedImages
 from dmtjepa.evaluation.splits import Splits
+from dmtjepa.evaluation.subject import Subject
 from dmtjepa.evaluation.tables import format_markdown
 from dmtjepa.evaluation.verdict import describe
 from dmtjepa.files import write_atomically, write_json
@@ -32,13 +32,13 @@ from dmtjepa.interop import read_checkpoint
 from dmtjepa.run_folder import PAGE, RunFolder
 from dmtjepa.step_csv import LossCurve
 
+MAX_NAMED = 5
+"""Images that cannot be read, in a note of the report."""
+
 
 def evaluate(
-    run: RunFolder,
-    config: Config,
-    checkpoint_path: Path,
+    subject: Subject,
     splits: Splits,
-    out: Path,
     *,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
@@ -46,7 +46,9 @@ def evaluate(
     quick: bool = False,
     options: OptionNames = KEYWORDS,
 ) -> Report:
-    """Measure the teacher and the student of a run, and the weights it started from; write the report into `out`.
+    """Measure the teacher and the student of a run, and the weights it started from; write the report into its folder.
+
+    Weights by themselves have no curves, no start and no verdict on their training.
 
     Args:
         quick: leave out low-shot and attentive probes, and the probe of the last four layers.
@@ -56,12 +58,14 @@ def evaluate(
         WeightsError: the checkpoint has no teacher, or the teacher does not fit the settings or is not finite.
         EvaluationError: a split has no readable image, or features are not finite.
     """
-    encoders = load_encoders(config, checkpoint_path, device)
+    config, run = subject.config, subject.run
+    encoders = load_encoders(config, subject.checkpoint, device)
     context = EvaluationContext(config, encoders, splits, device, num_workers, progress, quick, options)
-    report = Report(describe_run(run.path, context, checkpoint_path), describe_data(splits), notes=list(splits.notes))
-    with skipping(report):
-        start = load_start(config, run, encoders["untrained"])
-        encoders |= {} if start is None else {"start": start}
+    report = Report(describe_subject(subject, context), describe_data(splits), notes=list(splits.notes))
+    if run is not None:
+        with skipping(report):
+            start = load_start(config, run, encoders["untrained"])
+            encoders |= {} if start is None else {"start": start}
 
     gallery = measure_features(report, context)
     segmented = None
@@ -69,26 +73,32 @@ def evaluate(
         scores, segmented = measurements.measure_segmentation(context, num_shown=NUM_SHOWN)
         report.segmentation = {name: asdict(numbers) for name, numbers in scores.items()}
     loss = None
-    with skipping(report):
-        loss = read_loss_curve(run)
-        report.loss = measurements.summarize_loss(loss)
-    report.verdict = describe(run.read_metrics(), config.patch)
+    if run is not None:
+        with skipping(report):
+            loss = read_loss_curve(run)
+            report.loss = measurements.summarize_loss(loss)
+        report.verdict = describe(run.read_metrics(), config.patch)
 
     chance = report.data.get("most_frequent_class")
     accuracy = report.knn | {name + WITH_LAYOUT: values for name, values in report.knn_layout.items()}
     figures = collect_figure_data(context, loss=loss, accuracy=accuracy, chance=chance, segmented=segmented)
     with skipping(report):
         figures = add_nearest(figures, context, gallery)
-    write_report(report, figures, out, run, config)
+    if context.corrupt:
+        names = ", ".join(map(make_printable, sorted(context.corrupt)[:MAX_NAMED]))
+        more = f" and {len(context.corrupt) - MAX_NAMED} more" if len(context.corrupt) > MAX_NAMED else ""
+        report.notes.append(f"left out because they cannot be read: {names}{more}")
+    write_report(report, figures, subject)
     return report
 
 
-def describe_run(run: Path, context: EvaluationContext, checkpoint_path: Path) -> dict[str, Any]:
-    """What was measured: the run, its checkpoint and its model."""
-    config, epoch = context.config, read_checkpoint(checkpoint_path).get("epoch")
+def describe_subject(subject: Subject, context: EvaluationContext) -> dict[str, Any]:
+    """What was measured: the run, its checkpoint and its model. `folder` is None for weights by themselves."""
+    config, epoch = subject.config, read_checkpoint(subject.checkpoint).get("epoch")
     return {
-        "folder": str(run),
-        "checkpoint": str(checkpoint_path),
+        "name": subject.name,
+        "folder": None if subject.run is None else str(subject.run.path),
+        "checkpoint": str(subject.checkpoint),
         "model": config.meta.model_name,
         "patch_size": config.mask.patch_size,
         "image_size": list(config.data.image_size),
@@ -148,6 +158,7 @@ def measure_features(report: Report, context: EvaluationContext) -> FeaturedImag
     measure_papers(report, context, train, validation)
     labels = validation["trained"].labels
     assert labels is not None
+    report.data["train_images"] = num_train  # without those that cannot be read
     report.data["validation_images"] = len(labels)
     report.data["most_frequent_class"] = (labels.bincount().max() / len(labels)).item()
     return FeaturedImages(splits.train, train["trained"].pooled)
@@ -182,15 +193,16 @@ def read_loss_curve(run: RunFolder) -> LossCurve:
     return curve
 
 
-def write_report(report: Report, figures: FigureData, out: Path, run: RunFolder, config: Config) -> None:
-    """Write report.html, report.md, report.json and the figures into `out`, and list them in `report.files`."""
+def write_report(report: Report, figures: FigureData, subject: Subject) -> None:
+    """Write report.html, report.md, report.json and the figures into their folder; list them in `report.files`."""
+    out, config = subject.out, subject.config
     out.mkdir(parents=True, exist_ok=True)
-    title = f"{run.path.resolve().name}: {config.meta.model_name}, patch {config.mask.patch_size}"
+    title = f"{subject.name}: {config.meta.model_name}, patch {config.mask.patch_size}"
     paths = save_figures(figures, out, title)
     report.files = [str(out / name) for name in (PAGE, "report.md", "report.json")] + list(map(str, paths))
     write_json(out / "report.json", asdict(report))
     write_atomically(out / "report.md", format_markdown(report, [path.name for path in paths]))
-    write_atomically(out / PAGE, make_report_page(report, figures, run, config))
+    write_atomically(out / PAGE, make_report_page(report, figures, subject.run, config))
 
 
 @contextlib.contextmanager

@@ -10,14 +10,21 @@ from dmtjepa.evaluation.bare_weights import settings_of_weights
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.option_names import KEYWORDS, OptionNames
 from dmtjepa.interop.hub import find_hub_name
-from dmtjepa.interop.sources import find_source, find_weights_of_run
+from dmtjepa.interop.sources import find_run_of, find_source, find_weights_of_run, is_weights
 from dmtjepa.run_folder import RunFolder, open_run
 
 
 class Subject(NamedTuple):
-    """What is measured. checkpoint: a file of weights or a folder checkpoints/step-N. out: the folder of the report."""
+    """What is measured.
 
-    run: RunFolder
+    name: of the run folder, of the file or folder of weights, or of a repository of Hugging Face.
+    run: its folder; None for weights by themselves, which have no curves and no verdict on their training.
+    checkpoint: a file of weights or a folder checkpoints/step-N.
+    out: the folder of the report.
+    """
+
+    name: str
+    run: RunFolder | None
     config: Config
     checkpoint: Path
     out: Path
@@ -33,32 +40,44 @@ def find_subject(
 ) -> Subject:
     """Find the run and its settings, the file to measure, and the folder of the report.
 
-    Weights by themselves, a file, a folder of Hugging Face or timm, or the name of a repository of Hugging Face, have
-    settings made from their shapes.
+    Weights by themselves, a file, a checkpoint folder, a folder of Hugging Face or timm, or the name of a repository of
+    Hugging Face, have settings made from their shapes. They are by themselves in the folder of a run, too.
 
     Args:
         source: a run folder, or weights.
         has_images: whether images are named, without which weights by themselves cannot be measured.
-        checkpoint: the file to measure. None takes the latest of the run.
+        checkpoint: the file of a run to measure. None takes the latest.
         out: the folder of the report. None takes that of the run, or one beside the weights; for weights by name, in
             the current folder.
         options: what messages call the options.
 
     Raises:
-        EvaluationError: there are no images to measure weights on.
-        RunFolderError, ConfigError, WeightsError, CheckpointError: see `open_run`, `settings_of_weights` and
-            `find_weights_of_run`.
+        EvaluationError: there are no images to measure weights on, or a checkpoint is named besides weights.
+        RunFolderError, ConfigError, WeightsError, CheckpointError: see `open_run`, `settings_of_weights`, `find_source`
+            and `find_weights_of_run`.
     """
-    name = None if source.exists() else find_hub_name(source)
-    if name is not None or source.is_file() or (source / "model.safetensors").is_file():
-        if not has_images:
-            raise EvaluationError(
-                f"{source} has no run folder beside it, and so no images: give {options.data} a folder"
-            )
-        path = find_source(source)
-        stem = source if name is None else Path(name.replace("/", "_"))
-        beside = stem.with_name(f"{stem.name.removesuffix('.pth.tar')}-report")
-        run = RunFolder(stem.parent, stem.name)
-        return Subject(run, settings_of_weights(path), checkpoint or path, out or beside)
-    run, config = open_run(source)
-    return Subject(run, config, checkpoint or find_weights_of_run(run), out or run.report)
+    hub_name = None if source.exists() else find_hub_name(source)
+    if hub_name is None and not is_weights(source):
+        run, config = open_run(source)
+        file = checkpoint or find_weights_of_run(run)
+        return Subject(run.path.resolve().name, run, config, file, out or run.report)
+    if checkpoint is not None:
+        raise EvaluationError(
+            f"{options.checkpoint} names weights of a run, and {source} are weights by themselves: name one of them"
+        )
+    if not has_images:
+        run_folder = find_run_of(source)
+        in_run = f", or name the run folder {run_folder}, and these weights as {options.checkpoint}"
+        raise EvaluationError(
+            f"{source} are weights by themselves, without images: give {options.data} a folder"
+            + in_run * (run_folder is not None)
+        )
+    path = find_source(source)
+    if hub_name is not None:
+        place = Path(hub_name.replace("/", "_"))
+        name = hub_name
+    else:
+        place = source if source.name not in ("", "..") else source.resolve()  # `.` has no name
+        name = place.name if source.is_dir() else place.name.removesuffix(".tar").rpartition(".")[0] or place.name
+    beside = place.with_name(f"{place.name.removesuffix('.pth.tar')}-report")
+    return Subject(name, None, settings_of_weights(path), path, out or beside)

@@ -60,7 +60,7 @@ def format_markdown(report: Report, figures: Sequence[str]) -> str:
     run, loss = report.run, report.loss
     epoch = f" after epoch {run['epoch']}" if run["epoch"] is not None else ""
     lines = [
-        f"# Report of {run['folder']}",
+        f"# Report of {run['folder'] or run['name']}",
         "",
         f"{describe_model(report)}; teacher of `{run['checkpoint']}`{epoch}; seed {run['seed']}, torch {run['torch']}.",
         "",

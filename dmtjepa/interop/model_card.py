@@ -13,12 +13,12 @@ import yaml
 
 import dmtjepa
 from dmtjepa.checkpoint_format import is_checkpoint
-from dmtjepa.config import Config, ConfigError, load_config, parse_config
+from dmtjepa.config import Config, ConfigError, parse_config
 from dmtjepa.interop.model_folder import describe_channels
 from dmtjepa.interop.normalization import Normalization
 from dmtjepa.interop.weights import EncoderShape
 from dmtjepa.models.vit import IMAGENET_MEAN, IMAGENET_STD, default_normalization
-from dmtjepa.run_folder import RunFolder
+from dmtjepa.run_folder import RunFolder, RunFolderError, open_run
 
 PARTS = {"target_encoder": "teacher", "encoder": "student"}
 FEATURES = {
@@ -69,11 +69,11 @@ def find_origin(path: Path, checkpoint: Mapping[str, Any]) -> Origin:
     try:
         if is_checkpoint(path):
             config = parse_config(checkpoint.get("config", {}), source=str(path))
-        elif path.name.endswith(".pth.tar") and (folder / "config.yaml").is_file():
-            config = load_config(folder / "config.yaml")
         else:
-            return Origin(numbers)
-    except ConfigError:  # of another version, or another program's
+            run, config = open_run(folder)
+            if not run.is_export(path):  # some other weights, copied into the folder of a run
+                return Origin(numbers)
+    except (ConfigError, RunFolderError):  # no run, one of another version, or another program's settings
         return Origin(numbers)
     run = RunFolder(folder, config.logging.write_tag)
     return Origin(numbers, config, (run.read_starts() or [{}])[-1], _read_report(run, numbers.get("epoch")))

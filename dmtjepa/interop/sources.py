@@ -39,6 +39,21 @@ def find_source(source: Path) -> Path:
     return source
 
 
+def is_weights(source: Path) -> bool:
+    """Whether a path is of weights by themselves: a file, a checkpoint folder, or a folder of Hugging Face or timm.
+
+    Raises:
+        WeightsError: see `find_encoder_file`.
+    """
+    return source.is_file() or (source.is_dir() and (is_checkpoint(source) or find_encoder_file(source) is not None))
+
+
+def find_run_of(weights: Path) -> Path | None:
+    """The run folder that holds a file of weights or a checkpoint folder, or None if there is none."""
+    folder = weights.parent.parent if is_checkpoint(weights) else weights.parent
+    return folder if RunFolder(folder, tag="").config_file.is_file() else None
+
+
 def find_weights_of_run(run: RunFolder) -> Path:
     """The latest export of a run, or its newest checkpoint if it was stopped before it had written an export.
 

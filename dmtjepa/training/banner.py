@@ -87,9 +87,20 @@ def describe_start(
         "batch": f"{config.global_batch(world_size)} images = {data.batch_size} x {processes}"
         + (f" x {runtime.accumulation} accumulated" if runtime.accumulation > 1 else ""),
         "length": f"{_count(optimization.epochs, 'epoch')} of {_count(steps_per_epoch, 'step')}, {num_steps} in all",
-        "run": f"{os.path.abspath(config.logging.path)}, " + (f"resumes at step {step}" if step else "new"),
+        "run": f"{os.path.abspath(config.logging.path)}, "
+        + (f"resumes at step {step}" if step else _describe_new(config)),
     }
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
+
+
+def _describe_new(config: Config) -> str:
+    """Official files ask for a checkpoint in runs that have none yet: there, load_checkpoint means to resume."""
+    if config.meta.load_checkpoint and config.meta.read_checkpoint is None:
+        return (
+            "new, with drawn weights: meta.load_checkpoint is true, but there is no checkpoint to resume from, and "
+            "meta.read_checkpoint names no weights"
+        )
+    return "new"
 
 
 def _describe_masks(config: Config, num_shards: int) -> str:

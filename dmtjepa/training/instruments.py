@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 from dmtjepa.config import Config
 from dmtjepa.evaluation.instruments import (
+    NUM_ERROR_SUMS,
+    NUM_PAIR_SUMS,
     count_changed,
     describe_features,
+    explained_variance,
     read_targets,
+    sum_errors,
     sum_targets,
 )
 from dmtjepa.kernels import backend
 from dmtjepa.masks import MaskBatch
+from dmtjepa.models.predictor import Predictions
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.training.batches import MicroBatch
 
@@ -34,11 +39,13 @@ class Reading:
     """What was measured in a step. Nothing has been fetched from the device.
 
     sums: float32 [n], to be added over ranks: the update and the weights squared, changed and all neighbours (0 where
-        no look was taken), then those of `sum_targets`.
+        no look was taken), then those of `sum_targets` and, with a context loss, those of `sum_errors` for the context.
+    has_context: whether there are these last ones.
     features: pooled features of the teacher, float32 [n, D], and targets, [n, D], of this rank. Empty without a look.
     """
 
     sums: Tensor
+    has_context: bool
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -51,8 +58,11 @@ class Observer:
     def start_step(self, step: int, micro_batches: Sequence[MicroBatch]) -> None:
         """Before anything of a step is computed."""
 
-    def see_batch(self, predictions: Tensor, targets: Tensor, masks: MaskBatch) -> None:
-        """After the loss of a micro-batch: predictions [B, M, T, D], targets [U, D]."""
+    def see_batch(self, predictions: Predictions, targets: Tensor, masks: MaskBatch) -> None:
+        """After the loss of a micro-batch: predictions, and targets [U, D], or [U + V, D] with a context loss.
+
+        Where the masks of the step were padded, there are more targets than `masks` has: V are the last ones.
+        """
 
     def see_update(self, weights: list[Tensor]) -> AbstractContextManager[None]:
         """Encloses the update of some weights of the student, those of this rank. Called until all are updated."""
@@ -76,6 +86,7 @@ class Instruments(Observer):
         self._log_every, self._num_steps = config.runtime.log_every, num_steps
         self._look_every = -(-LOOK_EVERY // self._log_every) * self._log_every
         self._select_neighbors = backend(config.runtime.kernels).select_neighbors
+        self._has_context = model.context_loss_weight > 0
         self._images_per_step = config.data.batch_size * config.runtime.accumulation
         self._measured = self._pooling = self._looking = False
         self._sums: list[Tensor] = []
@@ -121,14 +132,19 @@ class Instruments(Observer):
         if self._pooling:
             self._pooled.append(features.detach().float().mean(1))
 
-    def see_batch(self, predictions: Tensor, targets: Tensor, masks: MaskBatch) -> None:
+    def see_batch(self, predictions: Predictions, targets: Tensor, masks: MaskBatch) -> None:
         if not self._measured:
             return
         num_patches = self._grid_size[0] * self._grid_size[1]
-        sums = sum_targets(predictions.detach(), targets, masks.target_unique, masks.target_slot, num_patches)
+        hidden = targets[: len(masks.target_unique)]
+        hidden_predictions = predictions.targets.detach()
+        sums = sum_targets(hidden_predictions, hidden, masks.target_unique, masks.target_slot, num_patches)
+        if predictions.context is not None:
+            seen = targets[-masks.context_index.numel() :]
+            sums = torch.cat([sums, sum_errors(predictions.context.detach(), seen, masks.context_slot())])
         self._sums.append(sums)
         if self._looking:
-            self._targets = targets[:: -(-len(targets) // NUM_SAMPLES)].float()
+            self._targets = hidden[:: -(-len(hidden) // NUM_SAMPLES)].float()
 
     @contextmanager
     def see_update(self, weights: list[Tensor]) -> Iterator[None]:
@@ -148,19 +164,19 @@ class Instruments(Observer):
         changed = self._changed if self._changed is not None else update.new_zeros(2)
         sums = torch.cat([update, changed, torch.stack(self._sums).sum(0)])
         if not self._looking:
-            return Reading(sums)
+            return Reading(sums, self._has_context)
         assert self._targets is not None
         features = {"features": torch.cat(self._pooled)[-NUM_SAMPLES:], "targets": self._targets}
         self._pooled = []
-        return Reading(sums, features)
+        return Reading(sums, self._has_context, features)
 
 
 def _sum_squares(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum()
 
 
-def read_sums(sums: Sequence[float]) -> dict[str, float]:
-    """The figures of `Reading.sums`, added over ranks: the relative norm of the update, and those of `read_targets`.
+def read_sums(sums: Sequence[float], has_context: bool) -> dict[str, float]:
+    """The figures of `Reading.sums`, added over ranks: the relative norm of the update, and those of the targets.
 
     Returns:
         Figures by their names in `metrics.jsonl`. `neighbors/changed` only where a look was taken before.
@@ -169,6 +185,11 @@ def read_sums(sums: Sequence[float]) -> dict[str, float]:
     figures = {"train/update_norm": math.sqrt(update / weight) if weight > 0 else math.nan}
     if neighbors:
         figures["neighbors/changed"] = changed / neighbors
+    if has_context:
+        width = (len(rest) - NUM_PAIR_SUMS - 2 * NUM_ERROR_SUMS) // 2
+        context = len(rest) - NUM_ERROR_SUMS - width
+        figures["context/explained_variance"] = explained_variance(rest[context:])
+        rest = rest[:context]
     return figures | {f"targets/{name}": value for name, value in read_targets(rest).items()}
 
 

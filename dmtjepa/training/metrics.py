@@ -165,7 +165,8 @@ class Metrics:
             waited = self.stopwatch.seconds(self._previous, record.data_ready)
             figures: dict[str, float] = {}
             if record.reading is not None:
-                figures = read_sums(list(itertools.islice(numbers, len(record.reading.sums))))
+                sums = list(itertools.islice(numbers, len(record.reading.sums)))
+                figures = read_sums(sums, record.reading.has_context)
                 if self._rank == 0:
                     figures |= read_features(record.reading.features)
             steps.append(StepValues(record, loss, norm, seconds, waited, figures))

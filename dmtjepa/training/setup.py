@@ -232,8 +232,6 @@ def load_initial_weights(model: DMTJEPA, config: Config, folder: RunFolder, worl
     """Load the weights that `meta.read_checkpoint` names into the model of a new run. Every rank reads the file."""
     path = find_initial_weights(config, folder)
     if path is None:
-        if config.meta.load_checkpoint and world.rank == 0:
-            logger.info("meta.load_checkpoint: %s holds no checkpoint yet; the run starts afresh", folder.path)
         return
     check_weights_agree(path, world)
     absent = load_model(model, path)

@@ -101,7 +101,7 @@ class TrainStep:
             predictions = self.model.predict_targets(images, masks)
             on_phase(Phase.LOSS)
             micro_loss = self.model.loss(predictions, targets, masks) / len(micro_batches)
-            self.observer.see_batch(predictions.targets, targets[: len(seen.target_unique)], seen)
+            self.observer.see_batch(predictions, targets, seen)
             on_phase(Phase.BACKWARD)
             micro_loss.backward()
             loss += micro_loss.detach()

@@ -1,8 +1,10 @@
 """Every fault in the settings is named with its remedy."""
 
+import fnmatch
+
 import pytest
 
-from dmtjepa.config import ConfigError, load_config
+from dmtjepa.config import ConfigError, change_settings, load_config, parse_config
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,42 @@ def test_all_faults_are_listed_at_once(official):
         load_config(official, ["data.batch_size=0", "mask.min_kep=3"])
     assert "data.batch_size" in str(error.value)
     assert "did you mean min_keep?" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("", ["data.batch_size=abc"], "typed:\n  data.batch_size: must be a valid integer, *"),
+        ("", ["data.crop_scale=[0.5, 7]"], "typed:\n  data.crop_scale.1: *"),
+        ("", ["data.batchsize=4"], "typed:\n  data.batchsize: unknown key; *"),
+        ("", ["dta.batch_size=4"], "typed:\n  dta: unknown key; *"),
+        ("", ["meta={read_checkpoint: a}"], "typed:\n  meta.read_checkpoint: *"),
+        ("", ["mask.aspect_ratio=[2, 1]"], "typed:\n  mask.aspect_ratio: *"),
+        ("", ["data.crop_size=9"], "typed:\n  data.crop_size: height 9 is smaller than a patch *"),
+        ("data: {batch_size: 0}", ["data.num_workers=1"], "FILE:\n  data.batch_size: *"),
+        ("data: {batchsize: 4}", ["data.batch_size=4"], "FILE:\n  data.batchsize: unknown key; *"),
+        ("dta: {}", [], "FILE:\n  dta: unknown key; *"),
+        ("optimization: {warmup: 500}", ["data.batch_size=4"], "FILE:\n  optimization.warmup: *"),
+        ("optimization: {warmup: 9}", ["optimization.epochs=5"], "FILE together with typed:\n  optimization.warmup: *"),
+        ("optimization: {warmup: 9}", ["optimization={epochs: 5}"], "typed:\n  optimization.warmup: *"),
+        ("data: {batch_size: 0}", ["data.batch_size=-1"], "typed:\n  data.batch_size: * (it is -1)"),
+        ("mask: {x: 1}", ["mask.y=1", "data.z=1"], "typed:\n  data.z: *\n  mask.y: *\nFILE:\n  mask.x: *"),
+    ],
+)
+def test_what_has_a_fault_is_named(tmp_path, text, overrides, message):
+    """The file, the command line, or both."""
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides, overrides_from="typed")
+    assert fnmatch.fnmatchcase(str(error.value).replace(str(path), "FILE"), message.replace("[", "[[]"))
+
+
+def test_overrides_in_python_are_named():
+    with pytest.raises(ConfigError, match=r"^the overrides:\n  data\.batch_size: "):
+        change_settings(parse_config({}), {"data.batch_size": 0})
+    with pytest.raises(ConfigError, match=r"^the settings together with the overrides:\n  optimization\.warmup: "):
+        change_settings(parse_config({}), {"optimization.epochs": 1})
 
 
 def test_neighbours_must_fit_the_window(official):

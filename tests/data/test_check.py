@@ -10,6 +10,7 @@ import pytest
 from dmtjepa.cli import check
 from dmtjepa.config import parse_config
 from dmtjepa.data import DataError, open_images
+from dmtjepa.data.check import check as check_all
 from dmtjepa.data.check import check_sample
 
 
@@ -49,5 +50,7 @@ def test_a_sample_tells_broken_data_before_a_run(image_folder: Path, tmp_path: P
     assert f"{files[0]}: not an image that PIL can read" in record.message
     for file in files:
         file.write_bytes(b"bad")
+    text = str(check_all(open_images(images), 1))
+    assert [line.split()[0] for line in text.splitlines()[:4]] == ["images", "classes", "duplicates", "corrupt"]
     with pytest.raises(DataError, match=r"8 of 8 images that were tried cannot be decoded.*dmtjepa check"):
         check_sample(open_images(images), data)

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from dmtjepa.evaluation.instruments import count_changed, describe_features, read_targets, sum_targets
+from dmtjepa.evaluation.instruments import (
+    count_changed,
+    describe_features,
+    explained_variance,
+    read_targets,
+    sum_errors,
+    sum_targets,
+)
 
 NUM_IMAGES, NUM_PATCHES, DIM = 5, 12, 7
 
@@ -29,7 +36,7 @@ def measure(*batches):
     return read_targets(sum(sum_targets(*batch, NUM_PATCHES) for batch in batches).tolist())
 
 
-def explained_variance(predictions, targets):
+def variance_explained_by(predictions, targets):
     """The definition, in float64: 1 - squared error / variance, over all predictions and dimensions."""
     error, spread = ((targets - predictions) ** 2).sum(), ((targets - targets.mean(0)) ** 2).sum()
     return 1 - error / spread
@@ -41,8 +48,10 @@ def test_explained_variance_is_that_of_all_predictions(num_batches):
     predictions = np.concatenate([p.double().numpy().reshape(-1, DIM) for p, _, _, _ in batches])
     targets = np.concatenate([t.double()[slot].numpy().reshape(-1, DIM) for _, t, _, slot in batches])
     value = measure(*batches)["explained_variance"]
-    assert value == pytest.approx(explained_variance(predictions, targets), abs=1e-5)
+    assert value == pytest.approx(variance_explained_by(predictions, targets), abs=1e-5)
     metrics = pytest.importorskip("sklearn.metrics")
+    errors = sum(sum_errors(p, t, slot) for p, t, _, slot in batches)
+    assert explained_variance(errors.tolist()) == pytest.approx(value, abs=1e-6)
     assert value == pytest.approx(metrics.r2_score(targets, predictions, multioutput="variance_weighted"), abs=1e-5)
 
 

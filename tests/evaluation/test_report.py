@@ -257,13 +257,19 @@ def without_figures(monkeypatch):
     monkeypatch.setattr("dmtjepa.evaluation.report.save_figures", lambda *_: [])
 
 
-def test_few_training_images_skip_the_linear_probe(run, tmp_path, capsys, without_figures):
+def test_few_training_images_skip_the_linear_probe(run, tmp_path, capsys, caplog, without_figures):
+    """Images that cannot be read do not count. The log and the report name them once."""
     write_images(tmp_path / "small" / "train", 3, seed=0)
+    (tmp_path / "small" / "train" / "class0" / "bad.jpg").touch()
     write_images(tmp_path / "small" / "val", 3, seed=1)
     assert main([str(run), "--device", "cpu", "--data", str(tmp_path / "small")]) == 0
     assert "skipped linear probe: it needs at least 10 training images, not 9" in capsys.readouterr().out
     report = json.loads((run / "report" / "report.json").read_text())
     assert report["linear"] == {}
+    assert report["data"]["train_images"] == 9
+    bad = tmp_path / "small" / "train" / "class0" / "bad.jpg"
+    assert report["notes"] == [f"left out because they cannot be read: {bad}"]
+    assert sum(str(bad) in record.message for record in caplog.records) == 1
     assert list(report["knn"]["trained"]) == ["5"]
     assert "k-NN, k = 5" in (run / "report" / "report.md").read_text()
 
@@ -336,26 +342,43 @@ def test_segmentation_needs_no_classes(run, tmp_path, without_figures):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["pth.tar", "hf"])
+@pytest.mark.parametrize("form", ["file of a run", "hf"])
 def test_weights_alone_are_measured_as_in_their_run(run, data, tmp_path, capsys, without_figures, form):
+    """Without anything of a run: also where a file lies in the folder of one."""
     options = ["--device", "cpu", "--quick", "--data", str(data)]
     assert main([str(run), *options]) == 0
     expected = json.loads((run / "report" / "report.json").read_text())
-    weights = tmp_path / "alone" / LATEST
-    weights.parent.mkdir()
     if form == "hf":
-        weights = weights.with_name("hf")
+        weights = tmp_path / "hf"
         assert export(["export", str(run), "--format", "hf", "--out", str(weights)]) == 0
     else:
-        shutil.copy(run / LATEST, weights)
+        weights = run / LATEST
+        rows = [{"step": step, "train/momentum": 0.5, "targets/explained_variance": 0.4} for step in range(20)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (run / "environment.json").write_text(json.dumps({"starts": [{"host": "of the run"}]}))
+        shutil.copy(run / "tiny_r0.csv", run / f"{LATEST}_r0.csv")
     assert main([str(weights), "--device", "cpu"]) == 1
-    assert "has no run folder beside it, and so no images: give --data a folder" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "are weights by themselves, without images: give --data a folder" in error
+    assert (f"or name the run folder {run}, and these weights as --checkpoint" in error) == (form != "hf")
     assert main([str(weights), *options]) == 0
-    found = json.loads((weights.parent / f"{weights.name.removesuffix('.pth.tar')}-report/report.json").read_text())
+    assert "training:" not in capsys.readouterr().out
+    report = weights.with_name(f"{weights.name.removesuffix('.pth.tar')}-report")
+    found = json.loads((report / "report.json").read_text())
     assert found["knn"]["trained"] == expected["knn"]["trained"]
     assert found["linear"]["trained"] == expected["linear"]["trained"]
     assert ("student" in found["knn"]) == (form != "hf")
-    assert any("loss curve" in reason for reason in found["skipped"])
+    assert found["verdict"] == []
+    assert found["loss"] == {}
+    assert [reason for reason in found["skipped"] if "loss" in reason or "run" in reason] == []
+    name = "hf" if form == "hf" else "tiny-latest"
+    assert (found["run"]["name"], found["run"]["folder"]) == (name, None)
+    assert (report / "report.md").read_text().startswith(f"# Report of {name}\n")
+    page = (report / "report.html").read_text()
+    assert f"<title>{name}: report</title>" in page
+    assert "Report of weights by themselves" in page
+    for part in ('id="training"', "Run folder", "of the run", "the start of this run"):
+        assert part not in page
 
 
 @pytest.mark.slow

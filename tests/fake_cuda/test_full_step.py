@@ -14,12 +14,22 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def found(start_on):
-    # Compiled in the process itself: others that help it would have to import everything first.
-    variables = {"TORCHINDUCTOR_PERSISTENT_REDUCTIONS": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    ended = start_on(sys.executable, HERE / "full_step.py", **variables).end()
-    assert ended.code == 0, ended.output
-    return json.loads(ended.output.splitlines()[-1])
+def compile_steps(start_on):
+    """compile_steps("program.py") -> what it printed last."""
+
+    def run(program: str) -> dict:
+        # Compiled in the process itself: others that help it would have to import everything first.
+        variables = {"TORCHINDUCTOR_PERSISTENT_REDUCTIONS": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        ended = start_on(sys.executable, HERE / program, **variables).end()
+        assert ended.code == 0, ended.output
+        return json.loads(ended.output.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def found(compile_steps):
+    return compile_steps("full_step.py")
 
 
 def test_memory_lies_a_little_below_its_estimate(found):
@@ -30,6 +40,14 @@ def test_no_masks_that_can_be_drawn_compile_anything_again(found):
     assert found["context_sizes"] >= 5  # and the smallest and the largest
     # Blocks of the teacher, the encoder, the predictor and its last one; both halves of the head.
     assert found["graphs"] == 6
+
+
+def test_nor_for_vit_huge_and_cifar10(compile_steps):
+    # With the smallest and the largest masks alone: a step of ViT-B has those between.
+    assert compile_steps("extreme_steps.py") == {
+        "H/14": {"first": 6, "others": 0},
+        "CIFAR-10": {"first": 6, "others": 0},
+    }
 
 
 @pytest.mark.parametrize(("workload", "fewest", "most"), [("vit_base:256", 11, 139), ("vit_huge:128", 11, 190)])

@@ -25,6 +25,7 @@ def make_report(name: str = "run", **changes) -> Report:
     }
     values = {
         "run": {
+            "name": name,
             "folder": f"/runs/{name}",
             "checkpoint": f"/runs/{name}/jepa-latest.pth.tar",
             "model": "vit_tiny",

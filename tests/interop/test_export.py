@@ -17,7 +17,7 @@ from dmtjepa.cli.weights import main
 from dmtjepa.config import parse_config
 from dmtjepa.data.crop import crop_center
 from dmtjepa.interop import build_encoder, export_official, load_model, read_checkpoint, write_official
-from dmtjepa.interop.model_card import Origin, format_card
+from dmtjepa.interop.model_card import Origin, find_origin, format_card
 from dmtjepa.interop.weights import EncoderShape
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
@@ -389,6 +389,13 @@ def test_a_card_says_what_was_exported(run, tmp_path, capsys):
     assert "The report has no accuracies" in (tmp_path / "b.safetensors.md").read_text()
     with pytest.raises(AssertionError):  # what is there is kept
         export(run, tmp_path / "a.safetensors", "--format", "safetensors")
+
+
+def test_other_weights_in_a_run_folder_are_not_taken_for_its_own(run):
+    for name in ("jepa-latest", "jepa-best", "jepa-ep3"):
+        assert find_origin(run / f"{name}.pth.tar", {}).config is not None
+    for name in ("ijepa-latest", "jepa-ep", "jepa-latest-2"):
+        assert find_origin(run / f"{name}.pth.tar", {}).config is None
 
 
 def test_a_card_of_weights_alone(run, tmp_path):

@@ -64,8 +64,9 @@ def test_weights_by_name_are_measured_into_a_folder_here(cache):
     fill(cache)
     subject = find_subject(Path(NAME), has_images=True)
     assert subject.out == Path("someone_ijepa_nano-report")
+    assert (subject.name, subject.run) == (NAME, None)
     assert subject.config.grid_size == (4, 4)  # as that of quickstart
-    with pytest.raises(ValueError, match="no run folder"):
+    with pytest.raises(ValueError, match="without images"):
         find_subject(Path(NAME), has_images=False)
 
 

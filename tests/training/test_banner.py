@@ -38,6 +38,15 @@ def test_facts_of_a_start(settings, image_folder):
     assert "(DMT-JEPA, patch.query image, context loss 0.5)" in text
 
 
+def test_a_start_says_that_there_is_nothing_to_load(settings, image_folder):
+    """Official files have `load_checkpoint: true` in new runs, too, so that is no error."""
+    facts = {"world_size": 1, "device": torch.device("cpu"), "loader": "pil", "num_parameters": 1, "steps_per_epoch": 2}
+    for given, step, drawn in ((None, 0, True), (None, 4, False), ("a.pth.tar", 0, False)):
+        config = settings(**{"meta.load_checkpoint": True, "meta.read_checkpoint": given})
+        text = describe_start(config, open_images(image_folder), step=step, **facts)
+        assert ("new, with drawn weights: meta.load_checkpoint is true, but" in text) == drawn
+
+
 @pytest.mark.parametrize("pack", [False, True])
 def test_a_start_tells_how_much_of_an_image_is_seen(image_folder, pack):
     """Of 16 patches, the shortest context of 64 images has 2 or 3, where the images have 6 on average."""

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dmtjepa.config import find_settings, load_config
 from dmtjepa.masks import MaskSampler
-from dmtjepa.objective import build_model
+from dmtjepa.objective import DMTJEPA, build_model
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training import instruments
 from dmtjepa.training.instruments import Instruments, Observer
@@ -43,6 +43,7 @@ def test_logged_steps_have_figures(plain, losses):
     assert measured == {3, 6, 9, 12, 15, 18, 21, 24}
     assert rows[8]["train/loss"] == pytest.approx(sum(losses(plain)[6:8]) / 2, rel=1e-6)
     assert rows[24]["epoch"] == 3
+    assert not any("context/explained_variance" in row for row in rows.values())  # there is no context loss
     assert all(row.keys().isdisjoint(LOOKS) for row in rows.values())  # the run is shorter than LOOK_EVERY
 
 
@@ -102,6 +103,36 @@ def test_update_norm_is_that_of_the_student(settings, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pack", [False, True])
+def test_explained_variance_of_the_context_is_that_of_all_its_predictions(settings, monkeypatch, pack):
+    changes = {"optimization.context_loss": 0.5, "mask.pack": pack, "runtime.log_every": 1}
+    config = settings(**{"optimization.epochs": 1, "runtime.accumulation": 2, "data.batch_size": 8} | changes)
+    original, seen = DMTJEPA.loss, []
+
+    def recorded_loss(model, predictions, targets, masks):
+        rows = targets[len(masks.target_unique) :].float()
+        if pack:  # the sequences of one image follow each other
+            lengths = masks.context_packing.length.tolist()
+            blocks = masks.target_index.shape[1]
+            expected = torch.cat([part for image in rows.split(lengths) for part in [image] * blocks])
+        else:
+            images, blocks, _, width = predictions.context.shape
+            expected = rows.view(images, 1, -1, width).expand(-1, blocks, -1, -1)
+        seen.append((predictions.context.detach().double().flatten(0, -2), expected.double().flatten(0, -2)))
+        return original(model, predictions, targets, masks)
+
+    monkeypatch.setattr(DMTJEPA, "loss", recorded_loss)
+    assert launch(config, ["cpu"]) == 0
+    values = []
+    for micro_batches in zip(seen[::2], seen[1::2], strict=True):
+        predictions, targets = map(torch.cat, zip(*micro_batches, strict=True))
+        error, spread = (predictions - targets).square().sum(), (targets - targets.mean(0)).square().sum()
+        values.append(1 - (error / spread).item())
+    found = [row["context/explained_variance"] for row in rows_of(config).values()]
+    assert found == pytest.approx(values, rel=1e-4)
+
+
+@pytest.mark.slow
 def test_figures_are_on_the_board_too(plain):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     board = accumulator.EventAccumulator(str(Path(plain.logging.folder, "tensorboard"))).Reload()
@@ -145,7 +176,7 @@ def test_instruments_take_less_than_a_hundredth_of_the_steps_between_two_looks(n
             targets = model.compute_targets(images, masks)
             predictions = model.predict_targets(images, masks)
             model.loss(predictions, targets, masks).backward()
-            gauges.see_batch(predictions.targets, targets, masks)
+            gauges.see_batch(predictions, targets, masks)
             with torch.no_grad(), gauges.see_update(weights):
                 pass
             gauges.take()

@@ -19,8 +19,7 @@ class Recorder(Observer):
 @pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("draw_masks", [make_masks, packed_masks])
-def test_the_observer_sees_targets_alone_and_the_loss_has_both_parts(head, draw_masks):
-    """The explained variance is that of hidden patches, whatever is predicted besides."""
+def test_the_observer_sees_the_same_targets_besides_the_context_and_the_loss_has_both_parts(head, draw_masks):
     case, found = Case(3, (6, 6), 4, 3, "clip", head=head), []
     masks = draw_masks(case)
     for weight in (0.0, 0.5):
@@ -32,7 +31,10 @@ def test_the_observer_sees_targets_alone_and_the_loss_has_both_parts(head, draw_
         loss, norm = step([(images, masks)], 0)
         assert norm.isfinite()
         found.append((loss, *recorder.seen))
-    (plain, *expected), (both, *seen) = found
-    assert seen[1].shape == (len(masks.target_unique), case.embed_dim)
-    torch.testing.assert_close(seen, expected)
+    (plain, alone, targets), (both, predictions, all_targets) = found
+    assert alone.context is None
+    assert len(targets) == len(masks.target_unique)
+    assert len(all_targets) == len(targets) + masks.context_index.numel()
+    torch.testing.assert_close(all_targets[: len(targets)], targets)
+    torch.testing.assert_close(predictions.targets, alone.targets)
     assert both > plain

@@ -59,7 +59,8 @@ def _collate(samples: list[Any]) -> tuple[torch.Tensor, list[int], list[tuple[in
 class EvaluationLoader:
     """Iterates over (images uint8 [B,C,H,W], labels [B] int64 or None, names [B]). The last batch may be smaller.
 
-    Corrupt images are left out, named in the log, and listed in `corrupt` as (name, reason).
+    Corrupt images are left out, and listed in `corrupt` as (name, reason). The log names those that are not in `named`,
+    which they are added to: several loaders of the same images can share it.
     """
 
     def __init__(
@@ -72,8 +73,10 @@ class EvaluationLoader:
         channels: int = 3,
         max_value: float | None = None,
         max_megapixels: float = MAX_MEGAPIXELS,
+        named: set[str] | None = None,
     ) -> None:
         self.source = source
+        self._named = set() if named is None else named
         self.corrupt: list[tuple[str, str]] = []
         self.class_names = source.class_names
         parent = os.getpid()
@@ -98,8 +101,11 @@ class EvaluationLoader:
             for image, reason in corrupt:
                 if isinstance(reason, DataError):
                     raise reason
-                self.corrupt.append((self.source.name(image), reason))
-                logger.warning("left out a corrupt image: %s: %s", make_printable(self.corrupt[-1][0]), reason)
+                name = self.source.name(image)
+                self.corrupt.append((name, reason))
+                if name not in self._named:
+                    self._named.add(name)
+                    logger.warning("left out a corrupt image: %s: %s", make_printable(name), reason)
             if numbers:
                 labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[numbers])
                 yield images, labels, [self.source.name(image) for image in numbers]

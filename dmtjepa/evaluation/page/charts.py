@@ -37,6 +37,7 @@ class Quantity:
 QUANTITIES = (
     Quantity("train/loss", "Loss", noisy=True),
     Quantity("targets/explained_variance", "Explained variance of the targets", 100, "%", noisy=True),
+    Quantity("context/explained_variance", "Explained variance of the visible patches", 100, "%", noisy=True),
     Quantity("features/effective_rank", "Effective rank of the features"),
     Quantity("train/lr", "Learning rate"),
     Quantity("train/images_per_second", "Images per second", noisy=True),

@@ -18,26 +18,27 @@ from dmtjepa.evaluation.tables import describe_images, describe_model, list_tabl
 from dmtjepa.run_folder import RunFolder
 
 
-def make_report_page(report: Report, figures: FigureData, run: RunFolder, config: Config) -> str:
-    """The page of a run, in HTML.
+def make_report_page(report: Report, figures: FigureData, run: RunFolder | None, config: Config) -> str:
+    """The page of a run, or of weights by themselves, in HTML.
 
     Args:
         report, figures: what was measured.
-        run: its folder, for the curves and the environment of its starts.
-        config: its settings.
+        run: its folder, for the curves and the environment of its starts. None for weights by themselves.
+        config: the settings of the run, or those that the weights are measured with.
     """
     values = asdict(report)
     scores = list_scores(values)
-    starts, different = run.read_starts(), different_settings(parse_config({}), config)
+    starts, rows = ([], []) if run is None else (run.read_starts(), run.read_metrics())
+    different = different_settings(parse_config({}), config)
     return render(
         "report.html.j2",
-        title=run.path.resolve().name,
+        title=report.run["name"],
         report=report,
         headline=find_headline(values, scores),
         results=format_results(report),
         scores=scores,
         names=[name for name in FEATURES if any(name in score.values for score in scores)],
-        charts=make_charts([read_lines(run.read_metrics(), figures.loss)]),
+        charts=make_charts([read_lines(rows, figures.loss)]),
         galleries=make_galleries(figures),
         tables=list_tables(report),
         model=describe_model(report),

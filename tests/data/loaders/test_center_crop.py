@@ -52,12 +52,19 @@ def test_an_image_of_the_crops_size_is_not_touched():
     assert crop_center(Image.fromarray(pixels[:20]), (32, 32)).shape == (32, 32, 3)
 
 
-def test_corrupt_images_are_left_out(image_folder: Path, tmp_path: Path):
+def test_corrupt_images_are_left_out(image_folder: Path, tmp_path: Path, caplog):
+    """Loaders that share `named` name them once."""
     shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images" / "ant" / "000.jpg").write_bytes(b"oh")
-    loader = build_eval_loader(tmp_path / "images", 24, 8)
+    named: set[str] = set()
+    list(build_eval_loader(tmp_path / "images", 16, 8, named=named))
+    loader = build_eval_loader(tmp_path / "images", 24, 8, named=named)
     assert sum(len(names) for _, _, names in loader) == 29
     assert [Path(name).name for name, _ in loader.corrupt] == ["000.jpg"]
+    assert named == {name for name, _ in loader.corrupt}
+    assert [record.message for record in caplog.records if "left out a corrupt image" in record.message] == [
+        f"left out a corrupt image: {tmp_path}/images/ant/000.jpg: not an image that PIL can read"
+    ]
 
 
 @pytest.mark.parametrize("size", [(2000, 20), (1, 2000), (2, 12_000), (9000, 3)])

@@ -168,8 +168,9 @@ def test_a_folder_that_vanishes_ends_the_run(settings: DataSettings, image_folde
     shutil.copytree(image_folder, tmp_path / "gone")
     loader = build_loader(settings.model_copy(update={"root_path": str(tmp_path / "gone"), "max_broken": 1}), seed=0)
     shutil.rmtree(tmp_path / "gone")
-    with pytest.raises(DataError, match="Check that the data set is still there"):
+    with pytest.raises(DataError, match="Check that the data set is still there") as error:
         next(loader.epoch(0))
+    assert len(str(error.value).splitlines()) == 12  # the message, ten images, and how many more there are
 
 
 class Trap(FolderSource):
