@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_check
-from tests.fake_cuda.bare_machine import ROOT, copy_checkout, make_environment, pack_wheels
+from tests.helpers.bare_machine import ROOT, copy_checkout, make_environment, pack_wheels
 
 pytestmark = pytest.mark.slow
 
