@@ -125,8 +125,8 @@ def _load_array(data: bytes, max_megapixels: float, channels: int, max_value: fl
         raise CorruptImage(f"{width}x{height} pixels exceed data.max_megapixels = {max_megapixels:g}")
     if len(data) - file.tell() < dtype.itemsize * math.prod(shape):
         raise CorruptImage("truncated array")
-    values = np.frombuffer(data, dtype, math.prod(shape), file.tell())
-    values = values.reshape(shape, order="F" if fortran_order else "C").reshape(sides)
+    flat = np.frombuffer(data, dtype, math.prod(shape), file.tell())
+    values = flat.reshape(shape, order="F" if fortran_order else "C").reshape(sides)
     values = values if last else values.transpose(1, 2, 0)
     return values if dtype == np.uint8 else _to_eight_bits(values, max_value, wide=dtype.itemsize == 2)
 

@@ -205,7 +205,9 @@ def set_timeout(timeout: timedelta, group: dist.ProcessGroup | None = None) -> N
 
 def new_gloo_group(world: World) -> dist.ProcessGroup:
     """A group of all ranks for communication between their hosts. All ranks must call this in the same order."""
-    return dist.new_group(backend="gloo", timeout=world.timeout)
+    group = dist.new_group(backend="gloo", timeout=world.timeout)
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+    return group
 
 
 def run_on_rank_0(world: World, work: Callable[[], T]) -> T:
