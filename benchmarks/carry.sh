@@ -2,11 +2,13 @@
 # gpu_check on a machine that has torch and Triton, but no package registry.
 #
 #   benchmarks/carry.sh download [--all]   here: wheels of what such a machine lacks, into build/carry (6 MB)
+#   benchmarks/carry.sh list [--all]       names of what it fetches, without what these need
 #   benchmarks/carry.sh run --part 1 --out results --archive part1.tar.gz      there, then parts 2 and 3
 #
 # --all adds what a machine with nothing but torch and Triton lacks: numpy, pytest and others (40 MB). PYTHON names the
 # interpreter, python3 by default, and PYTHON_VERSION the other machine's version if it is not the same, e.g. 3.12. Take
-# the checkout with build/carry to the other machine. `run` unpacks the wheels and passes its options to gpu_check.
+# the checkout with build/carry to the other machine; if its repository stays here, set GIT_COMMIT there, which the
+# results name. `run` unpacks the wheels and passes its options to gpu_check.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -24,6 +26,9 @@ download)
     "$python" -m pip download "${options[@]}" "${packages[@]}"
     "$python" -m pip download "${options[@]}" --no-deps xformers
     du -sh "$wheels"
+    ;;
+list)
+    echo "${packages[@]}" xformers
     ;;
 run)
     if ! compgen -G "$wheels/*.whl" >/dev/null; then

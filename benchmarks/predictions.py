@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from benchmarks.workloads import Workload
 from dmtjepa.models.vit import ARCHITECTURES
@@ -54,12 +55,18 @@ def update_bytes(workload: Workload, *, fused: bool, copy_size: int = 2) -> int:
     adamw = 4 * (4 + 3)  # reads the weight, its gradient and two averages; writes all but the gradient
     average = 4 * (2 + 1)
     copied = 4 + copy_size
-    parameters = count_parameters(workload.config())
+    parameters = _count_parameters(workload)
     averaged = sum(count for name, count in parameters.items() if name.startswith("teacher"))
     student = sum(parameters.values()) - averaged
     if fused:
         return student * (adamw + copy_size) + averaged * (4 * 2 + copy_size)
     return student * (adamw + copied) + averaged * (average + copied)
+
+
+@cache
+def _count_parameters(workload: Workload) -> dict[str, int]:
+    """Those of each module. It takes a second, and `gpu_check` makes its page after each step."""
+    return count_parameters(workload.config())
 
 
 def bias_gradient_bytes(workload: Workload, step: int) -> int:

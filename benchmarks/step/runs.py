@@ -169,7 +169,7 @@ def check(run: Run) -> dict:
 
 
 def _relative(found: float, expected: float) -> float:
-    return abs(found - expected) / abs(expected) if math.isfinite(found) else math.inf
+    return abs(found - expected) / abs(expected) if expected and math.isfinite(found) else math.inf
 
 
 @contextlib.contextmanager

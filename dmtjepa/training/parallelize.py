@@ -104,6 +104,8 @@ def parallelize(model: DMTJEPA, mesh: DeviceMesh, plan: ComputePlan) -> DMTJEPA:
 
         configure_inductor()
         compile_blocks(model, autotune_teacher=plan.autotune_teacher)
+    elif plan.autotune_teacher:
+        logger.info("runtime.autotune_teacher has no effect: blocks are not compiled (runtime.compile)")
     teacher, student = teacher_units(model, mesh), student_units(model, mesh)
     shard_units(model, teacher, student, mesh, plan)
     register_forward_methods(model)

@@ -47,6 +47,21 @@ def test_groups_have_the_flops_of_the_profile():
     assert attention == pytest.approx(measured["attention"]["gflop"], rel=0.01)
 
 
+def test_a_page_that_is_made_again_counts_parameters_no_more(monkeypatch):
+    """That takes seconds, and `gpu_check` makes its page after each step."""
+    counted = []
+
+    def count(config):
+        counted.append(config)
+        return {"encoder": 1, "teacher_encoder": 1}
+
+    monkeypatch.setattr(predictions, "count_parameters", count)
+    workload = parse_workload("vit_base:3")
+    first, second = (predictions.kernel_groups(workload, range(2)) for _ in range(2))
+    assert first == second
+    assert len(counted) == 1
+
+
 def document(**more) -> dict:
     row = {"workload": "ViT-huge/14 B=128", "provider": "project bfloat16 compiled", "correct": True}
     row |= {"ms": 200.04, "images_per_s": 640.0, "mfu": 0.49}

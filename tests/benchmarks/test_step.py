@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -84,6 +85,10 @@ def test_wrong_provider_is_refused(workload, world, monkeypatch, break_it):
     assert "ms" not in row
     assert runs.failed([row])
     assert "WRONG" in runs.problems([row])[0]
+
+
+def test_a_value_beside_a_zero_of_the_reference_is_wrong():
+    assert runs._relative(1.0, 0.0) == runs._relative(0.0, 0.0) == math.inf
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
-from torchvision.transforms.v2 import functional as F
 
 from dmtjepa.config import DataSettings
 from dmtjepa.data.augment import augment, blur, distort_colors
@@ -28,6 +27,8 @@ def one_operation(number: int, u: float, order: float = 0.0) -> np.ndarray:
 
 
 def test_each_operation_is_torchvisions():
+    from torchvision.transforms.v2 import functional as F  # no other test needs it, and some run where it is not
+
     image = draw_images(1)
     adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
     for number, operation in enumerate(adjust):

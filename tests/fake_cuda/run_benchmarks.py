@@ -3,7 +3,6 @@
 All results count as right: the values on a GPU that is not there are all zero.
 """
 
-import contextlib
 import functools
 import importlib
 import json
@@ -30,12 +29,10 @@ def run(name: str, options: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    torch.backends.cudnn.enabled = False  # nothing stands in for it; the reference turns it on by `flags`
     everything = dict.fromkeys(target_head.LIMITS, (math.inf, 1.0))
     briefly = functools.partial(machine._gpu_milliseconds, most=10, budget_ms=0)
     with (
         mock.patch.object(runs, "_relative", return_value=0.0),
-        mock.patch.object(torch.backends.cudnn, "flags", return_value=contextlib.nullcontext()),
         mock.patch.object(target_head, "LIMITS", everything),
         mock.patch.object(machine, "_gpu_milliseconds", briefly),
         mock.patch.object(memory, "USABLE", 0.002),  # the host makes the images of the largest batch

@@ -46,6 +46,14 @@ def test_the_products_of_the_teacher_alone_are_tuned_and_only_on_request(setting
     assert tuned == (list(model.teacher_encoder.blocks) if autotune else [])
 
 
+@pytest.mark.usefixtures("_alone")
+def test_a_run_says_that_nothing_is_tuned_where_blocks_are_not_compiled(settings, caplog):
+    config = settings(**{"runtime.autotune_teacher": True})  # runtime.compile is off by itself on a CPU
+    with caplog.at_level("INFO"):
+        parallelize(build_model(config), build_mesh("cpu", 1), ComputePlan.from_config(config, "cpu"))
+    assert "runtime.autotune_teacher has no effect" in caplog.text
+
+
 @pytest.mark.slow
 def test_at_most_two_graphs_per_kind_of_block_over_100_mask_shapes(settings):
     config = settings(**{"data.crop_size": 56, "data.batch_size": 2, "mask.context_cut": "rank"})

@@ -1,4 +1,4 @@
-"""Build fake CUDA: a library, loaded before PyTorch, in place of the CUDA runtime, the driver, cuBLAS and NCCL.
+"""Build fake CUDA: a library, loaded before PyTorch, in place of CUDA's runtime and driver, cuBLAS, cuDNN and NCCL.
 
 `runtime.c`, `driver.c` and `capture.c` define the functions that must return something. Every other function that
 PyTorch's libraries leave undefined or that the driver's header declares becomes `int name() { return 0; }`: success.

@@ -1,8 +1,8 @@
-/* A fake CUDA runtime, cuBLAS and NCCL: PyTorch, loaded after it, sees NVIDIA GPUs where there are none.
+/* A fake CUDA runtime, cuBLAS, cuDNN and NCCL: PyTorch, loaded after it, sees NVIDIA GPUs where there are none.
 
    Real: all code of the host (PyTorch's operators and allocator, autograd, FSDP, torch.compile, Triton and its
    compiler), sizes and limits of memory, which thread needs a context on which device.
-   Not real: kernels, products of matrices and collectives, which do nothing and take no time; so work is done the
+   Not real: kernels, products, convolutions and collectives, which do nothing and take no time; so work is done the
    moment it is enqueued, and whatever is read from a device is zero. One number alone has a value: the sum of one float
    over all processes, by which a run sees that they are all there.
 
@@ -18,6 +18,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -158,9 +159,6 @@ cudaError_t cudaDriverGetVersion(int *version) {
     *version = CUDART_VERSION;
     return cudaSuccess;
 }
-
-/* 9.19.0, which torch 2.11 brings. With a recent version, PyTorch prefers cuDNN's attention on Hopper. */
-size_t cudnnGetVersion(void) { return 91900; }
 
 cudaError_t cudaRuntimeGetVersion(int *version) {
     *version = CUDART_VERSION;
@@ -604,6 +602,35 @@ int cublasGemmEx(cudaStream_t *handle) { return launch(__func__, *handle); }
 int cublasGemmStridedBatchedEx(cudaStream_t *handle) { return launch(__func__, *handle); }
 int cublasSgemm_v2(cudaStream_t *handle) { return launch(__func__, *handle); }
 int cublasSgemmStridedBatched(cudaStream_t *handle) { return launch(__func__, *handle); }
+
+/* ---- cuDNN, whose handles are like those of cuBLAS: convolutions run, and attention finds no plan */
+
+enum { CUDNN_ENGINES_FOUND = 202, CUDNN_INT64 = 3 };
+
+/* 9.19.0, which torch 2.11 brings. With a recent version, PyTorch prefers cuDNN's attention on Hopper. */
+size_t cudnnGetVersion(void) { return 91900; }
+
+int cudnnCreate(void **handle) { return cublasCreate_v2(handle); }
+int cudnnDestroy(void *handle) { return cublasDestroy_v2(handle); }
+int cudnnSetStream(cudaStream_t *handle, cudaStream_t stream) { return cublasSetStream_v2(handle, stream); }
+
+int cudnnGetStream(cudaStream_t *handle, cudaStream_t *stream) {
+    *stream = *handle;
+    return 0;
+}
+
+/* There is one engine for each graph of operators; it needs no memory of its own. */
+int cudnnBackendGetAttribute(
+    void *descriptor, int name, int type, int64_t num_wanted, int64_t *num_found, void *values
+) {
+    if (num_found != NULL)
+        *num_found = name == CUDNN_ENGINES_FOUND;
+    if (type == CUDNN_INT64 && values != NULL)
+        memset(values, 0, num_wanted * sizeof(int64_t));
+    return 0;
+}
+
+int cudnnBackendExecute(cudaStream_t *handle, void *plan, void *variants) { return launch(__func__, *handle); }
 
 /* ---- NCCL: as many ranks as were said to be there, each on its own */
 
