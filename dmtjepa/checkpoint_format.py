@@ -148,7 +148,8 @@ def find_checkpoint(folder: Path) -> Path:
         return folder
     found = newest_whole(folder if folder.name == FOLDER else folder / FOLDER)
     if found is None:
-        raise CheckpointError(f"{folder} holds no checkpoint; give a run folder or a checkpoints/step-N folder")
+        what = "holds no checkpoint" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}; give a run folder or a checkpoints/step-N folder")
     return found
 
 

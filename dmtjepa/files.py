@@ -42,6 +42,16 @@ def open_atomically(path: str | os.PathLike[str], mode: str = "wb", newline: str
     sync_folder(path.parent)
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written to, or created. Changes nothing. Raises OSError."""
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"no permission to write into {there}")
+
+
 def write_atomically(path: str | os.PathLike[str], contents: str | bytes) -> None:
     """Replace the contents of a file; see `open_atomically`."""
     with open_atomically(path, "wb" if isinstance(contents, bytes) else "w") as file:

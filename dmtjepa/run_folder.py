@@ -26,7 +26,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from dmtjepa.checkpoint_format import FOLDER, list_checkpoints, remove_leftovers
 from dmtjepa.config import Config, ConfigError, changed_settings, different_settings, load_config
 from dmtjepa.environment import TIME_FORMAT, describe_environment
 from dmtjepa.errors import UserError
-from dmtjepa.files import WRITING, write_atomically, write_json
+from dmtjepa.files import WRITING, check_writable, write_atomically, write_json
 from dmtjepa.metrics_file import MetricsFile, read_metrics
 from dmtjepa.processes import private_descriptor
 from dmtjepa.step_csv import LossCurve, StepCsv, has_rows, read_losses
@@ -212,13 +211,9 @@ class RunFolder:
             )
 
     def _check_writable(self) -> None:
-        for wanted in (self.path.absolute(), self.checkpoints.absolute()):
+        for folder in (self.path, self.checkpoints):
             try:
-                folder = next(path for path in (wanted, *wanted.parents) if path.exists())
-                if not folder.is_dir():
-                    raise NotADirectoryError(f"{folder} is not a folder")
-                if not os.access(folder, os.W_OK | os.X_OK):
-                    raise PermissionError(f"no permission to write into {folder}")
+                check_writable(folder)
             except OSError as error:
                 raise RunFolderError(f"{self.path} (logging.folder) cannot be written to: {error}") from None
 
@@ -238,8 +233,11 @@ class RunFolder:
             RunFolderError: there are none. ConfigError: they cannot be read.
         """
         if not self.config_file.is_file():
-            what = "holds no config.yaml" if self.path.is_dir() else "does not exist"
-            raise RunFolderError(f"{self.path} {what}; give a run folder, the one that logging.folder names")
+            what = "is a file" if self.path.is_file() else "does not exist"
+            what = "holds no config.yaml" if self.path.is_dir() else what
+            parents = [folder for folder in self.path.parents[:2] if (folder / self.config_file.name).is_file()]
+            which = f"such as {parents[0]}" if parents else "the one that logging.folder names"
+            raise RunFolderError(f"{self.path} {what}; give a run folder, {which}")
         return load_config(self.config_file)
 
     def read_starts(self) -> list[dict[str, Any]]:

@@ -45,6 +45,12 @@ def test_another_folder_is_no_run(tmp_path):
         open_run(tmp_path / "none")
     with pytest.raises(RunFolderError, match=r"holds no config\.yaml; give a run folder"):
         open_run(tmp_path)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(RunFolderError, match=rf"report holds no config\.yaml; give a run folder, such as {tmp_path}$"):
+        open_run(tmp_path / "report")
+    with pytest.raises(RunFolderError, match=r"config\.yaml is a file; give a run folder"):
+        open_run(tmp_path / "config.yaml")
 
 
 def test_more_epochs_are_a_new_run_that_starts_from_the_old_one(run):

@@ -61,7 +61,9 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         metavar="SOURCE",
         help="a run folder (its newest checkpoint) or a checkpoints/step-N folder",
     )
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # argparse would show the usage of all commands
+        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command == "export":
         options.format = ALIASES.get(options.format, options.format)
     return options
@@ -140,6 +142,8 @@ def _export(options: argparse.Namespace) -> int:
         taken = [file for file in (out, card) if file.exists()]
     if taken:
         raise interop.WeightsError(f"{taken[0]} already exists; choose another --out")
+    if options.format == "official" and out.suffix in (".safetensors", ".onnx", ".pt2"):
+        raise interop.WeightsError(f"{out}: a file of this format has a name such as {out.stem}.pth.tar")
     checkpoint = interop.read_checkpoint(path)
     size = options.image_size or find_image_size(options.source)
     parts: tuple[str, ...] = (options.part,)
@@ -150,7 +154,7 @@ def _export(options: argparse.Namespace) -> int:
     weights = interop.get_part(checkpoint, parts[0], path)
     library, call = LOADING[options.format]
     text = interop.format_card(
-        interop.describe_encoder(weights),
+        interop.describe_encoder(weights, path),
         size,
         interop.find_origin(path, checkpoint),
         parts,
@@ -199,13 +203,17 @@ def summarize(checkpoint: dict[str, Any]) -> str:
     from torch import Tensor
 
     from dmtjepa.interop import describe_encoder
+    from dmtjepa.interop.weights import is_encoder
 
     lines = []
     for name, value in checkpoint.items():
         if isinstance(value, dict) and value and all(isinstance(item, Tensor) for item in value.values()):
             count = sum(item.numel() for item in value.values())
-            kind = f": {describe_encoder(value)}" if name in ("encoder", "target_encoder") else ""
+            kind = f": {describe_encoder(value)}" if name in ("encoder", "target_encoder") and is_encoder(value) else ""
             lines.append(f"  {name}: {count / 1e6:.1f} M values in {len(value)} tensors{kind}")
         elif isinstance(value, (int, float, str)):
             lines.append(f"  {name}: {value}")
+    single = [name for name, value in checkpoint.items() if isinstance(value, Tensor)]
+    if single:
+        lines.append(f"  {len(single)} tensors of no part, such as {single[0]}")
     return "\n".join(lines)

@@ -25,7 +25,7 @@ def settings_of_weights(path: Path) -> Config:
             small for masks.
     """
     checkpoint = read_checkpoint(path)
-    shape = describe_encoder(get_part(checkpoint, "target_encoder", path))
+    shape = describe_encoder(get_part(checkpoint, "target_encoder", path), path)
     mean, std = find_normalization(checkpoint)
     side = round(shape.num_patches**0.5)
     if shape.model_name is None or side**2 != shape.num_patches:

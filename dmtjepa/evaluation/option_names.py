@@ -15,7 +15,11 @@ class OptionNames:
     checkpoint: str = "checkpoint"
     max_images: str = "max_images"
     quick: str = "quick"
+    num_workers: str = "num_workers"
+    out: str = "out"
 
 
 KEYWORDS = OptionNames()
-COMMAND_LINE = OptionNames("--data", "--train", "--val", "--checkpoint", "--max-images", "--quick")
+COMMAND_LINE = OptionNames(
+    "--data", "--train", "--val", "--checkpoint", "--max-images", "--quick", "--num-workers", "--out"
+)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from dmtjepa.data.sources.base import make_printable
 from dmtjepa.evaluation import measurements
 from dmtjepa.evaluation.context import EvaluationContext, load_encoders, load_start
-from dmtjepa.evaluation.errors import NotMeasuredError
+from dmtjepa.evaluation.errors import EvaluationError, NotMeasuredError
 from dmtjepa.evaluation.figure_data import NUM_SHOWN, add_nearest, collect_figure_data
 from dmtjepa.evaluation.figures import FigureData, save_figures
 from dmtjepa.evaluation.formatting import WITH_LAYOUT, Report
@@ -27,7 +28,7 @@ from dmtjepa.evaluation.splits import Splits
 from dmtjepa.evaluation.subject import Subject
 from dmtjepa.evaluation.tables import format_markdown
 from dmtjepa.evaluation.verdict import describe
-from dmtjepa.files import write_atomically, write_json
+from dmtjepa.files import check_writable, write_atomically, write_json
 from dmtjepa.interop import read_checkpoint
 from dmtjepa.run_folder import PAGE, RunFolder
 from dmtjepa.step_csv import LossCurve
@@ -56,8 +57,10 @@ def evaluate(
 
     Raises:
         WeightsError: the checkpoint has no teacher, or the teacher does not fit the settings or is not finite.
-        EvaluationError: a split has no readable image, or features are not finite.
+        EvaluationError: a split has no readable image, features are not finite, or the folder of the report cannot be
+            written to.
     """
+    check_options(subject.out, num_workers, options)
     config, run = subject.config, subject.run
     encoders = load_encoders(config, subject.checkpoint, device)
     context = EvaluationContext(config, encoders, splits, device, num_workers, progress, quick, options)
@@ -90,6 +93,16 @@ def evaluate(
         report.notes.append(f"left out because they cannot be read: {names}{more}")
     write_report(report, figures, subject)
     return report
+
+
+def check_options(out: Path, num_workers: int, options: OptionNames) -> None:
+    """Refuse what would fail after minutes. Raises EvaluationError."""
+    if num_workers < 0:
+        raise EvaluationError(f"{options.num_workers} must be at least 0, not {num_workers}")
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise EvaluationError(f"{out} ({options.out}) cannot be written to: {error}") from error
 
 
 def describe_subject(subject: Subject, context: EvaluationContext) -> dict[str, Any]:

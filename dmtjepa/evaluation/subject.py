@@ -10,7 +10,7 @@ from dmtjepa.evaluation.bare_weights import settings_of_weights
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.option_names import KEYWORDS, OptionNames
 from dmtjepa.interop.hub import find_hub_name
-from dmtjepa.interop.sources import find_run_of, find_source, find_weights_of_run, is_weights
+from dmtjepa.interop.sources import check_exists, find_run_of, find_source, find_weights_of_run, is_weights
 from dmtjepa.run_folder import RunFolder, open_run
 
 
@@ -46,7 +46,7 @@ def find_subject(
     Args:
         source: a run folder, or weights.
         has_images: whether images are named, without which weights by themselves cannot be measured.
-        checkpoint: the file of a run to measure. None takes the latest.
+        checkpoint: the file of a run to measure, by itself or below the run folder. None takes the latest.
         out: the folder of the report. None takes that of the run, or one beside the weights; for weights by name, in
             the current folder.
         options: what messages call the options.
@@ -57,14 +57,26 @@ def find_subject(
             and `find_weights_of_run`.
     """
     hub_name = None if source.exists() else find_hub_name(source)
+    if hub_name is None:
+        check_exists(source)
     if hub_name is None and not is_weights(source):
         run, config = open_run(source)
-        file = checkpoint or find_weights_of_run(run)
-        return Subject(run.path.resolve().name, run, config, file, out or run.report)
+        if checkpoint is None:
+            checkpoint = find_weights_of_run(run)
+        elif not checkpoint.exists() and (run.path / checkpoint).exists():
+            checkpoint = run.path / checkpoint
+        return Subject(run.path.resolve().name, run, config, checkpoint, out or run.report)
     if checkpoint is not None:
         raise EvaluationError(
             f"{options.checkpoint} names weights of a run, and {source} are weights by themselves: name one of them"
         )
+    if hub_name is not None and not has_images:
+        raise EvaluationError(
+            f"there is no file or folder {source}; to measure weights of this name on Hugging Face, give "
+            f"{options.data} a folder of images"
+        )
+    path = find_source(source)
+    config = settings_of_weights(path)
     if not has_images:
         run_folder = find_run_of(source)
         in_run = f", or name the run folder {run_folder}, and these weights as {options.checkpoint}"
@@ -72,12 +84,17 @@ def find_subject(
             f"{source} are weights by themselves, without images: give {options.data} a folder"
             + in_run * (run_folder is not None)
         )
-    path = find_source(source)
     if hub_name is not None:
-        place = Path(hub_name.replace("/", "_"))
-        name = hub_name
+        name, place = hub_name, Path(hub_name.replace("/", "_"))
     else:
-        place = source if source.name not in ("", "..") else source.resolve()  # `.` has no name
-        name = place.name if source.is_dir() else place.name.removesuffix(".tar").rpartition(".")[0] or place.name
+        name, place = _name_weights(source)
     beside = place.with_name(f"{place.name.removesuffix('.pth.tar')}-report")
-    return Subject(name, None, settings_of_weights(path), path, out or beside)
+    return Subject(name, None, config, path, out or beside)
+
+
+def _name_weights(source: Path) -> tuple[str, Path]:
+    """The name of a folder, or that of a file without its extension; and the path, which ends with a name."""
+    place = source if source.name not in ("", "..") else source.resolve()  # `.` has no name
+    if source.is_dir():
+        return place.name, place
+    return place.name.removesuffix(".tar").rpartition(".")[0] or place.name, place

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from dmtjepa.checkpoint_format import CheckpointError, find_fault, is_checkpoint, newest_whole, read_meta
 from dmtjepa.config import Config, ConfigError, expand_path, parse_config
 from dmtjepa.interop.encoder_file import find_encoder_file
+from dmtjepa.interop.errors import WeightsError
 from dmtjepa.interop.hub import download, find_hub_name
 from dmtjepa.run_folder import RunFolder, RunFolderError, open_run
 
@@ -19,12 +21,13 @@ def find_source(source: Path) -> Path:
             of a repository of Hugging Face.
 
     Raises:
-        WeightsError: the repository cannot be downloaded.
+        WeightsError: there is no such file or folder, or the repository cannot be downloaded.
         CheckpointError: the checkpoint folder is damaged.
         RunFolderError: the folder is none of these.
     """
     if not source.exists() and (name := find_hub_name(source)) is not None:
         return download(name)
+    check_exists(source)
     if not source.is_dir():
         return source
     if not is_checkpoint(source):
@@ -37,6 +40,18 @@ def find_source(source: Path) -> Path:
     if fault is not None:
         raise CheckpointError(f"{source} is damaged: {fault}")
     return source
+
+
+def check_exists(source: Path) -> None:
+    """Refuse a path of nothing. Raises WeightsError, which names what is there with a similar name."""
+    if source.exists():
+        return
+    siblings = {path.name: path for path in source.parent.iterdir()} if source.parent.is_dir() else {}
+    similar = [siblings[name] for name in difflib.get_close_matches(source.name, siblings, n=1, cutoff=0.8)]
+    raise WeightsError(
+        f"{source} does not exist. {f'Did you mean {similar[0]}? ' if similar else ''}Give a run folder, a file of "
+        "weights, a folder of timm or Hugging Face, or a name such as facebook/ijepa_vith14_1k"
+    )
 
 
 def is_weights(source: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 MAX_LISTED = 8
 POSITION_EMBEDDINGS = ("pos_embed", "predictor_pos_embed")
+PROGRAMS = {".onnx": "ONNX", ".pt2": "torch.export"}
+"""Extensions of exports whose weights are not read back."""
 MODULES = {
     "encoder": "encoder",
     "predictor": "predictor",
@@ -89,13 +92,32 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         # Files of PyTorch before 1.6 are not zip archives; they are read at once.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever a damaged file makes of its bytes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint of tensors: {reason}"
+            f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint of tensors: "
+            f"{_tell_reason(path, error)}"
         ) from error
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dictionary")
     return {name: _strip(value) if _is_weights(value) else value for name, value in checkpoint.items()}
+
+
+def _tell_reason(path: Path, error: Exception) -> str:
+    """Why `torch.load` has refused a file. Its own texts advise to run the code in it."""
+    if path.suffix in PROGRAMS:
+        return f"it is a program for {PROGRAMS[path.suffix]}; name what it was exported from"
+    with path.open("rb") as file:
+        start = file.read(2)
+    if not start:
+        return "it is empty"
+    if start != b"PK" and start[:1] != b"\x80":  # a zip archive, or a pickle of a version of PyTorch before 1.6
+        return "it is no file of PyTorch. Weights are .pth.tar or .safetensors files"
+    text = str(error)
+    function = re.search(r"GLOBAL (\S+)", text)
+    if function is not None:
+        return f"it holds more than tensors and numbers: {function[1]}, which is not run"
+    if "weights_only" in text:
+        return "it holds something else than tensors and numbers"
+    return text.splitlines()[0].partition(" This is an internal")[0] if text else type(error).__name__
 
 
 def get_part(checkpoint: Mapping[str, Any], part: str, source: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -107,6 +129,9 @@ def get_part(checkpoint: Mapping[str, Any], part: str, source: str | os.PathLike
     weights = checkpoint.get(part)
     if weights is None or not _is_weights(weights):
         parts = ", ".join(name for name, value in checkpoint.items() if _is_weights(value)) or "none"
+        single = [name for name, value in checkpoint.items() if isinstance(value, Tensor)]
+        if single:
+            parts += f". {len(single)} tensors belong to no part, such as {single[0]}"
         hint = "; official DMT-JEPA checkpoints do not hold the aggregation head" if part.endswith("head") else ""
         raise WeightsError(f"{source} has no weights of {part}; it has those of: {parts}{hint}")
     return weights
@@ -185,7 +210,7 @@ def _describe_misfit(
 ) -> str:
     own = module.state_dict()
     faults = [f"the weights in {source} do not fit the {type(module).__name__}"]
-    if "patch_embed.proj.weight" in own and _is_encoder(weights):
+    if "patch_embed.proj.weight" in own and is_encoder(weights):
         faults.append(f"  the file holds {describe_encoder(weights)}")
         faults.append(f"  the model is {describe_encoder(own)}")
         faults.append(
@@ -230,14 +255,17 @@ def load_model(model: DMTJEPA, path: str | os.PathLike[str]) -> list[str]:
     return absent
 
 
-def describe_encoder(weights: Mapping[str, Tensor]) -> EncoderShape:
+def describe_encoder(weights: Mapping[str, Tensor], source: str | os.PathLike[str] = "the file") -> EncoderShape:
     """Size of the encoder that weights belong to, from their shapes.
+
+    Args:
+        source: of the weights, for the error.
 
     Raises:
         WeightsError: they are not an encoder's.
     """
-    if not _is_encoder(weights):
-        raise WeightsError(f"these are not an encoder's weights: {', '.join(list(weights)[:MAX_LISTED])}")
+    if not is_encoder(weights):
+        raise WeightsError(f"{source} holds no encoder of I-JEPA, but {', '.join(list(weights)[:MAX_LISTED])}")
     embed_dim, num_channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     hidden_dim = weights["blocks.0.mlp.fc1.weight"].shape[0]
@@ -279,7 +307,7 @@ def build_encoder(
             the size is not a multiple of the patch size.
     """
     weights = _strip(weights)
-    shape = describe_encoder(weights)
+    shape = describe_encoder(weights, source)
     if shape.model_name is None:
         raise WeightsError(f"{source} holds {shape}; known are {', '.join(ARCHITECTURES)}")
     if image_size is None:
@@ -301,7 +329,8 @@ def _is_weights(value: Any) -> bool:
     return isinstance(value, dict) and len(value) > 0 and all(isinstance(item, Tensor) for item in value.values())
 
 
-def _is_encoder(weights: Mapping[str, Tensor]) -> bool:
+def is_encoder(weights: Mapping[str, Tensor]) -> bool:
+    """Whether weights have the names of an encoder's."""
     return {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} <= weights.keys()
 
 

@@ -13,11 +13,14 @@ from PIL import Image
 from dmtjepa.cli.evaluate import main
 from dmtjepa.cli.weights import main as export
 from dmtjepa.config import change_settings
+from dmtjepa.data import DataError
+from dmtjepa.errors import UserError
 from dmtjepa.evaluation.context import EvaluationContext, load_encoders, load_start, load_teacher
 from dmtjepa.evaluation.errors import NotMeasuredError
 from dmtjepa.evaluation.formatting import Report, format_table, format_verdict
 from dmtjepa.evaluation.report import measure_features
 from dmtjepa.evaluation.splits import find_splits
+from dmtjepa.evaluation.subject import find_subject
 from dmtjepa.objective import build_model
 from dmtjepa.run_folder import open_run
 from tests.helpers.run_folders import write_images, write_masks, write_run
@@ -182,6 +185,8 @@ def test_the_untrained_network_is_the_one_the_run_started_from(run):
         (lambda run: None, ["--data", "no/such/folder"], "does not exist"),
         (lambda run: None, ["--train", "no/such/folder"], "both --train and --val"),
         (lambda run: None, ["--max-images", "0"], "--max-images must be at least 1"),
+        (lambda run: None, ["--num-workers", "-1"], "--num-workers must be at least 0"),
+        (lambda run: None, ["--out", __file__], "test_report.py (--out) cannot be written to"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_explained(run, capsys, spoil, arguments, message):
@@ -191,6 +196,50 @@ def test_wrong_input_is_explained(run, capsys, spoil, arguments, message):
     assert re.match(r"\w+: ", printed.err)
     assert message in printed.err
     assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("ruin", {}, "ruin does not exist. Did you mean run?"),
+        ("tiny-latest", {}, "tiny-latest does not exist. Give a run folder, a file of weights, "),
+        (
+            "runs/mine",
+            {},
+            "no file or folder runs/mine; to measure weights of this name on Hugging Face, give",
+        ),
+        ("run/config.yaml", {}, "it is no file of PyTorch"),
+        ("colors", {}, "colors holds no config.yaml"),
+        (
+            f"run/{LATEST}",
+            {"checkpoint": Path("run")},
+            "checkpoint names weights of a run, and run/tiny",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_explained(run, data, monkeypatch, source, options, message):
+    monkeypatch.chdir(run.parent)
+    Path("colors").symlink_to(data)
+    with pytest.raises(UserError) as error:
+        find_subject(Path(source), has_images=False, **options)
+    assert message in str(error.value)
+
+
+def test_a_checkpoint_below_the_run_folder_is_found(run, monkeypatch):
+    """And weights in the current folder have its name."""
+    monkeypatch.chdir(run.parent)
+    assert find_subject(Path("run"), has_images=False, checkpoint=Path(LATEST)).checkpoint == Path("run", LATEST)
+    assert export(["export", "run", "--format", "hf", "--out", "hf"]) == 0
+    monkeypatch.chdir("hf")
+    subject = find_subject(Path("."), has_images=True)
+    assert (subject.name, subject.out) == ("hf", run.parent / "hf-report")
+
+
+@pytest.mark.parametrize("images", ["run", f"run/{LATEST}"])
+def test_weights_in_place_of_images_are_named(run, data, monkeypatch, images):
+    monkeypatch.chdir(run.parent)
+    with pytest.raises(DataError, match=rf"^run/{LATEST} holds weights, not images; name images in place of {images}$"):
+        find_splits(open_run(run)[1].data, data=Path(images))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -276,6 +276,22 @@ def test_nothing_is_overwritten(run, tmp_path, capsys, format):
     assert (out if format == "official" else out / "model.safetensors").read_text() == "mine"
 
 
+def test_what_is_mistyped_is_explained(run, tmp_path, capsys):
+    assert main(["show", f"{run}n"]) == 1
+    assert f"{run}n does not exist. Did you mean {run}?" in capsys.readouterr().err
+    assert main(["verify", f"{run}n"]) == 1
+    assert f"{run}n does not exist" in capsys.readouterr().err
+    out = tmp_path / "a.safetensors"
+    assert main(["export", str(run), "--format", "official", "--out", str(out)]) == 1
+    assert "a file of this format has a name such as a.pth.tar" in capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(SystemExit):
+        main(["show", str(run), "again"], prog="dmtjepa")
+    error = capsys.readouterr().err
+    assert "usage: dmtjepa show" in error
+    assert "unrecognized arguments: again" in error
+
+
 def test_a_file_without_the_part_is_an_error(tmp_path, capsys):
     torch.save({"encoder": {"weight": torch.zeros(2)}}, tmp_path / "a.pth.tar")
     assert main(["export", str(tmp_path / "a.pth.tar"), "--format", "hf", "--out", str(tmp_path / "out")]) == 1

@@ -66,7 +66,7 @@ def test_weights_by_name_are_measured_into_a_folder_here(cache):
     assert subject.out == Path("someone_ijepa_nano-report")
     assert (subject.name, subject.run) == (NAME, None)
     assert subject.config.grid_size == (4, 4)  # as that of quickstart
-    with pytest.raises(ValueError, match="without images"):
+    with pytest.raises(ValueError, match=r"there is no file or folder .*give data a folder of images"):
         find_subject(Path(NAME), has_images=False)
 
 

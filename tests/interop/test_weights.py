@@ -1,8 +1,12 @@
+import os
+import pickle
 import re
+import warnings
 
 import pytest
 import torch
 
+from dmtjepa.cli.weights import summarize
 from dmtjepa.interop import (
     WeightsError,
     build_encoder,
@@ -185,10 +189,10 @@ def test_a_model_is_started_whole_or_not_at_all(tmp_path, spoiled):
 def test_code_in_a_file_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
-            return (print, ("run",))
+            return (os.getpid, ())
 
     torch.save({"encoder": Evil()}, tmp_path / "a.pth.tar")
-    with pytest.raises(WeightsError, match="cannot be read as a checkpoint of tensors"):
+    with pytest.raises(WeightsError, match=r"cannot be read as a checkpoint of tensors: .*posix\.getpid, which is not"):
         read_checkpoint(tmp_path / "a.pth.tar")
 
 
@@ -203,6 +207,40 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
         read_checkpoint(tmp_path / "empty.pth.tar")
     with pytest.raises(WeightsError, match=f"{tmp_path} is a folder; give a .pth.tar file"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("a.pth.tar", b"", "it is empty"),
+        ("a.html", b"<html>", "it is no file of PyTorch. Weights are .pth.tar or .safetensors files"),
+        ("a.txt", b"hi", "it is no file of PyTorch"),
+        ("a.onnx", b"\x08\x0a", "it is a program for ONNX; name what it was exported from"),
+        ("a.pt2", b"PK\x03\x04", "it is a program for torch.export; name"),
+        ("a.pkl", pickle.dumps({"a": 1}), "it holds something else than tensors and numbers"),
+        ("a.tar", b"PK\x03\x04", "PytorchStreamReader failed reading zip archive: "),
+    ],
+)
+def test_files_of_another_kind_are_named(tmp_path, name, data, reason):
+    """In words of our own: those of PyTorch advise to run the code in a file."""
+    (tmp_path / name).write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, about other pickles than its own
+        with pytest.raises(WeightsError) as error:
+            read_checkpoint(tmp_path / name)
+    assert f"({len(data)} bytes) cannot be read as a checkpoint of tensors: {reason}" in str(error.value)
+    assert "weights_only" not in str(error.value)
+
+
+def test_tensors_of_no_part_are_told(tmp_path):
+    torch.save({"a.weight": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "a.pth.tar")
+    checkpoint = read_checkpoint(tmp_path / "a.pth.tar")
+    with pytest.raises(WeightsError, match=r"of: none\. 2 tensors belong to no part, such as a\.weight"):
+        get_part(checkpoint, "target_encoder", "a.pth.tar")
+    assert summarize(checkpoint) == "  2 tensors of no part, such as a.weight"
+    assert summarize({"encoder": {"a": torch.zeros(2)}}) == "  encoder: 0.0 M values in 1 tensors"
+    with pytest.raises(WeightsError, match=r"^a\.pth\.tar holds no encoder of I-JEPA, but a\.weight, b"):
+        describe_encoder(checkpoint, "a.pth.tar")
 
 
 def test_files_of_old_versions_of_pytorch_are_read(tmp_path):

@@ -73,10 +73,18 @@ def is_shards(path: str) -> bool:
     return path.endswith((".tar", *_COMPRESSED)) or (".tar" in path and re.search(r"[*?{\[]", path) is not None)
 
 
+def _refuse_weights(path: str, shards: list[str]) -> None:
+    """Files of PyTorch can have names like those of shards. Raises DataError."""
+    weights = [shard for shard in shards if shard.endswith(".pth.tar")]
+    if weights:
+        raise DataError(f"{weights[0]} holds weights, not images; name images in place of {path}")
+
+
 def find_shards(path: str) -> list[str]:
     """The shards at a path, sorted: a tar file, a folder of them, or a pattern (* ? [..] {000..127} {a,b})."""
     if os.path.isdir(path):
         shards, compressed, others = _list_folder(path)
+        _refuse_weights(path, shards)
         if others:
             raise DataError(
                 f"{path} contains tar files, and images or folders too: name the shards as {path}/*.tar, or move the "
@@ -89,6 +97,7 @@ def find_shards(path: str) -> list[str]:
         ]
     if not shards:
         raise DataError(f"no tar file matches {path}")
+    _refuse_weights(path, shards)
     for shard in shards:
         if not os.path.isfile(shard):
             raise DataError(f"the shard {shard} does not exist")
