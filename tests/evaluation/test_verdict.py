@@ -1,7 +1,8 @@
 """The verdict names what is wrong with runs that were made to fail, and is silent on healthy ones.
 
-`histories` holds the figures of real runs of small networks (width 64 to 128) on CIFAR-10, street scenes, grey images
-and noise; `tests/helpers/record_histories.py` makes them. The first part of a file's name is what the run shows.
+`histories` holds the figures of real runs of small networks (width 64 to 128) on CIFAR-10, photographs of scenes,
+street scenes, grey images and noise; `tests/helpers/record_histories.py` makes them. The first part of a file's name
+is what the run shows.
 """
 
 from pathlib import Path
@@ -42,6 +43,7 @@ REMEDIES = {
     "fast_teacher-ema0": "Raise the first value of optimization.ema",
     "fast_teacher-lr10x": "Lower optimization.lr",
     "no_learning-lr_small": "Raise optimization.lr",
+    "over_training-64_images": "take the best evaluation (evaluation.keep_best)",
     "past_collapse-street": "raise the first value of optimization.ema",
     "position-decay": "Lower optimization.weight_decay",
     "position-grey": "Look at the images",

@@ -7,6 +7,8 @@ IMAGES is a folder of small photographs; CIFAR-10 was used. A run takes about ha
 not every 50, so that 240 steps show as much as 600. Six histories (zeros, grey, lr10x, and three healthy ones, of 300
 steps of 32 images) are of runs with these settings that were made before this program. `past_collapse-street` is of
 1,500 steps on street scenes (docs/experiments.md, the published recipe with a momentum from 0.98).
+`over_training-64_images` and `healthy-200_images` are of 4,000 and 4,200 steps of `vit_nano` on so few photographs of
+scenes, measured on others during training (docs/training_figures.md); every tenth look and all evaluations are kept.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ FIGURES = (
     "train/loss", "train/update_norm", "train/lr", "train/weight_decay", "train/momentum",
     "targets/explained_variance", "targets/variance", "targets/variance_between_images",
     "targets/variance_of_position", "neighbors/changed", "features/effective_rank",
-    "features/effective_rank_centered", "features/mean_cosine",
+    "features/effective_rank_centered", "features/mean_cosine", "eval/linear", "eval/knn_20", "eval/images",
 )  # fmt: skip
 NUM_IMAGES = 240 * 16  # steps of 16 images
 LOOK_EVERY = 20
