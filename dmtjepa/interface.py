@@ -18,12 +18,12 @@ import torch._functorch.config
 import torch.distributed as dist
 
 from dmtjepa.config import Config, change_settings, find_settings, load_config
+from dmtjepa.devices import check_device
 from dmtjepa.errors import UserError
 from dmtjepa.evaluation.formatting import Report
 from dmtjepa.evaluation.report import evaluate as write_report
 from dmtjepa.evaluation.splits import find_splits
 from dmtjepa.evaluation.subject import find_subject
-from dmtjepa.training.distributed import check_device
 from dmtjepa.training.launch import run_process
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"

@@ -13,6 +13,7 @@ from torch import Tensor
 from dmtjepa.config import expand_path
 from dmtjepa.data.crop import crop_center
 from dmtjepa.data.decode import convert_channels
+from dmtjepa.devices import check_device
 from dmtjepa.interop import build_encoder, find_max_value, find_normalization, get_part, read_checkpoint
 from dmtjepa.interop.sources import find_image_size, find_source
 from dmtjepa.models import VisionTransformer
@@ -96,15 +97,17 @@ def load(
         part: `target_encoder`, the teacher, or `encoder`, the student. Weights of Hugging Face or timm hold one.
         image_size: height and width, or the side of a square. None takes that of the training. The position
             embedding is resampled to any other size.
-        device: where it computes.
+        device: `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        UserError: there are no such weights, or they are not an encoder's; the message says what is there.
+        UserError: there are no such weights, they are not an encoder's, or there is no such device or image size; the
+            message says what is there.
     """
+    where = check_device(str(device))
     given = Path(expand_path(os.fspath(source), "source"))
     path = find_source(given)
     checkpoint = read_checkpoint(path)
     weights = get_part(checkpoint, part, path)
     size = find_image_size(given) if image_size is None else image_size
     encoder = build_encoder(weights, path, image_size=size, normalization=find_normalization(checkpoint))
-    return Encoder(encoder, find_max_value(checkpoint)).to(device)
+    return Encoder(encoder, find_max_value(checkpoint)).to(where)

@@ -24,7 +24,8 @@ from benchmarks.step.providers import Provider, open_official, parse_provider
 from benchmarks.step.runs import Run, failed, failures_noted, problems, ratios, release
 from benchmarks.tables import number, save, text_table
 from benchmarks.workloads import Workload, add_workloads, chosen_workloads
-from dmtjepa.training.distributed import World, check_device, process_group
+from dmtjepa.devices import check_device
+from dmtjepa.training.distributed import World, process_group
 from dmtjepa.training.estimate import memory_bytes, resolve_checkpointing
 
 MASKS = 32

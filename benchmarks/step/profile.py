@@ -33,7 +33,8 @@ from benchmarks.step.providers import open_official, parse_provider
 from benchmarks.step.runs import CHECKED_STEPS, Run
 from benchmarks.tables import number, save, text_table
 from benchmarks.workloads import add_workload, chosen_workload
-from dmtjepa.training.distributed import check_device, process_group
+from dmtjepa.devices import check_device
+from dmtjepa.training.distributed import process_group
 
 ITEM_SIZES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "short int": 2}
 STREAMING = (

@@ -37,7 +37,8 @@ from benchmarks.step.providers import Provider, parse_provider
 from benchmarks.step.runs import CHECKED_STEPS, Run, release
 from benchmarks.tables import number, save, text_table
 from benchmarks.workloads import Workload, add_workload, parse_workload
-from dmtjepa.training.distributed import World, check_device, process_group
+from dmtjepa.devices import check_device
+from dmtjepa.training.distributed import World, process_group
 
 MACHINES = {"A100": A100, "H100": H100, "H200": H100}
 # The share of a CPU's intervals that are computation, by their names; collectives are gloo's or NCCL's.

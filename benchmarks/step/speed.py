@@ -35,7 +35,8 @@ from benchmarks.step.providers import PHASES, open_official, parse_provider
 from benchmarks.step.runs import failed, measure_steps, problems, ratios
 from benchmarks.tables import add_time_anyway, number, save, text_table
 from benchmarks.workloads import add_workloads, chosen_workloads
-from dmtjepa.training.distributed import check_device, process_group
+from dmtjepa.devices import check_device
+from dmtjepa.training.distributed import process_group
 
 DEFAULT_WORKLOADS = {"cpu": ["vit_small:16"], "cuda": ["vit_huge:128", "vit_large:256", "vit_base:256"]}
 

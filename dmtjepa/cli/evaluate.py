@@ -53,12 +53,12 @@ def measure(options: argparse.Namespace) -> int:
     """Do what the options ask for; returns the exit status."""
     import torch
 
+    from dmtjepa.devices import check_device
     from dmtjepa.evaluation.formatting import format_table, format_verdict
     from dmtjepa.evaluation.option_names import COMMAND_LINE
     from dmtjepa.evaluation.report import evaluate
     from dmtjepa.evaluation.splits import find_splits
     from dmtjepa.evaluation.subject import find_subject
-    from dmtjepa.training.distributed import check_device
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)

@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
 def train(options: argparse.Namespace) -> int:
     """Do what the options ask for; returns the exit status."""
     from dmtjepa.config import ConfigError, find_settings, load_config
-    from dmtjepa.training.distributed import check_device, parse_device, read_rank
+    from dmtjepa.devices import check_device, parse_device
+    from dmtjepa.training.distributed import read_rank
     from dmtjepa.training.launch import default_devices, hand_over, launch, run_process
 
     config = load_config(find_settings(options.fname), options.overrides, overrides_from=COMMAND_LINE)

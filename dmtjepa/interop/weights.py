@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import os
 import re
 import zipfile
@@ -110,13 +111,13 @@ def _tell_reason(path: Path, error: Exception) -> str:
     if not start:
         return "it is empty"
     if start != b"PK" and start[:1] != b"\x80":  # a zip archive, or a pickle of a version of PyTorch before 1.6
-        return "it is no file of PyTorch. Weights are .pth.tar or .safetensors files"
+        return "it is not a PyTorch file. Weights are .pth.tar or .safetensors files"
     text = str(error)
     function = re.search(r"GLOBAL (\S+)", text)
     if function is not None:
         return f"it holds more than tensors and numbers: {function[1]}, which is not run"
     if "weights_only" in text:
-        return "it holds something else than tensors and numbers"
+        return "it holds something other than tensors and numbers"
     return text.splitlines()[0].partition(" This is an internal")[0] if text else type(error).__name__
 
 
@@ -315,10 +316,13 @@ def build_encoder(
         if side**2 != shape.num_patches:
             raise WeightsError(f"{source} holds {shape}: give the image size it was trained on")
         image_size = side * shape.patch_size
+    sides = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    if len(sides) != 2 or not all(isinstance(side, numbers.Integral) for side in sides):
+        raise WeightsError(f"image_size must be an int or (height, width), not {image_size!r}")
     size: dict[str, Any] = dict(ARCHITECTURES[shape.model_name], num_channels=shape.num_channels)
     size |= dict(zip(("mean", "std"), normalization, strict=True))
     try:
-        encoder = VisionTransformer(image_size, shape.patch_size, **size, attention=attention, device_type=device_type)
+        encoder = VisionTransformer(sides, shape.patch_size, **size, attention=attention, device_type=device_type)
     except ValueError as error:
         raise WeightsError(f"{source}: {error}") from error
     load_weights(encoder, weights, source)

@@ -13,9 +13,10 @@ from torch import nn
 from dmtjepa.config import Config
 from dmtjepa.data import StoredSource
 from dmtjepa.data.sources.base import make_printable
+from dmtjepa.devices import find_device
 from dmtjepa.masks import mean_context_sizes
 from dmtjepa.training.compute_plan import ComputePlan
-from dmtjepa.training.distributed import World, find_device
+from dmtjepa.training.distributed import World
 from dmtjepa.training.schedules import Schedules
 
 LOADERS = {"pil": "PIL", "dali": "DALI"}

@@ -15,6 +15,7 @@ from dmtjepa.config import Config, ConfigError, expand_path
 from dmtjepa.data import DataError, StoredSource, build_loader, check_batch_fits, check_loader, open_source
 from dmtjepa.data.check import check_sample
 from dmtjepa.data.fingerprint import Fingerprint
+from dmtjepa.devices import find_device, parse_device
 from dmtjepa.evaluation.evaluator import START_MEASURED, START_NOT_MEASURED, open_asked_splits
 from dmtjepa.interop import load_model
 from dmtjepa.interop.sources import find_initial_weights
@@ -26,7 +27,6 @@ from dmtjepa.run_folder import RunFolder, RunFolderError
 from dmtjepa.training.banner import count_trained, describe_start
 from dmtjepa.training.compiler import check_compiler
 from dmtjepa.training.compute_plan import ComputePlan
-from dmtjepa.training.distributed import find_device, parse_device
 from dmtjepa.training.graphs import check_graphs
 from dmtjepa.training.images import check_images, check_steps_per_epoch
 from dmtjepa.training.parallelize import check_shard_size

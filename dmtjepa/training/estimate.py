@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from dmtjepa.config import Config
+from dmtjepa.devices import find_device
 from dmtjepa.errors import UserError
 from dmtjepa.masks import MaskSampler
 from dmtjepa.models import ARCHITECTURES
 from dmtjepa.objective import build_model
 from dmtjepa.training.compute_plan import ComputePlan
-from dmtjepa.training.distributed import find_device
 from dmtjepa.training.optimizer import UPDATED_BYTES
 from dmtjepa.training.parallelize import UNIT_PARAMETERS
 from dmtjepa.training.schedules import build_schedules

@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 
 from dmtjepa.config import Config
+from dmtjepa.devices import check_device
 from dmtjepa.errors import UserError
 from dmtjepa.evaluation.verdict import describe_end
 from dmtjepa.output import configure_logging, protect_output
 from dmtjepa.processes import STOP_SIGNALS
 from dmtjepa.run_folder import RunFolder
-from dmtjepa.training.distributed import DistributedError, check_device, first_failure, process_group, read_rank
+from dmtjepa.training.distributed import DistributedError, first_failure, process_group, read_rank
 from dmtjepa.training.estimate import OutOfMemory, explain_oom
 from dmtjepa.training.fork_server import enter_rank, start_fork_server
 from dmtjepa.training.loop import Outcome, train

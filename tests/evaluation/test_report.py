@@ -208,7 +208,7 @@ def test_wrong_input_is_explained(run, capsys, spoil, arguments, message):
             {},
             "no file or folder runs/mine; to measure weights of this name on Hugging Face, give",
         ),
-        ("run/config.yaml", {}, "it is no file of PyTorch"),
+        ("run/config.yaml", {}, "it is not a PyTorch file"),
         ("colors", {}, "colors holds no config.yaml"),
         (
             f"run/{LATEST}",

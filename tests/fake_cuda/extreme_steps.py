@@ -11,8 +11,9 @@ import torch
 from benchmarks.step.providers import parse_provider
 from benchmarks.step.runs import Run
 from benchmarks.workloads import Workload
+from dmtjepa.devices import check_device
 from dmtjepa.models.vit import ARCHITECTURES
-from dmtjepa.training.distributed import check_device, process_group
+from dmtjepa.training.distributed import process_group
 from tests.helpers import no_machine_code  # noqa: F401
 from tests.helpers.extreme_masks import extreme_masks
 

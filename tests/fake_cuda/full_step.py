@@ -11,7 +11,8 @@ from benchmarks.step.host import count_calls
 from benchmarks.step.providers import parse_provider
 from benchmarks.step.runs import Run
 from benchmarks.workloads import Workload
-from dmtjepa.training.distributed import check_device, process_group
+from dmtjepa.devices import check_device
+from dmtjepa.training.distributed import process_group
 from dmtjepa.training.estimate import memory_bytes
 from tests.helpers import no_machine_code  # noqa: F401
 from tests.helpers.extreme_masks import extreme_masks

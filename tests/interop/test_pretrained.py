@@ -16,6 +16,7 @@ from dmtjepa.cli.weights import main
 from dmtjepa.config import parse_config
 from dmtjepa.data.crop import crop_center
 from dmtjepa.data.decode import CorruptImage
+from dmtjepa.errors import UserError
 from dmtjepa.interop import WeightsError, load_model, read_checkpoint, write_official
 from dmtjepa.interop.sources import find_initial_weights
 from dmtjepa.interop.weights import MODULES
@@ -77,6 +78,21 @@ def test_teacher_student_and_another_size(run, images):
     assert torch.equal(teacher.model.norm.weight, weights["target_encoder"]["norm.weight"])
     assert torch.equal(student.model.norm.weight, weights["encoder"]["norm.weight"])
     assert dmtjepa.load(run, image_size=(48, 64)).features(torch.zeros(1, 3, 48, 64)).patches.shape == (1, 48, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "device 'gpu': write cpu, cuda or cuda:N"),
+        ({"device": torch.device("mps")}, "device 'mps': dmtjepa runs on cpu or cuda"),
+        ({"image_size": "32"}, r"image_size must be an int or \(height, width\), not '32'"),
+        ({"image_size": [32, 32]}, r"not \[32, 32\]"),
+        ({"image_size": (32, 32, 3)}, r"not \(32, 32, 3\)"),
+    ],
+)
+def test_wrong_options_are_explained(run, options, message):
+    with pytest.raises(UserError, match=message):
+        dmtjepa.load(run, **options)
 
 
 @pytest.mark.parametrize("format", ["timm", "hf"])

@@ -213,11 +213,11 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     ("name", "data", "reason"),
     [
         ("a.pth.tar", b"", "it is empty"),
-        ("a.html", b"<html>", "it is no file of PyTorch. Weights are .pth.tar or .safetensors files"),
-        ("a.txt", b"hi", "it is no file of PyTorch"),
+        ("a.html", b"<html>", "it is not a PyTorch file. Weights are .pth.tar or .safetensors files"),
+        ("a.txt", b"hi", "it is not a PyTorch file"),
         ("a.onnx", b"\x08\x0a", "it is a program for ONNX; name what it was exported from"),
         ("a.pt2", b"PK\x03\x04", "it is a program for torch.export; name"),
-        ("a.pkl", pickle.dumps({"a": 1}), "it holds something else than tensors and numbers"),
+        ("a.pkl", pickle.dumps({"a": 1}), "it holds something other than tensors and numbers"),
         ("a.tar", b"PK\x03\x04", "PytorchStreamReader failed reading zip archive: "),
     ],
 )
