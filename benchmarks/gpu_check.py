@@ -108,7 +108,7 @@ def steps(out: Path, images: Path | None, official: Path | None, time_anyway: bo
         benchmark(2, "small", "step.speed", out / "small", 100, *small, *graphs, *anyway),
         benchmark(2, "host-small", "step.host", out / "small", 40, "--workloads", "vit_small:64", *graphs),
         benchmark(2, "huge", "step.speed", out / "huge", 110, *huge, *choices, *anyway),
-        # Alone: nobody knows how long it tunes on a GPU.
+        # Alone: how long it tunes on a GPU has not been measured.
         benchmark(
             2, "autotune", "step.speed", out / "autotune", 110, *huge, "--providers", "project:autotune", *anyway
         ),
