@@ -35,7 +35,7 @@ from typing import IO, Any
 
 import torch
 
-from dmtjepa.checkpoint_format import FOLDER, list_checkpoints, remove_leftovers
+from dmtjepa.checkpoint_format import FOLDER, is_checkpoint, list_checkpoints, remove_leftovers
 from dmtjepa.config import Config, ConfigError, changed_settings, different_settings, load_config
 from dmtjepa.environment import TIME_FORMAT, describe_environment
 from dmtjepa.errors import UserError
@@ -114,10 +114,13 @@ class RunFolder:
         """The file of the state after `num_epochs` epochs."""
         return self.path / f"{self.tag}-ep{num_epochs}.pth.tar"
 
-    def is_export(self, path: Path) -> bool:
-        """Whether a file has one of the names under which the run exports its weights."""
-        names = (self.latest_export.name, self.best_export.name)
-        return path.name in names or bool(re.fullmatch(rf"{re.escape(self.tag)}-ep\d+\.pth\.tar", path.name))
+    def holds(self, weights: Path) -> bool:
+        """Whether weights are the run's: a checkpoint, or a file with one of the names of its exports."""
+        folder, name = weights.parent.resolve(), weights.name
+        if folder == self.checkpoints.resolve():
+            return is_checkpoint(weights)
+        is_export = re.fullmatch(rf"{re.escape(self.tag)}-(latest|best|ep\d+)\.pth\.tar", name)
+        return folder == self.path.resolve() and is_export is not None
 
     @property
     def image_list(self) -> Path:

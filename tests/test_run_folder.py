@@ -40,6 +40,26 @@ def test_settings_are_read_again(run):
     assert opened.csv_file(3) == run.path / "tiny_r3.csv"
 
 
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("run/tiny-latest.pth.tar", True),
+        ("link/tiny-best.pth.tar", True),
+        ("run/tiny-ep3.pth.tar", True),
+        ("run/checkpoints/step-4", True),
+        ("run/checkpoints/4", False),
+        ("run/tiny-ep.pth.tar", False),
+        ("run/tiny-best-2.pth.tar", False),
+        ("run/jepa-latest.pth.tar", False),
+        ("tiny-latest.pth.tar", False),
+        ("other/checkpoints/step-4", False),
+    ],
+)
+def test_weights_of_the_run_are_told_by_their_place_and_name(tmp_path, name, held):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert RunFolder(tmp_path / "run", "tiny").holds(tmp_path / name) == held
+
+
 def test_another_folder_is_no_run(tmp_path):
     with pytest.raises(RunFolderError, match="does not exist"):
         open_run(tmp_path / "none")

@@ -201,7 +201,13 @@ class Evaluator:
             images, and are left out if these have no labels.
         """
         context = EvaluationContext(
-            self._config, {"trained": teacher}, self._splits, self._device, self._num_workers, progress=False
+            self._config,
+            {"trained": teacher},
+            self._splits,
+            self._device,
+            self._num_workers,
+            progress=False,
+            corrupt=self._corrupt,
         )
         data = collect_figure_data(context, loss=None, accuracy={}, chance=None)
         gallery, self._gallery = self._gallery, None

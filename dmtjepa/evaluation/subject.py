@@ -46,7 +46,8 @@ def find_subject(
     Args:
         source: a run folder, or weights.
         has_images: whether images are named, without which weights by themselves cannot be measured.
-        checkpoint: the file of a run to measure, by itself or below the run folder. None takes the latest.
+        checkpoint: the file to measure, by itself or below the run folder. None takes the latest of the run. Other
+            weights than the run's are by themselves, and are measured with its settings.
         out: the folder of the report. None takes that of the run, or one beside the weights; for weights by name, in
             the current folder.
         options: what messages call the options.
@@ -60,12 +61,7 @@ def find_subject(
     if hub_name is None:
         check_exists(source)
     if hub_name is None and not is_weights(source):
-        run, config = open_run(source)
-        if checkpoint is None:
-            checkpoint = find_weights_of_run(run)
-        elif not checkpoint.exists() and (run.path / checkpoint).exists():
-            checkpoint = run.path / checkpoint
-        return Subject(run.path.resolve().name, run, config, checkpoint, out or run.report)
+        return _find_in_run(source, checkpoint, out)
     if checkpoint is not None:
         raise EvaluationError(
             f"{options.checkpoint} names weights of a run, and {source} are weights by themselves: name one of them"
@@ -88,8 +84,20 @@ def find_subject(
         name, place = hub_name, Path(hub_name.replace("/", "_"))
     else:
         name, place = _name_weights(source)
-    beside = place.with_name(f"{place.name.removesuffix('.pth.tar')}-report")
-    return Subject(name, None, config, path, out or beside)
+    return Subject(name, None, config, path, out or _find_beside(place))
+
+
+def _find_in_run(source: Path, checkpoint: Path | None, out: Path | None) -> Subject:
+    """Weights of a run, or others with its settings; see `find_subject`."""
+    run, config = open_run(source)
+    if checkpoint is None:
+        checkpoint = find_weights_of_run(run)
+    elif not checkpoint.exists() and (run.path / checkpoint).exists():
+        checkpoint = run.path / checkpoint
+    if run.holds(checkpoint):
+        return Subject(run.path.resolve().name, run, config, checkpoint, out or run.report)
+    name, place = _name_weights(checkpoint)
+    return Subject(name, None, config, checkpoint, out or _find_beside(place))
 
 
 def _name_weights(source: Path) -> tuple[str, Path]:
@@ -98,3 +106,8 @@ def _name_weights(source: Path) -> tuple[str, Path]:
     if source.is_dir():
         return place.name, place
     return place.name.removesuffix(".tar").rpartition(".")[0] or place.name, place
+
+
+def _find_beside(place: Path) -> Path:
+    """The folder of the report beside weights."""
+    return place.with_name(f"{place.name.removesuffix('.pth.tar')}-report")

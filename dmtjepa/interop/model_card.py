@@ -71,7 +71,7 @@ def find_origin(path: Path, checkpoint: Mapping[str, Any]) -> Origin:
             config = parse_config(checkpoint.get("config", {}), source=str(path))
         else:
             run, config = open_run(folder)
-            if not run.is_export(path):  # some other weights, copied into the folder of a run
+            if not run.holds(path):  # some other weights, copied into the folder of a run
                 return Origin(numbers)
     except (ConfigError, RunFolderError):  # no run, one of another version, or another program's settings
         return Origin(numbers)

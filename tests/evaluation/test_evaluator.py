@@ -68,13 +68,17 @@ def test_shared_by_ranks_equals_alone(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_nearest_images_are_shown_if_one_cannot_be_read(data, tmp_path):
-    """Features have no place for it, and would belong to the images after it."""
+def test_no_nearest_images_are_shown_if_one_cannot_be_read(data, tmp_path, caplog):
+    """Features have no place for it, and would belong to the images after it. The log names each image once."""
     images = Path(shutil.copytree(data, tmp_path / "images"))
+    shown = images / "val" / "class0" / "0.png"
+    shown.write_bytes(b"no image")
     for expected in (True, False):
         evaluator, encoders = build(images, Ranks())
         evaluator.measure({"teacher": encoders["teacher"]})
         assert ("nearest" in evaluator.draw(encoders["teacher"], masks=False)) == expected
+        assert sum(str(shown) in record.message for record in caplog.records) == 1
+        caplog.clear()
         (images / "train" / "class0" / "0.png").write_bytes(b"no image")
 
 

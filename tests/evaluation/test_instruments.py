@@ -49,9 +49,9 @@ def test_explained_variance_is_that_of_all_predictions(num_batches):
     targets = np.concatenate([t.double()[slot].numpy().reshape(-1, DIM) for _, t, _, slot in batches])
     value = measure(*batches)["explained_variance"]
     assert value == pytest.approx(variance_explained_by(predictions, targets), abs=1e-5)
-    metrics = pytest.importorskip("sklearn.metrics")
     errors = sum(sum_errors(p, t, slot) for p, t, _, slot in batches)
     assert explained_variance(errors.tolist()) == pytest.approx(value, abs=1e-6)
+    metrics = pytest.importorskip("sklearn.metrics")
     assert value == pytest.approx(metrics.r2_score(targets, predictions, multioutput="variance_weighted"), abs=1e-5)
 
 

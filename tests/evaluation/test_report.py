@@ -235,6 +235,22 @@ def test_a_checkpoint_below_the_run_folder_is_found(run, monkeypatch):
     assert (subject.name, subject.out) == ("hf", run.parent / "hf-report")
 
 
+def test_other_weights_have_a_report_of_their_own(run, tmp_path):
+    """Whoever reads RUN/report finds the run's weights in it."""
+    shutil.copy(run / LATEST, run / "tiny-best.pth.tar")
+    for own in (LATEST, "tiny-best.pth.tar"):
+        subject = find_subject(run, has_images=False, checkpoint=run / own)
+        assert (subject.name, subject.out) == ("run", run / "report")
+        assert subject.run is not None
+    shutil.copy(run / LATEST, tmp_path / "tiny-best.pth.tar")
+    shutil.copy(run / LATEST, run / "official.pth.tar")
+    for other in (tmp_path / "tiny-best.pth.tar", run / "official.pth.tar"):
+        subject = find_subject(run, has_images=False, checkpoint=other)
+        name = other.name.removesuffix(".pth.tar")
+        assert (subject.name, subject.run, subject.out) == (name, None, other.with_name(f"{name}-report"))
+        assert subject.config == open_run(run)[1]
+
+
 @pytest.mark.parametrize("images", ["run", f"run/{LATEST}"])
 def test_weights_in_place_of_images_are_named(run, data, monkeypatch, images):
     monkeypatch.chdir(run.parent)

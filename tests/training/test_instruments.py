@@ -73,13 +73,16 @@ def test_looks_have_the_other_figures_and_training_is_the_same(settings, losses,
 
 
 @pytest.mark.slow
-def test_two_ranks_see_what_one_does(plain, settings):
-    two = settings("two", **{"data.batch_size": 8})
-    assert launch(two, ["cpu", "cpu"]) == 0
-    one, both = rows_of(plain), rows_of(two)
+def test_two_ranks_see_what_one_does(settings):
+    changes = {"optimization.context_loss": 0.5, "optimization.epochs": 1}
+    configs = settings("one", **changes), settings("two", **changes | {"data.batch_size": 8})
+    assert launch(configs[0], ["cpu"]) == 0
+    assert launch(configs[1], ["cpu", "cpu"]) == 0
+    one, both = map(rows_of, configs)
     assert list(one) == list(both)
-    for step in (3, 24):
-        for name in ("targets/explained_variance", "train/update_norm", "train/grad_norm"):
+    names = ("targets/explained_variance", "context/explained_variance", "train/update_norm", "train/grad_norm")
+    for step in (3, 6):
+        for name in names:
             assert both[step][name] == pytest.approx(one[step][name], rel=1e-2), (step, name)
 
 
