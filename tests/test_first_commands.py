@@ -232,7 +232,8 @@ def test_the_first_command_runs(path, place, printed, monkeypatch, capfd):
         )  # hundreds of lines for each save
         run_command(command, page.added)
         printed[command] = capfd.readouterr().out
-    assert page.printed in printed[command]
+    # Python 3.13 writes each parameter of a long function in a line of its own.
+    assert page.printed in printed[command].replace("(\n    ", "(")
     assert page.written is None or (place / page.written).read_bytes()
 
 

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import dmtjepa
 from dmtjepa.config import DataSettings
@@ -9,6 +10,7 @@ from dmtjepa.data import DataError, open_images
 from dmtjepa.data.make_shards import make_shards
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.splits import find_splits, subsample
+from dmtjepa.models import ARCHITECTURES, VisionTransformer
 from tests.helpers.run_folders import write_images
 
 
@@ -179,6 +181,7 @@ def test_messages_name_the_keywords_of_python(tmp_path):
         find_splits(DataSettings(), train=tmp_path)
     with pytest.raises(DataError, match=r"^max_images must be at least 1, not 0"):
         find_splits(DataSettings(), data=tmp_path, max_images=0)
-    (tmp_path / "weights.pth.tar").touch()
-    with pytest.raises(EvaluationError, match="and so no images: give data a folder"):
+    encoder = VisionTransformer((32, 32), 8, **ARCHITECTURES["vit_nano"])
+    torch.save({"target_encoder": encoder.state_dict()}, tmp_path / "weights.pth.tar")
+    with pytest.raises(EvaluationError, match="without images: give data a folder"):
         dmtjepa.evaluate(tmp_path / "weights.pth.tar", device="cpu")

@@ -62,5 +62,5 @@ def test_other_threads_may_ask_for_their_events_during_a_capture(found):
 
 
 def test_graphs_share_memory_that_the_estimate_counts(found):
-    segment = 20 << 20  # the allocator takes large memory in such pieces
+    segment = 40 << 20  # the allocator of PyTorch 2.15 takes large memory in such pieces, earlier ones in half of it
     assert 0 < found["memory"]["pool"] <= found["memory"]["estimate"] + segment
