@@ -16,16 +16,15 @@ class Packing(NamedTuple):
     sequence: Tensor  # [L] int64, the sequence of each element
     padded: Tensor  # [S, longest] int64, the elements of each sequence, repeated up to the longest length
 
-    @property
-    def length(self) -> Tensor:
+    # Methods, because Dynamo of PyTorch 2.10 does not trace properties of a named tuple.
+    def lengths(self) -> Tensor:
         """[S] int32, the length of each sequence."""
         return self.start[1:] - self.start[:-1]
 
-    @property
     def present(self) -> Tensor:
         """[S, longest] bool, False for the repeated elements in `padded`."""
         place = torch.arange(self.padded.shape[1], device=self.padded.device)
-        return place < self.length[:, None]
+        return place < self.lengths()[:, None]
 
     def pad(self, x: Tensor) -> Tensor:
         """Pad [1, L, ...] -> [S, longest, ...] by repeating each sequence. `present` marks the first occurrences."""

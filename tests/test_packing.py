@@ -54,8 +54,8 @@ def test_packing():
     assert packing.start.dtype == torch.int32
     assert packing.sequence.tolist() == [0, 0, 1, 2, 2, 2]
     assert packing.padded.tolist() == [[0, 1, 0], [2, 2, 2], [3, 4, 5]]
-    assert packing.length.tolist() == [2, 1, 3]
-    assert packing.present.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+    assert packing.lengths().tolist() == [2, 1, 3]
+    assert packing.present().tolist() == [[True, True, False], [True, False, False], [True, True, True]]
     x = torch.randn(1, 6, 4)
     assert torch.equal(packing.unpad(packing.pad(x)), x)
 
@@ -79,7 +79,7 @@ def test_every_context_is_whole(sampler):
     contexts = contexts_of(packed, 81)
     assert all(map(torch.equal, packed.contexts(81), contexts))
     assert all(map(torch.equal, cut.contexts(81), cut.context_index))
-    assert [len(context) for context in contexts] == packed.context_packing.length.tolist()
+    assert [len(context) for context in contexts] == packed.context_packing.lengths().tolist()
     assert min(map(len, contexts)) == cut.context_index.shape[1]
     assert packed.context_size == sum(map(len, contexts)) / 8 > cut.context_size
     for b, context in enumerate(contexts):
@@ -94,7 +94,7 @@ def test_estimate_counts_the_longer_contexts():
     values = {"data": {"crop_size": 72, "batch_size": 8}, "mask": {"patch_size": 8, "min_keep": 2}}
     cut, packed = (parse_config(values | {"mask": values["mask"] | {"pack": pack}}) for pack in (False, True))
     means = [measure_masks(config, num_steps=4)[0] for config in (cut, packed)]
-    sizes = [MaskSampler(packed.mask, (9, 9), 8).sample(step).context_packing.length for step in range(4)]
+    sizes = [MaskSampler(packed.mask, (9, 9), 8).sample(step).context_packing.lengths() for step in range(4)]
     assert means[1].context == torch.cat(sizes).double().mean() > means[0].context
     assert means[1].target == means[0].target
 

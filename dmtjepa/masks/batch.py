@@ -38,7 +38,7 @@ class MaskBatch:
         """Return the context patches of each image: B tensors [C] with values 0 to N - 1. Waits for the device."""
         if self.context_packing is None:
             return list(self.context_index)
-        return list((self.context_index[0] % num_patches).split(self.context_packing.length.tolist()))
+        return list((self.context_index[0] % num_patches).split(self.context_packing.lengths().tolist()))
 
     def flat_context(self, num_patches: int) -> torch.Tensor:
         """[V] flat numbers of the patches that the student sees, image by image."""

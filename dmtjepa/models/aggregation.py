@@ -86,8 +86,8 @@ class AggregationBlock(nn.Module):
         if packing is None:
             mean = z.mean(dim=1)
         else:
-            z, present = packing.pad(z), packing.present
-            mean = (z * present[:, :, None]).sum(dim=1) / packing.length[:, None]
+            z, present = packing.pad(z), packing.present()
+            mean = (z * present[:, :, None]).sum(dim=1) / packing.lengths()[:, None]
         tokens = self.norm1(z)
         mean = self.norm1(mean)
         key_map, key_bias = self.attn.absorb(mean)

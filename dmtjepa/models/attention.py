@@ -94,7 +94,7 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing |
     mask = None
     if packing is not None:
         query, key, value = map(packing.pad, (query, key, value))
-        mask = packing.present[:, None, None]
+        mask = packing.present()[:, None, None]
     out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
     out = out.transpose(1, 2)
     return out if packing is None else packing.unpad(out)
@@ -129,7 +129,7 @@ def cpu_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | 
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     score = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
     if packing is not None:
-        score = score.masked_fill(~packing.present[:, None, None], -torch.inf)
+        score = score.masked_fill(~packing.present()[:, None, None], -torch.inf)
     out = (score.softmax(3, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2)
     return out if packing is None else packing.unpad(out)
 

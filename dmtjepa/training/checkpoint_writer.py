@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -109,6 +110,8 @@ class CheckpointWriter:
         writing = self._folder / f"{WRITING}{final.name}"
         try:
             self._on_rank_0(lambda: _prepare(writing))
+            # PyTorch 2.10 says this of its own code, in the middle of a run.
+            warnings.filterwarnings("ignore", "TypedStorage is deprecated")
             # Copies ahead are for tensors on a GPU. These are on the host, and to look for more would make this thread
             # wait for the stream that trains, and open a context on the first GPU on every rank.
             writer = dcp.FileSystemWriter(writing, sync_files=True, per_thread_copy_ahead=0)

@@ -115,7 +115,7 @@ def test_explained_variance_of_the_context_is_that_of_all_its_predictions(settin
     def recorded_loss(model, predictions, targets, masks):
         rows = targets[len(masks.target_unique) :].float()
         if pack:  # the sequences of one image follow each other
-            lengths = masks.context_packing.length.tolist()
+            lengths = masks.context_packing.lengths().tolist()
             blocks = masks.target_index.shape[1]
             expected = torch.cat([part for image in rows.split(lengths) for part in [image] * blocks])
         else:

@@ -161,10 +161,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamGetCaptureInfo(
-    cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id, cudaGraph_t *graph,
-    const cudaGraphNode_t **dependencies, const cudaGraphEdgeData **edges, size_t *num_dependencies
-) {
+static cudaError_t find_capture(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id) {
     unsigned long long found = fake_cuda_capture_of(stream);
     *status = found ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     if (id != NULL)
@@ -172,8 +169,27 @@ cudaError_t cudaStreamGetCaptureInfo(
     return cudaSuccess;
 }
 
+#if CUDART_VERSION < 13000
+// Without edges; the name of the one with them ends in _v3.
+cudaError_t cudaStreamGetCaptureInfo(
+    cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id, cudaGraph_t *graph,
+    const cudaGraphNode_t **dependencies, size_t *num_dependencies
+) {
+    return find_capture(stream, status, id);
+}
+#undef cudaStreamGetCaptureInfo
+#define cudaStreamGetCaptureInfo cudaStreamGetCaptureInfo_v3
+#endif
+
+cudaError_t cudaStreamGetCaptureInfo(
+    cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id, cudaGraph_t *graph,
+    const cudaGraphNode_t **dependencies, const cudaGraphEdgeData **edges, size_t *num_dependencies
+) {
+    return find_capture(stream, status, id);
+}
+
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-    return cudaStreamGetCaptureInfo(stream, status, NULL, NULL, NULL, NULL, NULL);
+    return find_capture(stream, status, NULL);
 }
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
