@@ -49,6 +49,6 @@ class CorruptImages:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in self.entries[:_MAX_LISTED])
         rest = f"\n  and {len(self.entries) - _MAX_LISTED} more" if len(self.entries) > _MAX_LISTED else ""
         raise DataError(
-            f"{len(self.entries)} images are corrupt, {cause}. Remove or repair them (`dmtjepa check SOURCE` lists "
+            f"corrupt images: {len(self.entries)}, {cause}. Remove or repair them (`dmtjepa check SOURCE` lists "
             f"all of them), or raise data.max_broken:\n{listed}{rest}"
         )
