@@ -167,6 +167,11 @@ class Evaluator:
         names = "training images", "validation images", "training images with masks", "validation images with masks"
         return [(name, len(source), _digest(source)) for name, source in zip(names, sources, strict=True)]
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """A digest of what it measures on, wherever that lies."""
+        return hashlib.sha256(repr(self.describe_images()).encode()).hexdigest()[:16]
+
     def measure(self, encoders: Encoders) -> dict[str, float]:
         """Measure the last blocks of each encoder. All ranks call this alike and get the same results.
 

@@ -13,7 +13,8 @@ Measured: TypeAlias = tuple[float, float]
 MEASURES = {"linear probe": "eval/linear", "k-NN": "eval/knn_20", "mIoU": "eval/miou"}
 """What is compared, by its name in messages, and where it stands in a row of `metrics.jsonl`."""
 COUNTS = ("eval/train_images", "eval/images")
-"""Evaluations on other numbers of images are not compared with each other."""
+DIGEST = "eval/images_digest"
+"""Evaluations on other images are not compared with each other. Earlier versions wrote their numbers alone."""
 KEEP_START = (
     "Keep those weights, or start from them again with a lower optimization.lr and a higher first value of "
     "optimization.ema"
@@ -55,13 +56,13 @@ def compare_with_start(rows: Sequence[Row]) -> list[str]:
         rows: of `metrics.jsonl`.
     """
     evaluations = [row for row in rows if row.get("eval/seconds") is not None]
-    if len(evaluations) < 2 or evaluations[0]["step"] >= 0 or not same_counts(evaluations[0], evaluations[-1]):
+    if len(evaluations) < 2 or evaluations[0]["step"] >= 0 or not same_images(evaluations[0], evaluations[-1]):
         return []
     start, now = evaluations[0], evaluations[-1]
     scores = {
-        measure: (_measured(now, name), _measured(start, name))
+        measure: (measured(now, name), measured(start, name))
         for measure, name in MEASURES.items()
-        if _is_measured(now, name) and _is_measured(start, name)
+        if is_measured(now, name) and is_measured(start, name)
     }
     if not scores:
         return []
@@ -70,17 +71,19 @@ def compare_with_start(rows: Sequence[Row]) -> list[str]:
     return [f"{text}. {KEEP_START}" if is_worse else text]
 
 
-def same_counts(row: Row, other: Row) -> bool:
-    """Whether two evaluations measured as many images."""
-    return all(row.get(name) == other.get(name) for name in COUNTS)
+def same_images(row: Row, other: Row) -> bool:
+    """Whether two evaluations measured the same images, as far as their rows tell."""
+    names = (*COUNTS, DIGEST) if DIGEST in row and DIGEST in other else COUNTS
+    return all(row.get(name) == other.get(name) for name in names)
 
 
-def _is_measured(row: Row, name: str) -> bool:
+def is_measured(row: Row, name: str) -> bool:
     """Whether a row has the measure. The error of a mean IoU cannot be told from it; earlier versions left it out."""
     return row.get(name) is not None and (name != "eval/miou" or row.get("eval/miou_error") is not None)
 
 
-def _measured(row: Row, name: str) -> Measured:
+def measured(row: Row, name: str) -> Measured:
+    """A measure of a row that has it, and its standard error."""
     error = row.get(f"{name}_error")
     return row[name], accuracy_error(row[name], row.get("eval/images") or 0) if error is None else error
 

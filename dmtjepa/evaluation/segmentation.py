@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
 from dmtjepa.evaluation.splits import Subset, subsample
 
 NUM_SEGMENTED = 300
-"""Images of each split whose patches are segmented."""
+"""Images of each split whose patches are segmented, at most."""
 MAX_PATCHES = 20_000
 """Patches that the probe is fitted to, drawn from those of the training images."""
 NUM_RESAMPLES = 200
@@ -68,7 +70,7 @@ def find_mask(image: str | Path) -> Path | None:
     <root>/masks/val/cat/1.png for <root>/val/cat/1.jpg.
     """
     image = Path(image)
-    for root in image.parents[1 : 1 + MAX_DEPTH]:
+    for root in _mask_roots(image):
         mask = (root / "masks" / image.relative_to(root)).with_suffix(".png")
         if mask.is_file():
             return mask
@@ -76,10 +78,22 @@ def find_mask(image: str | Path) -> Path | None:
 
 
 def find_masked(source: ImageSource) -> Subset:
-    """Images of a source that have a mask, of a sample of NUM_SEGMENTED."""
-    sample = subsample(source, NUM_SEGMENTED)
-    masked = [image for image in range(len(sample)) if find_mask(sample.name(image)) is not None]
-    return Subset(sample, np.array(masked, np.int64))
+    """Images of a source that have a mask: all of them, or NUM_SEGMENTED, evenly spaced."""
+    has_masks: dict[str, bool] = {}  # by the folder of an image, of which there are far fewer
+    masked = []
+    for image in range(len(source)):
+        name = source.name(image)
+        folder = os.path.dirname(name)
+        if folder not in has_masks:
+            has_masks[folder] = any((root / "masks").is_dir() for root in _mask_roots(Path(name)))
+        if has_masks[folder] and find_mask(name) is not None:
+            masked.append(image)
+    return subsample(Subset(source, np.array(masked, np.int64)), NUM_SEGMENTED)
+
+
+def _mask_roots(image: Path) -> Sequence[Path]:
+    """Folders that may hold the folder of the masks."""
+    return image.parents[1 : 1 + MAX_DEPTH]
 
 
 def read_mask(path: Path, image_size: tuple[int, int]) -> Tensor:

@@ -7,7 +7,6 @@ that were made to fail, and by healthy ones; their figures are in `tests/evaluat
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from dmtjepa.config.settings import PatchSettings
 from dmtjepa.evaluation.collapse import MAX_COSINE, MIN_RANK
-from dmtjepa.evaluation.gains import KEEP_START, compare_with_start
+from dmtjepa.evaluation.gains import KEEP_START, compare_with_start, is_measured, judge_gain, measured, same_images
 
 NUM_LOOKS = 3
 """A run has collapsed if so many looks in a row show it."""
@@ -315,17 +314,18 @@ def find_over_training(rows: Sequence[Row]) -> Finding | None:
     """A score of the evaluations during training that fell after its best while the loss went on falling.
 
     The last two evaluations are both below the best by more than two standard errors of a difference. If the best are
-    the weights that the run started from, whatever the loss does, it makes them worse.
+    the weights that the run started from, whatever the loss does, it makes them worse. Evaluations on other images than
+    those of the last one say nothing: settings may change when a run resumes.
     """
     for name in SCORES:
-        evaluations = [row for row in rows if row.get(name) is not None]
+        evaluations = [row for row in rows if is_measured(row, name)]
+        evaluations = [row for row in evaluations if same_images(row, evaluations[-1])]
         if len(evaluations) < MIN_EVALUATIONS:
             continue
         scores = [row[name] for row in evaluations]
         best = int(np.argmax(scores))
-        drop = scores[best] - max(scores[-2:])
-        count = evaluations[best].get("eval/images") or 1000
-        if best >= len(scores) - 2 or drop <= 2 * math.sqrt(2 * scores[best] * (1 - scores[best]) / count):
+        top, recent = measured(evaluations[best], name), max(measured(row, name) for row in evaluations[-2:])
+        if best >= len(scores) - 2 or judge_gain(recent, top) != "worse":
             continue
         if evaluations[best]["step"] < 0:
             return Finding(

@@ -13,7 +13,7 @@ from torch import Tensor
 from dmtjepa.config import Config
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.evaluator import START_MEASURED, START_NOT_MEASURED, Evaluator, open_asked_splits
-from dmtjepa.evaluation.gains import same_counts
+from dmtjepa.evaluation.gains import DIGEST, same_images
 from dmtjepa.evaluation.ranks import Ranks
 from dmtjepa.evaluation.verdict import find_over_training
 from dmtjepa.interop import write_official
@@ -134,7 +134,7 @@ class PeriodicEvaluation:
                 return
             pictures = self._draw(encoders["teacher"]) if self._world.rank == 0 else {}
         if self._world.rank == 0:
-            values = {PREFIX + name: value for name, value in numbers.items()}
+            values = {PREFIX + name: value for name, value in numbers.items()} | {DIGEST: self._evaluator.digest}
             if self._config.evaluation.keep_best:
                 self._keep_if_best(values, weights)
             values["eval/seconds"] = time.perf_counter() - start
@@ -160,13 +160,13 @@ class PeriodicEvaluation:
     def _describe_moment(self) -> str:
         return f"after step {self._state.step}" if self._state.step else "before the first step"
 
-    def _keep_if_best(self, values: Mapping[str, float], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _keep_if_best(self, values: Mapping[str, Any], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write `{tag}-best.pth.tar`, before the row of metrics: if a kill comes between, both are made again."""
         name = next((name for name in SCORES if name in values), None)
         if name is None:
             return
         path = self._folder.best_export
-        earlier = [row[name] for row in self._read_rows() if name in row and same_counts(row, values)]
+        earlier = [row[name] for row in self._read_rows() if row.get(name) is not None and same_images(row, values)]
         if path.is_file() and earlier and values[name] <= max(earlier):
             return
         parts = {"encoder": weights["student"], "target_encoder": weights["teacher"]}
@@ -182,7 +182,7 @@ class PeriodicEvaluation:
         rows = read_metrics(path) if path.is_file() else []
         return [row for row in rows if "eval/seconds" in row]
 
-    def _describe(self, values: Mapping[str, float]) -> str:
+    def _describe(self, values: Mapping[str, Any]) -> str:
         parts = []
         for name, title in SUMMARY.items():
             if PREFIX + name in values:

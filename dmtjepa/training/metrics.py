@@ -175,14 +175,15 @@ class Metrics:
         self._write(steps)
         return steps
 
-    def write_values(self, step: int, values: Mapping[str, float]) -> None:
+    def write_values(self, step: int, values: Mapping[str, float | str]) -> None:
         """Write values, by name, into `metrics.jsonl`, TensorBoard and other loggers. Does nothing on ranks but 0.
 
         Args:
             step: number of the last finished step, from 0.
-            values: `train/loss` and the like; what precedes the slash is a group in TensorBoard.
+            values: `train/loss` and the like; what precedes the slash is a group in TensorBoard, which gets no text.
         """
-        self._write_values(step, values, on_board=values)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        self._write_values(step, values, on_board=numbers)
 
     def write_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
         """Write pictures, JPEG files by name, into TensorBoard and other loggers. Does nothing on ranks but 0."""
@@ -193,7 +194,7 @@ class Metrics:
         for tracker in self._trackers:
             tracker.log_pictures(step, pictures)
 
-    def _write_values(self, step: int, values: Mapping[str, float], on_board: Mapping[str, float]) -> None:
+    def _write_values(self, step: int, values: Mapping[str, float | str], on_board: Mapping[str, float]) -> None:
         if self._file is not None:
             self._file.write(step, values)
             self._file.flush()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 from dmtjepa.checkpoint_format import discard, list_checkpoints, step_of
 from dmtjepa.config import Config
+from dmtjepa.config.settings import PatchSettings
 from dmtjepa.errors import UserError
 from dmtjepa.evaluation.verdict import Finding, Row, find_collapse, select_looks, shows_collapse
 from dmtjepa.run_folder import RunFolder
@@ -46,6 +48,8 @@ class CollapseWatch:
         self._finding: Finding | None = None
         self._stopping = False
         self._last_good = first_step  # number of steps
+        if self._looks and shows_collapse(self._looks[-1], self._patch):  # an earlier start has ended amid a collapse
+            self._last_good = _find_last_good(self._looks, self._patch)
 
     def look(self, steps: list[StepValues]) -> None:
         """Judge what `Metrics.flush` has returned. Only rank 0 has the figures of a look."""
@@ -127,6 +131,11 @@ class CollapseWatch:
             f"{self._finding.text}. {self._finding.remedy}. The run was saved and stopped (runtime.on_collapse: "
             f"{self._action}).{reason} To train on from its state, start it again with runtime.on_collapse: warn"
         )
+
+
+def _find_last_good(looks: Sequence[Row], patch: PatchSettings) -> int:
+    """The number of steps at the last look at which nothing was wrong; 0 without one."""
+    return max((look["step"] + 1 for look in looks if not shows_collapse(look, patch)), default=0)
 
 
 def _update_norm(row: Row) -> float:

@@ -41,6 +41,7 @@ def test_a_mean_iou_without_its_error_is_left_out():
         [START],
         [START | {"step": 4}, END],  # the run did not start from weights
         [START, END | {"eval/images": 90}],
+        [START | {"eval/images_digest": "first"}, END | {"eval/images_digest": "other"}],
         [{"step": -1, "eval/seconds": 1.0}, END],
         [START, {"step": 9, "train/loss": 0.1}],
     ],

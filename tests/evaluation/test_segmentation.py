@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dmtjepa.data import open_images
 from dmtjepa.data.sources.shapes import ShapesParameters, find_shapes
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.segmentation import (
@@ -16,6 +17,7 @@ from dmtjepa.evaluation.segmentation import (
     bootstrap_error,
     count_pixels,
     find_mask,
+    find_masked,
     label_patches,
     mean_iou,
     read_mask,
@@ -202,3 +204,20 @@ def test_mean_iou_and_its_error_equal_a_direct_computation():
     assert mean_iou(counts.sum(0)[None]).item() == pytest.approx(score(np.arange(40)))
     resampled = np.std([score(rng.integers(0, 40, 40)) for _ in range(400)])
     assert bootstrap_error(counts) == pytest.approx(resampled, rel=0.25)
+
+
+def test_a_few_masks_among_many_images_are_all_found(tmp_path):
+    """Not those of a sample of the images, most of which have none."""
+    for folder in ("train", "masks/train"):
+        (tmp_path / folder).mkdir(parents=True)
+    for number in range(2000):
+        (tmp_path / f"train/{number:04d}.jpg").touch()
+    assert len(find_masked(open_images(tmp_path / "train"))) == 0
+    for number in range(100, 140):
+        (tmp_path / f"masks/train/{number:04d}.png").touch()
+    masked = find_masked(open_images(tmp_path / "train"))
+    assert [Path(masked.name(image)).stem for image in range(len(masked))] == [f"{n:04d}" for n in range(100, 140)]
+    for number in range(2000):
+        (tmp_path / f"masks/train/{number:04d}.png").touch()
+    masked = find_masked(open_images(tmp_path / "train"))
+    assert len({masked.name(image) for image in range(len(masked))}) == 300

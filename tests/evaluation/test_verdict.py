@@ -148,6 +148,29 @@ def test_over_training_is_a_score_that_falls_while_the_loss_does(scores, losses,
         assert "keep_best" in findings[0].remedy
 
 
+def test_evaluations_on_other_images_do_not_tell_of_over_training():
+    """`evaluation.data` and `evaluation.max_images` may change when a run resumes."""
+    rows = evaluations((0.5, 0.6, 0.5, 0.4), (4, 3, 2, 1))
+    measured = [row for row in rows if "eval/linear" in row]
+    for change in ({"eval/images": 300}, {"eval/images_digest": "other"}):
+        changed = {"eval/images_digest": "first"} | change
+        mixed = [row | changed if row in measured[2:] else row | {"eval/images_digest": "first"} for row in rows]
+        assert judge(mixed, IJEPA) == []
+    earlier_version = [row | {"eval/images_digest": "first"} if row in measured[2:] else row for row in rows]
+    assert [finding.name for finding in judge(earlier_version, IJEPA)] == ["over_training"]
+
+
+@pytest.mark.parametrize(("error", "found"), [(0.01, True), (0.05, False)])
+def test_over_training_of_a_mean_iou_is_judged_by_its_own_error(error, found):
+    rows = [
+        {"step": row["step"], "eval/miou": row["eval/linear"], "eval/miou_error": error}
+        if "eval/linear" in row
+        else row
+        for row in evaluations((0.3, 0.36, 0.3, 0.3), (4, 3, 2, 1))
+    ]
+    assert bool(judge(rows, IJEPA)) == found
+
+
 def test_a_run_that_never_reaches_its_start_is_told_so():
     start = {"step": -1, "eval/linear": 0.6, "eval/images": 2000}
     assert judge([start, *evaluations((0.5, 0.5), (1, 2))], IJEPA) == []  # too few

@@ -11,6 +11,7 @@ from dmtjepa.objective import DMTJEPA
 from dmtjepa.run_folder import RunFolder
 from dmtjepa.training import instruments
 from dmtjepa.training.launch import launch, run_process
+from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.schedules import Schedules
 from dmtjepa.training.watch import CollapsedRun, slow_down
 from tests.helpers.ranks import run_ranks
@@ -97,6 +98,27 @@ def test_a_collapsed_run_goes_back_and_learns_more_slowly(settings, losses, coll
     assert rates[4] < 0.6 * rates[3]  # after step 8
     start = RunFolder.from_config(config).read_starts()[-1]
     assert start["step"] == 8
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_amid_a_collapse_goes_back_before_it(settings, collapse_after, monkeypatch, caplog):
+    collapse_after(10, 19)
+    config = settings(**SHORT | {"runtime.on_collapse": "rollback", "runtime.save_every_steps": 7})
+    record = Metrics.record
+
+    def failing(metrics, batch, *values):
+        if batch.step == 14:
+            raise RuntimeError("failed on purpose")
+        record(metrics, batch, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "record", failing)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            launch(config, ["cpu"])
+    with caplog.at_level(logging.INFO):
+        assert launch(config, ["cpu"]) == 0
+    assert RunFolder.from_config(config).read_starts()[1]["step"] == 14  # two looks had shown it
+    assert "back to step 8" in caplog.text
 
 
 @pytest.mark.slow
