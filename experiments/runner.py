@@ -43,12 +43,14 @@ def compute(table: Table, images: Path, out: Path, device: str = "cpu") -> list[
         The names of runs that failed. They are tried again at the next start.
 
     Raises:
-        ConfigError, TableError: a run is impossible, or its folder holds a result of other settings.
+        ConfigError, TableError, RunFolderError: a run is impossible, or its folder holds one of other settings or
+            images, or cannot be written to.
     """
     runs = table.runs()
     for run in runs:  # all of them before the first is computed
-        run.config(images, out / run.name)
-        check_result(run, out / run.name)
+        config = run.config(images, out / run.name)
+        check_result(run, images, out / run.name)
+        RunFolder.from_config(config).check(config, config.global_batch(1))
     failed = []
     for number, run in enumerate(runs, 1):
         folder = out / run.name
@@ -64,12 +66,24 @@ def compute(table: Table, images: Path, out: Path, device: str = "cpu") -> list[
     return failed
 
 
-def check_result(run: Run, folder: Path) -> None:
-    """Refuse a folder with the result of other settings. Raises TableError."""
-    if (folder / RESULT).is_file():
-        result = json.loads((folder / RESULT).read_text())
-        if (result["base"], result["settings"]) != (run.base, list(run.settings)):
-            raise TableError(f"{folder} holds the result of other settings; rename the variant or choose another --out")
+def check_result(run: Run, images: Path, folder: Path) -> None:
+    """Refuse a folder with the result of other settings, or of images of another name. Raises TableError."""
+    if not (folder / RESULT).is_file():
+        return
+    result = read_result(folder / RESULT)
+    if (result.get("base"), result.get("settings")) != (run.base, list(run.settings)):
+        raise TableError(f"{folder} holds the result of other settings; rename the variant or choose another --out")
+    name = images.absolute().name
+    if result.get("images", name) != name:
+        raise TableError(f"{folder} holds a result on the images {result['images']}, not {name}; choose another --out")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The result of a run. Raises TableError: the file is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise TableError(f"{path} cannot be read: {error}. Remove it, and run the table again") from None
 
 
 @contextlib.contextmanager
@@ -99,7 +113,7 @@ def train_and_measure(run: Run, images: Path, folder: Path, device: str) -> None
         "seed": run.seed,
         "base": run.base,
         "settings": list(run.settings),
-        "images": images.name,
+        "images": images.absolute().name,
         "steps": len(times),
         "train_seconds": round(sum(times), 1),
         # Of the last start and its steps: what earlier ones took may have been lost with the runner.

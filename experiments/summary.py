@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.runner import RESULT
+from experiments.runner import RESULT, read_result
 from experiments.table import TableError
 
 NEIGHBORS = "20"
@@ -71,7 +71,7 @@ def read_results(source: Path) -> list[Result]:
         except (ValueError, KeyError, TypeError) as error:
             raise TableError(f"{source} is no file of python -m experiments publish") from error
     else:
-        results = [json.loads(path.read_text()) for path in sorted(source.glob(f"*/{RESULT}"))]
+        results = [read_result(path) for path in sorted(source.glob(f"*/{RESULT}"))]
     if not results:
         raise TableError(f"{source} holds no result yet; give the --out of python -m experiments run or publish")
     return sorted(results, key=lambda result: result["seed"])

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dmtjepa.run_folder import RunFolder
+from dmtjepa.run_folder import RunFolder, RunFolderError
 from experiments import runner
 from experiments.runner import RunFailed, claimed, compute
+from experiments.summary import read_results
 from experiments.table import Table, TableError
 from tests.helpers.programs import list_processes
 from tests.helpers.run_folders import write_images
@@ -96,7 +97,9 @@ def computed(monkeypatch):
         if run.variant == "two" and names.fails:
             raise RunFailed("exit code 1: out of luck")
         names.append(run.name)
-        (folder / "result.json").write_text(json.dumps({"base": run.base, "settings": list(run.settings)}))
+        (folder / "result.json").write_text(
+            json.dumps({"base": run.base, "settings": list(run.settings), "images": images.name})
+        )
 
     monkeypatch.setattr(runner, "train_and_measure", pretend)
     return names
@@ -109,6 +112,53 @@ def test_a_run_that_failed_is_tried_again(table, computed, tmp_path, capsys):
     computed.fails = False
     assert compute(table, tmp_path, tmp_path) == []
     assert computed == ["one-seed0", "two-seed0"]
+
+
+@pytest.fixture
+def finished(table, computed, images, tmp_path):
+    """A folder with a finished and a started run."""
+    compute(table, images, tmp_path / "out")
+    for run in table.runs():
+        folder = RunFolder.from_config(run.config(images, tmp_path / "out" / run.name))
+        folder.config_file.write_text(run.config(images, folder.path).to_yaml())
+        folder.latest_export.touch()
+    (tmp_path / "out" / "two-seed0" / "result.json").unlink()
+    return tmp_path / "out"
+
+
+def test_a_table_refuses_runs_on_other_images(table, computed, finished, images, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(TableError, match=r"one-seed0 holds a result on the images colors, not other"):
+        compute(table, other, finished)
+    compute(table, images, finished)
+    assert computed == ["one-seed0", "two-seed0", "two-seed0"]
+
+
+def test_a_table_refuses_runs_of_an_edited_base_before_it_computes(table, computed, finished, images, monkeypatch):
+    """Finished runs would stand beside others in one table, and started ones would fail one by one."""
+    before = list(computed)
+    for name in ("one-seed0", "two-seed0"):
+        path = finished / name / "config.yaml"
+        earlier = path.read_text()
+        path.write_text(earlier.replace("lr: 0.0015", "lr: 0.5"))
+        assert path.read_text() != earlier
+        with pytest.raises(RunFolderError, match=rf"{name} holds a run with other settings[\s\S]*optimization.lr: 0.5"):
+            compute(table, images, finished)
+        path.write_text(earlier)
+    assert computed == before
+
+
+def test_what_cannot_be_written_or_read_is_named(table, computed, images, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="cannot be written to"):
+        compute(table, images, tmp_path / "file")
+    (tmp_path / "out" / "one-seed0").mkdir(parents=True)
+    (tmp_path / "out" / "one-seed0" / "result.json").write_text("{")
+    with pytest.raises(TableError, match=r"result.json cannot be read"):
+        compute(table, images, tmp_path / "out")
+    with pytest.raises(TableError, match=r"result.json cannot be read"):
+        read_results(tmp_path / "out")
 
 
 def test_a_run_that_another_process_holds_is_left_to_it(table, computed, tmp_path):
