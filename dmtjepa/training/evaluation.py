@@ -16,7 +16,7 @@ from dmtjepa.evaluation.evaluator import START_MEASURED, START_NOT_MEASURED, Eva
 from dmtjepa.evaluation.gains import DIGEST, same_images
 from dmtjepa.evaluation.ranks import Ranks
 from dmtjepa.evaluation.verdict import find_over_training
-from dmtjepa.interop import write_official
+from dmtjepa.interop import WeightsError, read_checkpoint, write_official
 from dmtjepa.metrics_file import read_metrics
 from dmtjepa.models import VisionTransformer
 from dmtjepa.objective import build_frozen_encoder
@@ -165,9 +165,8 @@ class PeriodicEvaluation:
         name = next((name for name in SCORES if name in values), None)
         if name is None:
             return
-        path = self._folder.best_export
-        earlier = [row[name] for row in self._read_rows() if row.get(name) is not None and same_images(row, values)]
-        if path.is_file() and earlier and values[name] <= max(earlier):
+        path, kept = self._folder.best_export, self._read_kept_row()
+        if kept.get(name) is not None and same_images(kept, values) and values[name] <= kept[name]:
             return
         parts = {"encoder": weights["student"], "target_encoder": weights["teacher"]}
         on_host = {part: {key: value.cpu() for key, value in tensors.items()} for part, tensors in parts.items()}
@@ -175,6 +174,18 @@ class PeriodicEvaluation:
             write_official(path, on_host, self._state.meta(keep=True))
         except OSError as error:
             logger.warning("%s cannot be written, and the best encoder is not kept: %s", path, error)
+
+    def _read_kept_row(self) -> dict[str, Any]:
+        """The evaluation of the weights in `{tag}-best.pth.tar`. Empty if there is none: then any other is better.
+
+        It need not be the best row: the file may have been asked for later, or removed, or the disk was full.
+        """
+        try:
+            step = read_checkpoint(self._folder.best_export).get("step", 0) if self._folder.best_export.is_file() else 0
+        except WeightsError as error:
+            logger.warning("%s is damaged and replaced: %s", self._folder.best_export, error)
+            return {}
+        return next((row for row in self._read_rows() if row["step"] == step - 1), {})
 
     def _read_rows(self) -> list[dict[str, Any]]:
         """The earlier evaluations of this run."""

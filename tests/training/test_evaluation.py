@@ -263,6 +263,33 @@ def test_over_training_is_said_while_the_run_goes_on_and_at_its_end(settings, la
     assert best["epoch"] == 2
 
 
+@pytest.mark.slow
+def test_the_file_of_the_best_is_compared_with_what_it_holds(settings, labelled, monkeypatch):
+    """Not with an earlier evaluation, whose weights were not kept."""
+    scores = iter((0.6, 0.4, 0.5, 0.45))
+    monkeypatch.setattr(
+        "dmtjepa.training.evaluation.Evaluator.measure",
+        lambda evaluator, encoders: {"linear": next(scores), "student/linear": 0.4, "images": 1000},
+    )
+    config = settings(**every_epoch(labelled) | {"optimization.epochs": 4, "evaluation.keep_best": False})
+    run = PeriodicEvaluation.run
+
+    def failing(evaluation):
+        if evaluation._state.step == 16:
+            raise RuntimeError("failed on purpose")
+        run(evaluation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PeriodicEvaluation, "run", failing)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            launch(config, ["cpu"])
+    assert launch(change_settings(config, {"evaluation.keep_best": True}), ["cpu"]) == 0
+    assert [row["eval/linear"] for row in read_rows(config)] == [0.6, 0.4, 0.5, 0.45]
+    best = RunFolder.from_config(config).best_export
+    assert read_checkpoint(best)["epoch"] == 3
+    assert all(re.fullmatch("[0-9a-f]{16}", row["eval/images_digest"]) for row in read_rows(config))
+
+
 @pytest.mark.parametrize(("step", "moment"), [(0, "before the first step"), (8, "after step 8")])
 def test_what_could_not_be_evaluated_says_when(settings, monkeypatch, caplog, step, moment):
     def refuse(encoders, masks=False):
