@@ -98,10 +98,10 @@ class CollapseWatch:
         step = step_of(good[0])
         assert self._finding is not None
         rollbacks.append({"from_step": self._looks[-1]["step"] + 1, "to_step": step, "finding": self._finding.text})
-        folder.write_rollbacks(rollbacks)
-        for checkpoint in checkpoints:
+        for checkpoint in checkpoints:  # the newest first: a start after a kill finds the collapse again
             if step_of(checkpoint) > step:
                 discard(checkpoint)
+        folder.write_rollbacks(rollbacks)
         folder.latest_export.unlink(missing_ok=True)  # the next start exports the newest checkpoint
         logger.warning(
             "runtime.on_collapse: rollback %d of at most %d: back to step %d, at which nothing was wrong yet. From "

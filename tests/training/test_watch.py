@@ -9,7 +9,7 @@ import torch
 
 from dmtjepa.objective import DMTJEPA
 from dmtjepa.run_folder import RunFolder
-from dmtjepa.training import instruments
+from dmtjepa.training import instruments, watch
 from dmtjepa.training.launch import launch, run_process
 from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.schedules import Schedules
@@ -119,6 +119,24 @@ def test_a_run_that_was_killed_amid_a_collapse_goes_back_before_it(settings, col
         assert launch(config, ["cpu"]) == 0
     assert RunFolder.from_config(config).read_starts()[1]["step"] == 14  # two looks had shown it
     assert "back to step 8" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_rollback_that_a_kill_interrupts_counts_once(settings, collapse_after, monkeypatch):
+    collapse_after(10, 20)
+    config = settings(**SHORT | {"runtime.on_collapse": "rollback"})
+
+    def failing(checkpoint):
+        raise RuntimeError("failed on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "discard", failing)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            launch(config, ["cpu"])
+    assert launch(config, ["cpu"]) == 0
+    (rollback,) = RunFolder.from_config(config).read_rollbacks()
+    assert rollback["to_step"] == 8
+    assert RunFolder.from_config(config).read_starts()[1]["step"] == 16
 
 
 @pytest.mark.slow
