@@ -15,6 +15,8 @@ from torch import Tensor
 MAX_COSINE = 0.995
 """Features of one street had a mean cosine of 0.990 and segmented it better than untrained ones, of 0.977."""
 MIN_RANK = 2.0
+MIN_FEATURES = 10
+"""n features differ in n - 1 directions at most: fewer features have a low rank whether they are collapsed or not."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,12 @@ class CollapseNumbers:
 
     @property
     def collapsed(self) -> bool:
-        """Whether features are nearly the same: mean cosine above 0.995, or a centred effective rank below 2."""
-        return self.mean_cosine > MAX_COSINE or self.effective_rank_centered < MIN_RANK
+        """Whether features are nearly the same: mean cosine above 0.995, or a centred effective rank below 2.
+
+        The rank of fewer than 10 features does not count.
+        """
+        is_low = self.num_features >= MIN_FEATURES and self.effective_rank_centered < MIN_RANK
+        return self.mean_cosine > MAX_COSINE or is_low
 
 
 @torch.no_grad()

@@ -48,6 +48,14 @@ def test_features_that_are_all_alike_are_collapsed():
     assert collapse_numbers(features + 0.01 * torch.randn(100, 32)).collapsed
 
 
+@pytest.mark.parametrize("count", [2, 3, 9, 10])
+def test_few_features_are_not_collapsed_because_they_are_few(count):
+    """The centred rank of three images is at most 2."""
+    features = torch.randn(count, 32, generator=torch.Generator().manual_seed(0))
+    assert not collapse_numbers(features).collapsed
+    assert collapse_numbers(features[:1].repeat(count, 1) + 0.001 * features).collapsed
+
+
 def test_features_that_differ_along_one_line_are_collapsed():
     line = torch.outer(torch.linspace(-1, 1, 100), torch.randn(32))
     numbers = collapse_numbers(line + torch.randn(32))
