@@ -191,6 +191,13 @@ def read_header(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(_remove_png_metadata(data)))
 
 
+def read_upright_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image with its EXIF orientation applied, not decoded."""
+    image = read_header(data)
+    is_turned = _read_orientation(image) in (5, 6, 7, 8)
+    return (image.height, image.width) if is_turned else (image.width, image.height)
+
+
 def read_kind(data: bytes) -> tuple[str, str]:
     """Format and mode of an image as PIL names them; `NPY` and the type of its numbers for an array."""
     if data.startswith(_NPY_SIGNATURE):
@@ -221,13 +228,18 @@ def _remove_png_metadata(data: bytes) -> bytes:
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. Metadata that cannot be read say nothing about it."""
+    """Apply the EXIF orientation."""
+    transposition = _TRANSPOSITIONS.get(_read_orientation(image))
+    return image if transposition is None else image.transpose(transposition)
+
+
+def _read_orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 if there is none. Metadata that cannot be read say nothing about it."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # whatever PIL raises: the pixels are sound
-        return image
-    transposition = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
-    return image if transposition is None else image.transpose(transposition)
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _to_eight_bits(values: np.ndarray, max_value: float | None, *, wide: bool) -> np.ndarray:

@@ -28,7 +28,7 @@ from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
 from dmtjepa.evaluation.page.sheets import make_sheets
 from dmtjepa.evaluation.ranks import Ranks
 from dmtjepa.evaluation.retrieval import FeaturedImages
-from dmtjepa.evaluation.segmentation import find_mask, find_masked, read_mask, segment
+from dmtjepa.evaluation.segmentation import find_masked, read_masks, segment
 from dmtjepa.evaluation.splits import Splits, Subset, find_splits
 from dmtjepa.models import VisionTransformer
 
@@ -279,7 +279,7 @@ class Evaluator:
                 part.labels.append(labels)
             if dense:
                 try:
-                    part.masks.append(_read_masks(names, config.data.image_size))
+                    part.masks.append(read_masks(names, config.data.image_size))
                 except (EvaluationError, OSError) as error:
                     part.fault = str(error)
                     break
@@ -345,9 +345,3 @@ def _keys(encoders: Encoders, kinds: tuple[str, ...]) -> list[FeatureKey]:
         for name, encoder in encoders.items()
         if (block := len(encoder.blocks) - from_last) > 0
     ]
-
-
-def _read_masks(names: list[str], image_size: tuple[int, int]) -> Tensor:
-    """The masks uint8 [n,H,W] of images that have one."""
-    paths = [find_mask(name) for name in names]
-    return torch.stack([read_mask(path, image_size) for path in paths if path is not None])

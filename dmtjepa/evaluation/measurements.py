@@ -22,9 +22,8 @@ from dmtjepa.evaluation.low_shot import measure_low_shot
 from dmtjepa.evaluation.segmentation import (
     SegmentationScores,
     SegmentedImages,
-    find_mask,
     find_masked,
-    read_mask,
+    read_masks,
     segment,
 )
 from dmtjepa.evaluation.splits import subsample
@@ -281,13 +280,10 @@ def _load_masked(context: EvaluationContext, source: ImageSource) -> tuple[list[
     images, masks = [], []
     for batch, _, names in context.build_loader(source):
         images.append(batch)
-        for name in names:
-            path = find_mask(name)
-            assert path is not None
-            masks.append(read_mask(path, context.config.data.image_size))
+        masks.append(read_masks(names, context.config.data.image_size))
     if not images:
         raise EvaluationError("no image that has a mask could be read")
-    return images, torch.stack(masks)
+    return images, torch.cat(masks)
 
 
 def _encode_patches(context: EvaluationContext, encoder: VisionTransformer | None, images: Tensor) -> Tensor:

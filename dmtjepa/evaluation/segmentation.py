@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmtjepa.data.crop import crop_center
+from dmtjepa.data.decode import read_upright_size
 from dmtjepa.data.sources.base import ImageSource
 from dmtjepa.evaluation.errors import EvaluationError
 from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
@@ -94,6 +95,37 @@ def find_masked(source: ImageSource) -> Subset:
 def _mask_roots(image: Path) -> Sequence[Path]:
     """Folders that may hold the folder of the masks."""
     return image.parents[1 : 1 + MAX_DEPTH]
+
+
+def read_masks(images: Sequence[str], image_size: tuple[int, int]) -> Tensor:
+    """The masks of images that have one, cropped as the evaluation crops these: uint8 [n,H,W].
+
+    Raises:
+        EvaluationError: a mask does not have the shape of its image, or cannot be used.
+    """
+    masks = []
+    for image in images:
+        path = find_mask(image)
+        assert path is not None, "images without a mask are left out before"
+        _check_shape(Path(image), path)
+        masks.append(read_mask(path, image_size))
+    return torch.stack(masks)
+
+
+def _check_shape(image: Path, mask: Path) -> None:
+    """Refuse a mask of another shape than its image: cropped at the centre, it would show other places."""
+    try:
+        width, height = read_upright_size(image.read_bytes())
+    except OSError:  # an array of NumPy, whose sides are not known to PIL
+        return
+    with Image.open(mask) as opened:
+        mask_width, mask_height = opened.size
+    # A mask of another size has sides that are rounded.
+    if abs(width * mask_height - height * mask_width) > width + height:
+        raise EvaluationError(
+            f"the mask {mask} has {mask_width}x{mask_height} pixels, and {image} has {width}x{height} when it is "
+            "upright (EXIF orientation): save the mask in the shape of the upright image"
+        )
 
 
 def read_mask(path: Path, image_size: tuple[int, int]) -> Tensor:

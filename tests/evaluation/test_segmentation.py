@@ -21,6 +21,7 @@ from dmtjepa.evaluation.segmentation import (
     label_patches,
     mean_iou,
     read_mask,
+    read_masks,
     segment,
 )
 
@@ -221,3 +222,30 @@ def test_a_few_masks_among_many_images_are_all_found(tmp_path):
         (tmp_path / f"masks/train/{number:04d}.png").touch()
     masked = find_masked(open_images(tmp_path / "train"))
     assert len({masked.name(image) for image in range(len(masked))}) == 300
+
+
+@pytest.mark.parametrize(
+    ("image_size", "orientation", "mask_size", "fits"),
+    [
+        ((80, 40), 1, (80, 40), True),
+        ((80, 40), 1, (40, 40), False),
+        ((80, 40), 6, (80, 40), False),
+        ((80, 40), 6, (40, 80), True),
+        ((641, 481), 1, (320, 240), True),
+        ((40, 30), 1, (400, 300), True),
+        ((80, 40), 1, (75, 40), False),
+    ],
+)
+def test_masks_of_another_shape_than_their_images_are_refused(tmp_path, image_size, orientation, mask_size, fits):
+    """They would be cropped elsewhere. Images are turned as their EXIF orientation says, and PNG masks are not."""
+    (tmp_path / "masks/train").mkdir(parents=True)
+    (tmp_path / "train").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", image_size).save(tmp_path / "train/1.jpg", exif=exif)
+    Image.new("L", mask_size).save(tmp_path / "masks/train/1.png")
+    if fits:
+        assert read_masks([str(tmp_path / "train/1.jpg")], (8, 8)).shape == (1, 8, 8)
+    else:
+        with pytest.raises(EvaluationError, match=r"1.png has .* in the shape of the upright image"):
+            read_masks([str(tmp_path / "train/1.jpg")], (8, 8))
