@@ -65,6 +65,8 @@ def read_results(source: Path) -> list[Result]:
     Raises:
         TableError: there are none.
     """
+    if not source.exists():
+        raise TableError(f"{source} does not exist; give the --out of python -m experiments run or publish")
     if source.is_file():
         try:
             results = json.loads(source.read_text())["runs"]

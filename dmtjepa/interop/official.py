@@ -21,7 +21,8 @@ from dmtjepa.files import open_atomically
 from dmtjepa.interop.normalization import list_normalization
 from dmtjepa.interop.weights import MODULES, WeightsError, check_finite, select_module
 
-NUMBERS = ("epoch", "loss", "batch_size", "world_size", "lr", "step")
+NUMBERS = ("epoch", "loss", "batch_size", "world_size", "lr", "step", "evaluation")
+"""Values beside the weights; `evaluation` is that of `{tag}-best.pth.tar`, a dictionary of numbers and a digest."""
 # A position embedding is a parameter without gradient in the official code: the official optimizer counts it.
 _POSITION_EMBEDDINGS = {"encoder": "pos_embed", "predictor": "predictor_pos_embed"}
 

@@ -165,27 +165,30 @@ class PeriodicEvaluation:
         name = next((name for name in SCORES if name in values), None)
         if name is None:
             return
-        path, kept = self._folder.best_export, self._read_kept_row()
+        path, kept = self._folder.best_export, self._read_kept_evaluation()
         if kept.get(name) is not None and same_images(kept, values) and values[name] <= kept[name]:
             return
         parts = {"encoder": weights["student"], "target_encoder": weights["teacher"]}
         on_host = {part: {key: value.cpu() for key, value in tensors.items()} for part, tensors in parts.items()}
         try:
-            write_official(path, on_host, self._state.meta(keep=True))
+            write_official(path, on_host, self._state.meta(keep=True) | {"evaluation": dict(values)})
         except OSError as error:
             logger.warning("%s cannot be written, and the best encoder is not kept: %s", path, error)
 
-    def _read_kept_row(self) -> dict[str, Any]:
+    def _read_kept_evaluation(self) -> Mapping[str, Any]:
         """The evaluation of the weights in `{tag}-best.pth.tar`. Empty if there is none: then any other is better.
 
-        It need not be the best row: the file may have been asked for later, or removed, or the disk was full.
+        It need not be the best of `metrics.jsonl`: the file may have been asked for later, or removed, or the disk was
+        full; and a run that goes back to an earlier checkpoint removes rows.
         """
+        path = self._folder.best_export
         try:
-            step = read_checkpoint(self._folder.best_export).get("step", 0) if self._folder.best_export.is_file() else 0
+            kept = read_checkpoint(path) if path.is_file() else {}
         except WeightsError as error:
-            logger.warning("%s is damaged and replaced: %s", self._folder.best_export, error)
+            logger.warning("%s is damaged and replaced: %s", path, error)
             return {}
-        return next((row for row in self._read_rows() if row["step"] == step - 1), {})
+        rows = [row for row in self._read_rows() if row["step"] == kept.get("step", 0) - 1]
+        return kept.get("evaluation") or next(iter(rows), {})  # earlier versions wrote the step alone
 
     def _read_rows(self) -> list[dict[str, Any]]:
         """The earlier evaluations of this run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 import shutil
@@ -263,6 +264,26 @@ def test_over_training_is_said_while_the_run_goes_on_and_at_its_end(settings, la
     assert best["epoch"] == 2
 
 
+@pytest.mark.parametrize(
+    ("kept", "rows", "replaced"),
+    [
+        ({"evaluation": {"eval/linear": 0.6}}, [], False),  # its row was removed, as after a rollback
+        ({"evaluation": {"eval/linear": 0.4}}, [{"step": 7, "eval/linear": 0.6}], True),
+        ({}, [{"step": 3, "eval/linear": 0.9}, {"step": 7, "eval/linear": 0.6}], False),  # of an earlier version
+        ({}, [{"step": 3, "eval/linear": 0.9}, {"step": 7, "eval/linear": 0.4}], True),
+    ],
+)
+def test_the_file_of_the_best_tells_how_good_it_is(tmp_path, kept, rows, replaced):
+    folder = RunFolder(tmp_path, "jepa")
+    folder.metrics_file.write_text("".join(json.dumps(row | {"eval/seconds": 1.0}) + "\n" for row in rows))
+    torch.save({"step": 8} | kept, folder.best_export)
+    evaluation = PeriodicEvaluation.__new__(PeriodicEvaluation)
+    evaluation._folder, evaluation._state = folder, SimpleNamespace(meta=lambda keep: {"step": 16, "epoch": 2})
+    weights = {"weight": torch.zeros(2)}
+    evaluation._keep_if_best({"eval/linear": 0.5}, {"student": weights, "teacher": weights})
+    assert read_checkpoint(folder.best_export)["step"] == (16 if replaced else 8)
+
+
 @pytest.mark.slow
 def test_the_file_of_the_best_is_compared_with_what_it_holds(settings, labelled, monkeypatch):
     """Not with an earlier evaluation, whose weights were not kept."""
@@ -286,7 +307,8 @@ def test_the_file_of_the_best_is_compared_with_what_it_holds(settings, labelled,
     assert launch(change_settings(config, {"evaluation.keep_best": True}), ["cpu"]) == 0
     assert [row["eval/linear"] for row in read_rows(config)] == [0.6, 0.4, 0.5, 0.45]
     best = RunFolder.from_config(config).best_export
-    assert read_checkpoint(best)["epoch"] == 3
+    kept = read_checkpoint(best)
+    assert (kept["epoch"], kept["evaluation"]["eval/linear"]) == (3, 0.5)
     assert all(re.fullmatch("[0-9a-f]{16}", row["eval/images_digest"]) for row in read_rows(config))
 
 
