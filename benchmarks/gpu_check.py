@@ -61,6 +61,7 @@ REHEARSAL = {
     "benchmarks.step.host": ("--workloads", "vit_nano:2", *TINY, "--warmup", "1", "--steps", "2"),
     "benchmarks.step.target_head": ("--workloads", "vit_nano:2", *TINY, "--repeats", "3"),
     "benchmarks.step.memory": ("--workloads", "vit_nano:2", *TINY),
+    "benchmarks.step.scaling": ("--workload", "vit_nano:2", *TINY, "--warmup", "0", "--steps", "1"),
     "benchmarks.operators.speed": ("--workloads", "vit_nano:2", *TINY),
     "benchmarks.data.loader": ("--images", "64"),
     "benchmarks.data.data_wait": ("--workload", "vit_nano:2", *TINY, "--steps", "20", "--warmup", "10"),
@@ -83,7 +84,9 @@ def benchmark(part: int, name: str, module: str, out: Path, seconds: float, *opt
     return Step(name, command, seconds, part)
 
 
-def steps(out: Path, images: Path | None, official: Path | None, time_anyway: bool = False) -> list[Step]:
+def steps(
+    out: Path, images: Path | None, official: Path | None, time_anyway: bool = False, *, num_gpus: int = 1
+) -> list[Step]:
     """The steps, the most telling first."""
     # A file that cannot be imported where a package is missing does not end the others.
     pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
@@ -117,9 +120,13 @@ def steps(out: Path, images: Path | None, official: Path | None, time_anyway: bo
         benchmark(3, "targets", "step.target_head", out, 60, *huge, *compare, *anyway),
         benchmark(3, "memory", "step.memory", out, 120, "--providers", "project", *theirs, *compare),
         # Not the whole folder: other files of it import what a bare machine lacks, which counts as a failure.
-        Step("training-tests", (*pytest, "tests/training/test_gpu.py"), 120),
+        Step("training-tests", (*pytest, "tests/training/test_gpu.py", "-k", "not two-"), 120),
         Step("other-tests", (*pytest, *OTHER_TESTS), 100),
     ]
+    if num_gpus > 1:
+        found.append(Step("several-gpus-tests", (*pytest, "tests/training/test_gpu.py", "-k", "two-"), 300))
+        processes = ("--processes", "1", str(num_gpus))
+        found.append(benchmark(3, "scaling", "step.scaling", out, 240, "--workload", "vit_huge:128", *processes))
     if images is not None:
         command = (sys.executable, "-m", "benchmarks.data.loader", str(images), "--device", "cuda")
         found.append(Step("loader", (*command, "--json", str(out / "loader.json")), 120))
@@ -270,7 +277,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     images, official = (path and path.resolve() for path in (options.images, options.official))
     # In a rehearsal on a stand-in, all values are zero.
-    found = steps(out, images, official, options.time_anyway or options.rehearsal)
+    anyway = options.time_anyway or options.rehearsal
+    found = steps(out, images, official, anyway, num_gpus=torch.cuda.device_count())
     wanted = choose([rehearse(step) for step in found] if options.rehearsal else found, options.only, options.part)
     rows: list[dict] = []
     for step in wanted:

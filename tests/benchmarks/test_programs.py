@@ -242,7 +242,7 @@ def gpu_check_on_a_cpu(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_check, "environment", lambda device: {"commit": "a"})
 
     def run(steps, *options):
-        monkeypatch.setattr(gpu_check, "steps", lambda *arguments: steps)
+        monkeypatch.setattr(gpu_check, "steps", lambda *arguments, num_gpus: steps)
         monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path), *options])
         with pytest.raises(SystemExit) as end:
             gpu_check.main()
@@ -311,9 +311,22 @@ def test_what_matters_most_has_time_in_each_part(tmp_path):
     assert all(step.seconds <= most for step in found)
 
 
+@pytest.mark.slow
+def test_several_gpus_have_steps_of_their_own(tmp_path):
+    one, eight = (gpu_check.steps(tmp_path, None, None, num_gpus=count) for count in (1, 8))
+    names = [step.name for step in one]
+    added = {step.name: step.command for step in eight if step.name not in names}
+    assert list(added) == ["several-gpus-tests", "scaling"]
+    assert [step for step in eight if step.name in names] == one
+    assert added["scaling"][-3:] == ("--processes", "1", "8")
+    collect = (*added["several-gpus-tests"], "--collect-only")
+    collected = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True).stdout
+    assert collected.count("[two-sharded") == collected.count("[two-copies") == 4
+
+
 @pytest.mark.parametrize("given", [None, Path("checkout")])
 def test_a_rehearsal_runs_every_step_on_a_tiny_model(tmp_path, given):
-    for real in gpu_check.steps(tmp_path, tmp_path, given):
+    for real in gpu_check.steps(tmp_path, tmp_path, given, num_gpus=2):
         tiny = gpu_check.rehearse(real)
         assert tiny.command[: len(real.command)] == real.command
         added = tiny.command[len(real.command) :]

@@ -34,11 +34,25 @@ def test_main_trains_and_goes_on(main_py, settings):
     assert "finished at step 16 of 16" in ended.output
 
 
-@pytest.mark.parametrize(("devices", "changes"), [(2, {}), (4, {"runtime.shard_size": 2})], ids=["FSDP", "HSDP"])
-def test_each_rank_stays_on_its_device(main_py, settings, devices, changes):
-    config = settings(**{"runtime.compile": "off", "data.batch_size": 8, "optimization.epochs": 1} | changes)
-    ended = main_py(config, *(f"cuda:{index}" for index in range(devices)), devices=devices)
+def test_two_devices_resume_and_each_rank_stays_on_its_own(start_on):
+    """A test that two GPUs have, with losses of zero."""
+    options = ("-pno:cacheprovider", "-pno:logging", "-k", "resumes_from and two-sharded")
+    test = HERE.parent / "training" / "test_gpu.py"
+    ended = start_on(sys.executable, "-m", "pytest", test, *options, devices=2, TORCH_COMPILE_DISABLE="1").end()
     assert ended.code == 0, ended.output
+    assert "1 passed" in ended.output
+    check_contexts(ended, [0, 0, 1, 1])
+
+
+def test_each_of_four_ranks_stays_on_its_device(main_py, settings):
+    changes = {"runtime.compile": "off", "data.batch_size": 8, "optimization.epochs": 1, "runtime.shard_size": 2}
+    ended = main_py(settings(**changes), *(f"cuda:{index}" for index in range(4)), devices=4)
+    assert ended.code == 0, ended.output
+    check_contexts(ended, [0, 1, 2, 3])
+
+
+def check_contexts(ended, expected):
+    """Each process has made one context, on these devices."""
     processes, indices = zip(*ended.contexts, strict=True)
-    assert sorted(indices) == list(range(devices))
-    assert len(set(processes)) == devices
+    assert sorted(indices) == expected
+    assert len(set(processes)) == len(processes)

@@ -1,4 +1,4 @@
-"""The loop on a GPU: bfloat16, compiled blocks, Triton kernels, NCCL."""
+"""The loop on one GPU, and on two: bfloat16, compiled blocks, Triton kernels, NCCL."""
 
 import math
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dmtjepa import checkpoint_format
+from dmtjepa.run_folder import RunFolder
 from dmtjepa.training import instruments
 from dmtjepa.training.graphs import GraphedStep
 from dmtjepa.training.launch import launch
@@ -17,10 +18,21 @@ from dmtjepa.training.step import TrainStep
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(params=[(1, 1), (2, 2), (2, 1)], ids=["alone", "two-sharded", "two-copies"])
+def devices_and_changes(request):
+    """The devices of a run, and the settings that divide its global batch of 16 among them."""
+    count, shard_size = request.param
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
+    devices = [f"cuda:{index}" for index in range(count)]
+    return devices, {"data.batch_size": 16 // count, "runtime.shard_size": shard_size}
+
+
 @pytest.mark.parametrize("compiled", ["off", "on"])
-def test_trains_as_on_the_cpu_up_to_bfloat16(plain, settings, losses, compiled):
-    config = settings(**{"runtime.compile": compiled})
-    assert launch(config, ["cuda:0"]) == 0
+def test_trains_as_on_the_cpu_up_to_bfloat16(plain, settings, losses, compiled, devices_and_changes):
+    devices, changes = devices_and_changes
+    config = settings(**changes | {"runtime.compile": compiled})
+    assert launch(config, devices) == 0
     torch.testing.assert_close(losses(config), losses(plain), rtol=0.05, atol=0.01)
 
 
@@ -135,13 +147,24 @@ def test_a_replayed_step_that_is_not_finite_leaves_the_student_as_it_is(settings
     assert sum(map(math.isnan, losses(config))) == 1
 
 
-def test_resumes_from_a_checkpoint_of_the_gpu(settings, losses):
-    config = settings(**{"runtime.keep_last": 5})
-    assert launch(config, ["cuda:0"]) == 0
+def test_resumes_from_a_checkpoint_of_the_gpu(settings, losses, devices_and_changes):
+    devices, changes = devices_and_changes
+    config = settings(**changes | {"runtime.keep_last": 5})
+    assert launch(config, devices) == 0
     before = losses(config)
     checkpoint_format.discard(Path(config.logging.folder, "checkpoints", "step-00000024"))
     checkpoint_format.discard(Path(config.logging.folder, "checkpoints", "step-00000016"))
-    assert launch(config, ["cuda:0"]) == 0
+    assert launch(config, devices) == 0
     after = losses(config)
     assert after[:8] == before[:8]
     torch.testing.assert_close(after, before, rtol=0.02, atol=0.005)
+
+
+def test_evaluates_during_training(settings, labelled, devices_and_changes):
+    devices, changes = devices_and_changes
+    changes |= {"runtime.compile": "off", "evaluation.every_epochs": 1, "evaluation.data": str(labelled)}
+    config = settings(**changes | {"optimization.epochs": 2})
+    assert launch(config, devices) == 0
+    rows = [row for row in RunFolder.from_config(config).read_metrics() if "eval/seconds" in row]
+    assert [row["step"] for row in rows] == [7, 15]
+    assert all(math.isfinite(row["eval/linear"]) for row in rows)
