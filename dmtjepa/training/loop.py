@@ -51,7 +51,7 @@ def train(config: Config, world: World) -> Outcome:
         watchdog = stack.enter_context(Watchdog(world, config.runtime.hang_timeout))
         folder = open_folder(config, world, stack)
         signals = stack.enter_context(StopSignals())
-        run = build_run(config, world, folder, source, watchdog, stack)
+        run = build_run(config, world, folder, source, watchdog, signals, stack)
         state, metrics, num_steps = run.state, run.metrics, run.schedules.num_steps
 
         run.evaluation.run_missing()
