@@ -143,7 +143,7 @@ def build_run(
     stack.callback(metrics.close)
     batches = _build_batches(config, world, loader, schedules, metrics, stack)
     watch = CollapseWatch(config, world, folder, saver, first_step=state.step)
-    evaluation = PeriodicEvaluation(config, world, folder, schedules, state, metrics, watchdog)
+    evaluation = PeriodicEvaluation(config, world, folder, schedules, state, metrics, watchdog, signals)
     finite_check = FiniteCheck(config, world, state, saver)
     return Run(schedules, step, instruments, state, vote, saver, finite_check, watch, metrics, evaluation, batches)
 
