@@ -168,6 +168,15 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     return meta
 
 
+def tensor_names(checkpoint: Path) -> set[str]:
+    """The names of the tensors of a checkpoint, which are not read.
+
+    Raises:
+        CheckpointError: the folder cannot be read, or holds anything but tensors.
+    """
+    return set(TensorReader(checkpoint).read_metadata().state_dict_metadata)
+
+
 def check_fits(checkpoint: Path, shapes: Mapping[str, torch.Size]) -> None:
     """Check that a checkpoint has tensors of these names and shapes, without reading them.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from dmtjepa.errors import UserError
@@ -45,3 +47,14 @@ def find_device(name: str) -> torch.device | None:
         return check_device(name)
     except DeviceError:
         return None
+
+
+def release_memory(device: torch.device) -> None:
+    """Free compiled code and the memory of models that are not used any more.
+
+    Models that are sharded or compiled refer to themselves, so they stay until Python looks for such objects.
+    """
+    gc.collect()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -15,7 +15,7 @@
     {tag}-best.pth.tar           the encoders of the best evaluation during training (evaluation.keep_best)
     not_finite/                  the state after a loss that was not finite: a checkpoint, and steps.json
     report/                      what `dmtjepa evaluate` writes: report.html, report.md, report.json and figures
-    .lock                        held while a run writes into the folder
+    .lock                        held while a run writes into the folder, and names its process
 
 `tag` is `logging.write_tag`.
 """
@@ -26,7 +26,10 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import re
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -52,6 +55,7 @@ class RunFolderError(UserError, ValueError):
 
 
 LOCK = ".lock"
+_LOCK_TRIES, _LOCK_SECONDS = 16, 20
 PAGE = "report.html"
 """Name of the page in the folder of a report."""
 
@@ -139,7 +143,8 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Lock the folder, which is created if it is missing, against a second run that would write into it.
 
-        File systems without locks are not protected.
+        File systems without locks are not protected. A job that SLURM has requeued waits for minutes: the server of a
+        network file system frees the lock of a lost node late.
 
         Raises:
             RunFolderError: another process holds the lock, or the folder cannot be written.
@@ -150,7 +155,9 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"{self.path} (logging.folder) cannot be written to: {error}") from None
         with file:
-            _lock(file, fcntl.LOCK_EX, self.path)
+            requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+            if _lock(file, fcntl.LOCK_EX, self.path, _LOCK_TRIES if requeued else 1):
+                _name_holder(file)
             with private_descriptor(file.fileno()):
                 yield
 
@@ -349,14 +356,37 @@ class RunFolder:
         write_json(self.not_finite / "steps.json", steps)
 
 
-def _lock(file: IO[str], operation: int, folder: Path) -> None:
-    """Lock a file until it is closed, unless its file system has no locks."""
-    try:
-        fcntl.flock(file, operation | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RunFolderError(f"{folder} is being written by another run; choose another logging.folder") from None
-    except OSError:
-        pass
+def _lock(file: IO[str], operation: int, folder: Path, tries: int = 1) -> bool:
+    """Lock a file until it is closed. False if its file system has no locks."""
+    for left in reversed(range(tries)):
+        try:
+            fcntl.flock(file, operation | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            used = f"{folder} is being written by another run ({_read_holder(folder)})"
+            if not left:
+                raise RunFolderError(f"{used}; choose another logging.folder") from None
+            logger.warning("%s; waiting up to %d s for the lock of a lost node", used, left * _LOCK_SECONDS)
+            time.sleep(_LOCK_SECONDS)
+        except OSError:
+            break
+    return False
+
+
+def _read_holder(folder: Path) -> str:
+    """Who holds the lock of a folder."""
+    with contextlib.suppress(OSError):
+        return (folder / LOCK).read_text(errors="replace") or "which is starting"
+    return "of an unknown process"
+
+
+def _name_holder(file: IO[str]) -> None:
+    """Write who holds the lock into the file that is locked."""
+    job = os.environ.get("SLURM_JOB_ID")
+    with contextlib.suppress(OSError):  # of a full disk: others check that
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{f', SLURM job {job}' if job else ''}")
+        file.flush()
 
 
 def open_run(path: Path) -> tuple[RunFolder, Config]:

@@ -115,8 +115,8 @@ class WeightTable:
     def set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Set the gradient of each weight: float32, of its shape, contiguous. None does not train it.
 
-        They must stay where they are until the update. The host does not wait for the device. While a CUDA graph is
-        captured, `gradient_address` becomes a new tensor of the graph; call `upload_addresses` after the capture.
+        They must stay where they are until the update. The host does not wait for the device. Their addresses are not
+        uploaded while a CUDA graph is captured: call `upload_addresses` after the capture.
 
         Raises:
             TypeError, ValueError: a gradient is not like its weight.
@@ -127,9 +127,7 @@ class WeightTable:
         self.gradients = list(gradients)
         self._addresses = list(map(_address, gradients))
         self.gradients_aligned = all(address % 16 == 0 for address in self._addresses)
-        if self.columns.is_cuda and torch.cuda.is_current_stream_capturing():
-            self.gradient_address = torch.empty_like(self.gradient_address)
-        else:
+        if not (self.columns.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.upload_addresses()
 
     def upload_addresses(self) -> None:

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import socket
+import time
 
 import pytest
 import torch
@@ -200,3 +203,36 @@ def test_a_folder_is_locked_by_one_run(run):
         pass
     with run.locked():
         pass
+    assert run.path.joinpath(".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_who_holds_the_lock_is_said_and_kept(run, monkeypatch):
+    holder = rf"another run \(process {os.getpid()} on {socket.gethostname()}, SLURM job 77\); choose"
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with run.locked():
+        for job in ("78", "79"):  # what is refused changes nothing
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+            with pytest.raises(RunFolderError, match=holder), run.locked():
+                pass
+            with pytest.raises(RunFolderError, match=holder):
+                run.check_unlocked()
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_a_requeued_job_waits_for_the_lock_of_a_lost_node(run, monkeypatch, caplog, freed):
+    waits = []
+    with contextlib.ExitStack() as lost:
+        lost.enter_context(run.locked())
+
+        def wait(seconds):
+            waits.append(seconds)
+            if freed and len(waits) == 5:
+                lost.close()
+
+        monkeypatch.setattr(time, "sleep", wait)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        refused = contextlib.nullcontext() if freed else pytest.raises(RunFolderError, match="by another run")
+        with refused, run.locked():
+            pass
+    assert sum(waits) == (100 if freed else 300)
+    assert f"(process {os.getpid()} on {socket.gethostname()}); waiting up to 300 s" in caplog.text

@@ -7,8 +7,9 @@ Per step and GPU, with P and Q parameters of student and teacher, FSDP moves ove
     all-gather       bfloat16   2 Q in the teacher's forward pass, 2 P in the student's forward and 2 P in its backward
     reduce-scatter   float32    4 P in the backward pass
 
-and HSDP (S GPUs of a node, n nodes) also all-reduces each shard, float32, over the nodes: 2 * 4 P / S. With V bytes
-over a ring of W members, a collective of bandwidth b and latency a per hop takes
+and HSDP (S GPUs of a node, n nodes) also all-reduces each shard, float32, over the nodes: 2 * 4 P / S. Steps have one
+micro-batch (runtime.accumulation): each further one gathers and reduce-scatters again, and all-reduces nothing. With V
+bytes over a ring of W members, a collective of bandwidth b and latency a per hop takes
 
     t = V (W - 1) / W / b + (W - 1) a            all-gather, reduce-scatter; u units of parameters make u collectives
     t = 2 V (W - 1) / W / b + 2 log2(W) a        all-reduce (tree)

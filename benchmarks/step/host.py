@@ -28,10 +28,10 @@ import torch
 
 from benchmarks.official import add_official
 from benchmarks.step.providers import Provider, open_official, parse_provider
-from benchmarks.step.runs import Run, failed, failures_noted, problems, release
+from benchmarks.step.runs import Run, failed, failures_noted, problems
 from benchmarks.tables import number, save, text_table
 from benchmarks.workloads import Workload, add_workloads, chosen_workloads
-from dmtjepa.devices import check_device
+from dmtjepa.devices import check_device, release_memory
 from dmtjepa.training.distributed import World, process_group
 
 
@@ -66,7 +66,7 @@ def measure(workload: Workload, provider: Provider, world: World, warmup: int, s
         row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     run = None
     torch._dynamo.utils.counters.clear()
-    release(world.device)
+    release_memory(world.device)
     return row
 
 

@@ -21,10 +21,10 @@ import torch
 from benchmarks.machine import GIB, default_device
 from benchmarks.official import add_official
 from benchmarks.step.providers import Provider, open_official, parse_provider
-from benchmarks.step.runs import Run, failed, failures_noted, problems, ratios, release
+from benchmarks.step.runs import Run, failed, failures_noted, problems, ratios
 from benchmarks.tables import number, save, text_table
 from benchmarks.workloads import Workload, add_workloads, chosen_workloads
-from dmtjepa.devices import check_device
+from dmtjepa.devices import check_device, release_memory
 from dmtjepa.training.distributed import World, process_group
 from dmtjepa.training.estimate import memory_bytes, resolve_checkpointing
 
@@ -51,7 +51,7 @@ def measure(workload: Workload, provider: Provider, world: World) -> dict:
         if "estimate_bytes" in row:
             row["estimate_error"] = row["estimate_bytes"] / row["peak_bytes"] - 1
     run = None
-    release(world.device)
+    release_memory(world.device)
     return row
 
 

@@ -6,7 +6,6 @@ The steps themselves are in `benchmarks.step.providers`.
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import math
 import statistics
@@ -24,6 +23,7 @@ from torch import Tensor
 from benchmarks.machine import peak_memory, peak_rate
 from benchmarks.step.providers import PHASES, Provider, ReferenceStep, build_step, draw_model
 from benchmarks.workloads import Workload
+from dmtjepa.devices import release_memory
 from dmtjepa.masks import MaskBatch
 from dmtjepa.reference import step as reference
 from dmtjepa.tensors import local_tensors
@@ -122,14 +122,6 @@ def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def release(device: torch.device) -> None:
-    """Free compiled code and cached memory of runs that have ended."""
-    gc.collect()
-    torch._dynamo.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 @cache
 def reference_values(workload: Workload, device: torch.device) -> list[tuple[float, float]]:
     """Loss and gradient norm of the reference's first steps, in float32."""
@@ -141,7 +133,7 @@ def reference_values(workload: Workload, device: torch.device) -> list[tuple[flo
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its convolution embeds the patches
         found = [tuple(map(float, step(pixels, mask, number))) for number, mask in enumerate(masks)]
     del model, step
-    release(device)
+    release_memory(device)
     return found
 
 
@@ -239,7 +231,7 @@ def measure_steps(
                 row |= run.measure_memory(max(numbers, key=workload.flops))
     run = None
     runs.clear()
-    release(world.device)
+    release_memory(world.device)
     return rows
 
 

@@ -34,10 +34,10 @@ from benchmarks.machine import default_device
 from benchmarks.predictions import PREDICTIONS
 from benchmarks.step.communication import A100, H100, official_model, predict
 from benchmarks.step.providers import Provider, parse_provider
-from benchmarks.step.runs import CHECKED_STEPS, Run, release
+from benchmarks.step.runs import CHECKED_STEPS, Run
 from benchmarks.tables import number, save, text_table
 from benchmarks.workloads import Workload, add_workload, parse_workload
-from dmtjepa.devices import check_device
+from dmtjepa.devices import check_device, release_memory
 from dmtjepa.training.distributed import World, process_group
 
 MACHINES = {"A100": A100, "H100": H100, "H200": H100}
@@ -195,7 +195,7 @@ def main() -> None:
                 batch = batch * options.first_world // world.world_size
             row = measure(replace(workload, batch_size=batch), provider, world, options.warmup, options.steps)
             rows.append({"scaling": scaling, **row})
-            release(world.device)
+            release_memory(world.device)
         if world.rank == 0 and options.out:
             save(options.out, f"scaling-{world.world_size}", device, rows)
             print(text_table(COLUMNS, collect(options.out), num_names=3), flush=True)

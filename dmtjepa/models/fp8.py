@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from dmtjepa.models.layers import Linear
 from dmtjepa.models.replace_method import replace_method
@@ -113,7 +114,7 @@ def scaled_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Ten
     """Compute `x @ weight.T + bias` on a GPU -> [M, N] bfloat16. See `Product` for the arguments.
 
     PyTorch uses cuBLAS on compute capability 9.0 and CUTLASS on others. With torch < 2.12, the kernel for 8.9 always
-    runs on the default stream (pytorch#177651), on which this project computes.
+    runs on the default stream (pytorch#177651), on which this project computes except for CUDA graphs.
     """
     return torch._scaled_mm(
         x,
@@ -125,6 +126,12 @@ def scaled_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Ten
         # Faster on Hopper. Partial sums have 14 bits, far more than the 4 bits of their terms.
         use_fast_accum=True,
     )
+
+
+def needs_default_stream() -> bool:
+    """Whether `scaled_product` is right on the default stream alone, on the current GPU."""
+    ada = torch.cuda.is_available() and torch.cuda.get_device_capability() == (8, 9)
+    return ada and TorchVersion(torch.__version__) < "2.12"
 
 
 def emulated_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:

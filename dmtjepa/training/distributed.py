@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+# A failed rank that serves the store ends this much later. Watchdogs read the store every 5 seconds.
+STORE_SECONDS = 12.0
+
 
 class DistributedError(UserError, RuntimeError):
     """The processes of a run could not form a group, or another rank failed; the message names rank and host."""
@@ -226,7 +229,7 @@ def first_failure(world: World) -> Iterator[None]:
         if first != text:
             raise DistributedError(f"{world.name} stopped, since {first}") from None
         if world.world_size > 1 and _serves_store(world.rank):
-            time.sleep(2)  # let the others read this
+            time.sleep(STORE_SECONDS)  # let the others read this
         raise
 
 
@@ -246,7 +249,13 @@ def _write_failure(world: World, text: str) -> str:
 def _read_failure(world: World) -> str | None:
     """The failure that another rank has recorded, which it does before its connections close."""
     for _ in range(10):
-        if world.store.check(["failure"]):
-            return world.store.get("failure").decode()
+        failure = find_failure(world.store)
+        if failure is not None:
+            return failure
         time.sleep(0.1)
     return None
+
+
+def find_failure(store: dist.Store) -> str | None:
+    """The failure that a rank has recorded, if there is one. Raises RuntimeError if the store is gone."""
+    return store.get("failure").decode() if store.check(["failure"]) else None

@@ -14,6 +14,7 @@ from dmtjepa.config import Config, ConfigError
 from dmtjepa.errors import UserError
 from dmtjepa.masks import MaskBatch
 from dmtjepa.models import ARCHITECTURES
+from dmtjepa.models.fp8 import needs_default_stream
 from dmtjepa.training.batches import MicroBatch
 from dmtjepa.training.estimate import measure_masks, step_flops
 from dmtjepa.training.parallelize import CASTING_VERSIONS, use_one_stream
@@ -125,6 +126,8 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         table = self.update.table
         before = table.gradient_address
+        # The host alone writes it, so it must not lie in the pool, where replays write over what was free once.
+        table.gradient_address = torch.empty_like(before)
         try:
             # Other threads go on to decode images.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
@@ -196,6 +199,8 @@ def _obstacle(config: Config, world_size: int, device_type: str) -> str | None:
         "needs runtime.fused_update: true": runtime.fused_update,
         "needs runtime.accumulation: 1": runtime.accumulation == 1,
         "needs mask.pack: false": not config.mask.pack,
+        "needs runtime.teacher_precision: same on this GPU": runtime.teacher_precision == "same"
+        or not needs_default_stream(),
         f"needs PyTorch {' or '.join(version + 'x' for version in CASTING_VERSIONS)}": torch.__version__.startswith(
             CASTING_VERSIONS
         ),

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from dmtjepa.config import Config
-from dmtjepa.devices import check_device
+from dmtjepa.devices import check_device, release_memory
 from dmtjepa.errors import UserError
 from dmtjepa.evaluation.verdict import describe_end
 from dmtjepa.output import configure_logging, protect_output
@@ -58,6 +58,7 @@ def run_process(config: Config, device_name: str) -> Outcome:
             try:
                 outcome = train(config, world)
                 while outcome.rolled_back and not outcome.signals:
+                    release_memory(device)
                     outcome = train(config, world)
             except torch.OutOfMemoryError as error:
                 raise OutOfMemory(explain_oom(config, world.world_size, device, error)) from error

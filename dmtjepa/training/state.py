@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmtjepa.checkpoint_format import load_into, read_meta
+from dmtjepa.checkpoint_format import load_into, read_meta, tensor_names
 from dmtjepa.config import Config
 from dmtjepa.data.fingerprint import Fingerprint
 from dmtjepa.objective import DMTJEPA
@@ -90,15 +90,17 @@ class TrainingState:
         }
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint. Any number of ranks may have written it.
+        """Continue from a checkpoint. Any number of ranks may have written it, on devices of any kind.
 
         Raises:
             CheckpointError: the checkpoint does not fit this run.
         """
         meta = read_meta(checkpoint)
-        tensors = self.tensors()
-        if meta["world_size"] != self._world.world_size:  # the generators belong to another number of ranks
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("rng.")}
+        # The generators may belong to another number of ranks. Those of CUDA are not in a checkpoint of CPUs.
+        held = tensor_names(checkpoint) if meta["world_size"] == self._world.world_size else set()
+        tensors = {
+            name: tensor for name, tensor in self.tensors().items() if not name.startswith("rng.") or name in held
+        }
         load_into(tensors, checkpoint)
         self.model.load_state_dict(
             {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}

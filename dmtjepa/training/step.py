@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from dmtjepa.config import OptimizationSettings
 from dmtjepa.masks import MaskBatch
@@ -94,7 +96,10 @@ class TrainStep:
         """
         on_phase = _ignore_phase if quiet else self.on_phase
         loss = torch.zeros((), device=self.device)
-        for (images, masks), seen in zip(micro_batches, covered or [masks for _, masks in micro_batches], strict=True):
+        all_covered = covered or [masks for _, masks in micro_batches]
+        for number, ((images, masks), seen) in enumerate(zip(micro_batches, all_covered, strict=True), 1):
+            if self.num_copies > 1:  # the copies exchange the sum over the micro-batches, not each gradient
+                cast("FSDPModule", self.model).set_requires_all_reduce(number == len(micro_batches))
             on_phase(Phase.TARGETS)
             targets = self.model.compute_targets(images, masks)
             on_phase(Phase.PREDICTIONS)

@@ -1,4 +1,4 @@
-"""Ends a run that makes no progress, and reports where each rank stands."""
+"""Ends a process that makes no progress: with a report of where each rank stands, or of the rank that failed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import sys
 import threading
 from typing import Any
 
-from dmtjepa.training.distributed import World
+from dmtjepa.training.distributed import World, find_failure
 from dmtjepa.training.phase import Phase
 
 EXIT_HUNG = 70
+EXIT_FAILED = 1
+# What a rank is given after the failure of another one to end by itself. One that waits for its GPU cannot.
+FAILURE_SECONDS = 30.0
 _LOOKS = 3  # intervals between the two looks at the other ranks before the process ends
 
 
@@ -23,6 +26,8 @@ class Watchdog:
 
     A thread on each rank writes the phase and step of that rank into the store every few seconds. A collective that
     hangs, hangs on all ranks: the report shows which of them is in another phase, or has not been heard from.
+
+    After the failure of another rank (`first_failure`), FAILURE_SECONDS without progress are enough.
 
     The thread counts the intervals that it has waited and reads no clock. Clocks jump, and they go on while a job is
     suspended (SIGSTOP, a laptop, a virtual machine), when no rank can make progress.
@@ -55,11 +60,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         seen, since = self._num_places, 0
+        failure, failed = None, 0
         while not self._stopped.wait(self._interval):
             self._ticks += 1
             if self._num_places != seen:
                 seen, since = self._num_places, self._ticks
             self._write_row(since)
+            if failure is None:
+                failure, failed = self._find_failure(), self._ticks
+            elif (self._ticks - max(since, failed)) * self._interval > FAILURE_SECONDS:
+                _end(f"{self._world.name} stopped, since {failure}", EXIT_FAILED)
             if (self._ticks - since) * self._interval > self._timeout:
                 report = self._look_again(seen, since)
                 if report is not None:
@@ -76,6 +86,12 @@ class Watchdog:
         }
         with contextlib.suppress(RuntimeError):  # rank 0, which serves the store, is gone: the report says so
             self._store.set(f"place/{self._world.rank}", json.dumps(row))
+
+    def _find_failure(self) -> str | None:
+        """The failure of another rank."""
+        with contextlib.suppress(RuntimeError):  # as above
+            return find_failure(self._store)
+        return None
 
     def _look_again(self, seen: int, since: int) -> str | None:
         """Where each rank is, after it had the time to write that; None if this rank has made progress meanwhile."""
@@ -123,11 +139,11 @@ class Watchdog:
         return rows
 
 
-def _end(report: str) -> None:
+def _end(report: str, status: int = EXIT_HUNG) -> None:
     """Print the report and all stacks, and end this process, whatever becomes of its output."""
     try:
         print(report, file=sys.stderr)
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
     finally:
-        os._exit(EXIT_HUNG)
+        os._exit(status)

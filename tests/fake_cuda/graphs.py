@@ -48,6 +48,17 @@ def pool_bytes(step: GraphedStep) -> int:
     return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == step._pool)
 
 
+def overwritten_tables(step: GraphedStep) -> int:
+    """How many graphs read the addresses of the gradients from the pool, where replays write over them."""
+    pool = [
+        (segment["address"], segment["address"] + segment["total_size"])
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) == step._pool
+    ]
+    addresses = [captured.gradient_address.data_ptr() for captured in step._graphs.values()]
+    return sum(start <= address < end for address in addresses for start, end in pool)
+
+
 def in_a_thread(function) -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(function).result()
@@ -106,4 +117,5 @@ if __name__ == "__main__":
         rows = make_steps(run, int(sys.argv[1]))
         estimate = memory_bytes(workload.config(*provider.settings), workload.mask_shapes(0), 1, on_cuda=True)
         memory = {"pool": pool_bytes(run.step.step), "estimate": estimate["CUDA graphs"]}
+        memory["overwritten_tables"] = overwritten_tables(run.step.step)
         print(json.dumps({"rows": rows, "memory": memory, "faults": faults(run)}))

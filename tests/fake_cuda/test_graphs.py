@@ -63,6 +63,10 @@ def test_other_threads_may_ask_for_their_events_during_a_capture(found):
     assert found["faults"]["query of a thread"] == ""
 
 
+def test_the_addresses_of_the_gradients_lie_where_no_replay_writes(found):
+    assert found["memory"]["overwritten_tables"] == 0
+
+
 def test_graphs_share_memory_that_the_estimate_counts(found):
     # The allocator takes large memory in such pieces.
     segment = (40 if Version(version("torch")) >= Version("2.15") else 20) << 20

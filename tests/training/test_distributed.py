@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,12 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dmtjepa.training.distributed import DistributedError, World, first_failure, process_group
+from dmtjepa.training import watchdog as watchdog_module
+from dmtjepa.training.distributed import STORE_SECONDS, DistributedError, World, first_failure, process_group
 from dmtjepa.training.launch import _report, launch
 from dmtjepa.training.phase import Phase
 from dmtjepa.training.signals import StopSignals
 from dmtjepa.training.vote import RankVote, Vote
-from dmtjepa.training.watchdog import EXIT_HUNG, Watchdog
+from dmtjepa.training.watchdog import EXIT_FAILED, EXIT_HUNG, Watchdog
 from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -194,6 +196,30 @@ def wait_until_noted(world, step):
 @pytest.mark.slow
 def test_suspended_job_goes_on(tmp_path):
     assert run_ranks(suspend, 2, tmp_path) == [(0, ""), (0, "")]
+
+
+def wait_for_a_device():
+    """Rank 1 fails; rank 0 waits in a call that knows nothing of it, as one that waits for its GPU does."""
+    watchdog_module.FAILURE_SECONDS = 1.0
+    with join() as world, first_failure(world), Watchdog(world, timeout=3600) as watchdog:
+        watchdog._interval = 0.1
+        watchdog.on_phase(Phase.LOGGING, 7)
+        if world.rank == 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        threading.Event().wait()
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_its_device_ends_after_another_one_has_failed(tmp_path):
+    ends = run_ranks(wait_for_a_device, 2, tmp_path)
+    assert [code for code, _ in ends] == [EXIT_FAILED, 1]
+    host = socket.gethostname()
+    assert f"rank 0 of 2 on {host} stopped, since rank 1 of 2 on {host} failed first: RuntimeError: CUDA" in ends[0][1]
+    assert "in wait_for_a_device" in ends[0][1]  # its own stack
+
+
+def test_a_failed_rank_serves_the_store_until_the_watchdogs_have_read_it():
+    assert Watchdog(World(0, 1, CPU, dist.HashStore()), timeout=86400)._interval * 2 < STORE_SECONDS
 
 
 class Ticks:

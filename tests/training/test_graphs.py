@@ -39,6 +39,17 @@ def test_blocks_cover_no_more_than_all_patches():
     assert torch.equal(padded.target_unique[: len(masks.target_unique)], masks.target_unique)
 
 
+def test_graphs_on_the_gpus_whose_float8_products_ignore_their_stream(settings, monkeypatch):
+    config = settings(**{"runtime.cuda_graphs": "on", "runtime.fused_update": True, "runtime.teacher_precision": "fp8"})
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    check_graphs(config, 1, "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    with pytest.raises(ConfigError, match=r"needs runtime\.teacher_precision: same on this GPU"):
+        check_graphs(config, 1, "cuda")
+
+
 @pytest.mark.parametrize(
     ("changes", "world_size", "device", "needed"),
     [

@@ -22,6 +22,7 @@ from dmtjepa.training import parallelize
 from dmtjepa.training.finite import NonFiniteLoss
 from dmtjepa.training.launch import launch
 from dmtjepa.training.metrics import Metrics
+from dmtjepa.training.state import TrainingState
 from dmtjepa.training.step import TrainStep
 
 ROOT = Path(__file__).parents[2]
@@ -94,11 +95,11 @@ def test_export_has_the_official_layout(plain):
         (2, {"data.batch_size": 8}),
         (1, {"data.batch_size": 8, "runtime.accumulation": 2}),
         (2, {"data.batch_size": 4, "runtime.accumulation": 2, "runtime.reshard_after_forward": False}),
-        (4, {"data.batch_size": 4, "runtime.shard_size": 2}),
+        (4, {"data.batch_size": 2, "runtime.accumulation": 2, "runtime.shard_size": 2}),
         (1, {"runtime.activation_checkpointing": "blocks"}),
         (1, {"runtime.activation_checkpointing": "pointwise"}),
     ],
-    ids=["2", "accumulation", "2-accumulation", "hsdp", "blocks", "pointwise"],
+    ids=["2", "accumulation", "2-accumulation", "hsdp-accumulation", "blocks", "pointwise"],
 )
 def test_same_training_however_the_global_batch_is_divided(plain, settings, losses, weights, processes, changes):
     divided = settings("divided", **changes)
@@ -254,6 +255,22 @@ def test_folder_in_use_is_refused(settings):
     config = settings()
     with RunFolder.from_config(config).locked(), pytest.raises(RunFolderError, match=r"being written by another run"):
         launch(config, ["cpu"])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_devices_of_another_kind(settings, losses, monkeypatch):
+    """From CPUs to GPUs and back: the state of a GPU has a generator that the state of a CPU has not."""
+    config = settings(**{"optimization.epochs": 2})
+    assert launch(config, ["cpu"]) == 0
+    on_cpus, last = losses(config), Path(config.logging.folder, "checkpoints", "step-00000016")
+    checkpoint_format.discard(last)
+    original = TrainingState.tensors
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingState, "tensors", lambda state: original(state) | {"rng.cuda.0": torch.zeros(16)})
+        assert launch(config, ["cpu"]) == 0
+    assert losses(config) == on_cpus
+    assert "rng.cuda.0" in checkpoint_format.tensor_names(last)
+    assert launch(config, ["cpu"]) == 0
 
 
 def test_finished_run_started_again_does_nothing(plain, losses, weights):

@@ -1,7 +1,9 @@
 """A run that collapses warns, stops or goes back, on all ranks alike."""
 
+import gc
 import json
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,27 @@ def collapse_after(monkeypatch):
     return collapse
 
 
+@pytest.fixture
+def count_models(monkeypatch):
+    """count_models() -> a list of how many models there are in each step; Python looks for no unused ones by itself."""
+
+    def count():
+        models, counts = weakref.WeakSet(), []
+        original = DMTJEPA.loss
+
+        def loss(model, *arguments):
+            models.add(model)
+            counts.append(len(models))
+            return original(model, *arguments)
+
+        monkeypatch.setattr(DMTJEPA, "loss", loss)
+        gc.disable()
+        return counts
+
+    yield count
+    gc.enable()
+
+
 def steps_of(config):
     return [row["step"] + 1 for row in RunFolder.from_config(config).read_metrics()]
 
@@ -84,11 +107,13 @@ def test_a_run_of_ijepa_whose_targets_are_constant_in_an_image_is_stopped(settin
 
 
 @pytest.mark.slow
-def test_a_collapsed_run_goes_back_and_learns_more_slowly(settings, losses, collapse_after, caplog):
+def test_a_collapsed_run_goes_back_and_learns_more_slowly(settings, losses, collapse_after, count_models, caplog):
     collapse_after(10, 18)
     config = settings(**SHORT | {"runtime.on_collapse": "rollback"})
+    models = count_models()
     with caplog.at_level(logging.WARNING):
         assert launch(config, ["cpu"]) == 0
+    assert max(models) == 1  # the first is freed before the second is built
     assert "back to step 8" in caplog.text
     (rollback,) = json.loads(Path(config.logging.folder, "rollbacks.json").read_text())
     assert (rollback["from_step"], rollback["to_step"]) == (16, 8)
