@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -26,7 +26,7 @@ from dmtjepa.evaluation.figure_data import add_nearest, collect_figure_data
 from dmtjepa.evaluation.knn import DINO_NEIGHBORS, knn_accuracy, standardize
 from dmtjepa.evaluation.linear import MIN_ROWS, fit_linear
 from dmtjepa.evaluation.page.sheets import make_sheets
-from dmtjepa.evaluation.ranks import Ranks
+from dmtjepa.evaluation.ranks import Failure, Ranks
 from dmtjepa.evaluation.retrieval import FeaturedImages
 from dmtjepa.evaluation.segmentation import find_masked, read_masks, segment
 from dmtjepa.evaluation.splits import Splits, Subset, find_splits
@@ -52,6 +52,12 @@ Encoders: TypeAlias = Mapping[str, VisionTransformer]
 """`teacher` and `student`, frozen."""
 Task: TypeAlias = Callable[[], dict[str, float]]
 """Measures one kind of features; returns numbers by name."""
+MEASURES = {
+    "pooled": "k-NN and linear probe",
+    "layout": "k-NN and linear probe with layout",
+    "patches": "segmentation",
+}
+"""What is measured on each kind of features, for messages."""
 
 
 class FeatureKey(NamedTuple):
@@ -71,15 +77,11 @@ class FeatureKey(NamedTuple):
 
 @dataclass
 class _Part:
-    """What this rank has read of a split: features of its images, in their order, and their labels and masks.
-
-    fault: why the masks cannot be used, if they cannot.
-    """
+    """What this rank has read of a split: features of its images, in their order, and their labels and masks."""
 
     features: dict[FeatureKey, list[Tensor]] = field(default_factory=dict)
     labels: list[Tensor] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
-    fault: str | None = None
 
     def add(self, key: FeatureKey, features: Tensor) -> None:
         self.features.setdefault(key, []).append(features.cpu())
@@ -173,7 +175,9 @@ class Evaluator:
         return hashlib.sha256(repr(self.describe_images()).encode()).hexdigest()[:16]
 
     def measure(self, encoders: Encoders) -> dict[str, float]:
-        """Measure the last blocks of each encoder. All ranks call this alike and get the same results.
+        """Measure the last blocks of each encoder. All ranks call this alike and get, or raise, the same.
+
+        What cannot be measured for a reason in `ranks.SURVIVED` is left out, and rank 0 warns with the reason.
 
         Returns:
             Numbers by name. `knn_20` and `linear` are accuracies of pooled features, from 0 to 1, computed as in the
@@ -183,17 +187,28 @@ class Evaluator:
             numbers of images.
 
         Raises:
-            EvaluationError: no image of a split can be read.
+            EvaluationError: no image of a split can be read, or reading labelled images failed on a rank.
+            EvaluationStopped: a rank was asked to stop.
         """
-        tasks: list[Task] = []
+        tasks: dict[FeatureKey, Task] = {}
         numbers: dict[str, float] = {}
         if self._splits.unlabelled is None:
             numbers = self._add_classification(encoders, tasks)
         if all(map(len, self._masked)):
             self._add_segmentation(encoders, tasks)
-        for result in self._ranks.run(tasks):
-            numbers |= result
+        failed: dict[tuple[str, str], list[str]] = {}
+        for key, result in zip(tasks, self._ranks.run(list(tasks.values())), strict=True):
+            if isinstance(result, Failure):
+                failed.setdefault((MEASURES[key.kind], result.reason), []).append(f"{key.encoder}, block {key.block}")
+            else:
+                numbers |= result
+        for (measure, reason), features in failed.items():
+            self._warn_not_measured(f"{measure} ({'; '.join(features)})", reason)
         return numbers
+
+    def _warn_not_measured(self, what: str, reason: str) -> None:
+        if self._ranks.rank == 0:
+            logger.warning("%s: not measured: %s", what, reason)
 
     def draw(self, teacher: VisionTransformer, *, masks: bool) -> dict[str, bytes]:
         """Draw what the teacher sees in some validation images. Rank 0 calls this, after `measure`.
@@ -230,9 +245,9 @@ class Evaluator:
             chosen = np.linspace(0, len(source) - 1, min(len(source), MAX_GALLERY), dtype=np.int64)
             self._gallery = FeaturedImages(Subset(source, chosen), features[chosen])
 
-    def _add_classification(self, encoders: Encoders, tasks: list[Task]) -> dict[str, float]:
+    def _add_classification(self, encoders: Encoders, tasks: dict[FeatureKey, Task]) -> dict[str, float]:
         """Add k-NN and linear probes to `tasks`. Returns the numbers of images."""
-        parts = [self._read(encoders, source, dense=False) for source in (self._splits.train, self._splits.validation)]
+        parts = self._read_all(encoders, (self._splits.train, self._splits.validation), dense=False)
         labels = [self._ranks.gather(part.labels) for part in parts]
         if not all(map(len, labels)):
             raise EvaluationError("no images of a split could be read; check the images that are evaluated")
@@ -241,23 +256,27 @@ class Evaluator:
         for key in _keys(encoders, ("layout", "pooled")):  # what takes longest first
             owner = self._ranks.owner(len(tasks))
             train, validation = (self._ranks.gather_on(owner, part.features.get(key, [])) for part in parts)
-            tasks.append(functools.partial(self._classify, key, train, labels[0], validation, labels[1]))
+            tasks[key] = functools.partial(self._classify, key, train, labels[0], validation, labels[1])
         return {"train_images": len(labels[0]), "images": len(labels[1])}
 
-    def _add_segmentation(self, encoders: Encoders, tasks: list[Task]) -> None:
-        """Add linear probes of patches to `tasks`, unless masks cannot be used, which is logged."""
-        parts = [self._read(encoders, source, dense=True) for source in self._masked]
-        faults = [fault for part in parts for fault in self._ranks.exchange(part.fault) if fault is not None]
-        if faults:
-            if self._ranks.rank == 0:
-                logger.warning("segmentation is not measured: %s", faults[0])
+    def _add_segmentation(self, encoders: Encoders, tasks: dict[FeatureKey, Task]) -> None:
+        """Add linear probes of patches to `tasks`, unless images or masks cannot be used, which is logged."""
+        try:
+            parts = self._read_all(encoders, self._masked, dense=True)
+        except EvaluationError as error:  # raised alike on all ranks
+            self._warn_not_measured(MEASURES["patches"], str(error))
             return
         for key in _keys(encoders, ("patches",)):
             owner = self._ranks.owner(len(tasks))
             columns = [rows for part in parts for rows in (part.features.get(key, []), part.masks)]
-            tasks.append(
-                functools.partial(self._segment, key, *[self._ranks.gather_on(owner, rows) for rows in columns])
-            )
+            rows_on_owner = [self._ranks.gather_on(owner, rows) for rows in columns]
+            tasks[key] = functools.partial(self._segment, key, *rows_on_owner)
+
+    def _read_all(self, encoders: Encoders, sources: Sequence[ImageSource], *, dense: bool) -> list[_Part]:
+        """What `_read` returns of each source. Raises as `Ranks.together`."""
+        return [
+            self._ranks.together(functools.partial(self._read, encoders, source, dense=dense)) for source in sources
+        ]
 
     @torch.no_grad()
     def _read(self, encoders: Encoders, source: ImageSource, *, dense: bool) -> _Part:
@@ -266,6 +285,8 @@ class Evaluator:
         mine = self._ranks.take_part(source)
         loader = build_split_loader(mine, config, self._corrupt, num_workers=self._num_workers)
         for images, labels, names in loader if len(mine) else ():
+            if self._ranks.is_stopped():
+                break
             self._on_progress()
             for name, encoder in encoders.items():
                 for block, patches in self._encode(encoder, images):
@@ -278,11 +299,7 @@ class Evaluator:
             if labels is not None:
                 part.labels.append(labels)
             if dense:
-                try:
-                    part.masks.append(read_masks(names, config.data.image_size))
-                except (EvaluationError, OSError) as error:
-                    part.fault = str(error)
-                    break
+                part.masks.append(read_masks(names, config.data.image_size))
         return part
 
     def _encode(self, encoder: VisionTransformer, images: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -319,11 +336,7 @@ class Evaluator:
         self, key: FeatureKey, train_patches: Tensor, train_masks: Tensor, patches: Tensor, masks: Tensor
     ) -> dict[str, float]:
         self._on_progress()
-        try:
-            found = segment(train_patches, train_masks, patches, masks, self._config.grid_size, device=self._device)
-        except EvaluationError as error:
-            logger.warning("segmentation is not measured: %s", error)
-            return {}
+        found = segment(train_patches, train_masks, patches, masks, self._config.grid_size, device=self._device)
         scores = found.scores
         return {f"{key.prefix}miou": scores.mean_iou, f"{key.prefix}miou_error": scores.mean_iou_error}
 

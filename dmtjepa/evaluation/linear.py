@@ -102,10 +102,16 @@ def _principal_components(features: Tensor) -> tuple[Tensor, Tensor | None]:
 
     Without a rotation, all variances are 1: those of standardised features.
     """
+    unrotated = features.new_ones(features.shape[1]), None
     if features.shape[1] > MAX_ROTATED:
-        return features.new_ones(features.shape[1]), None
+        return unrotated
     covariance = features.T.double() @ features.double() / len(features)
-    variances, rotation = torch.linalg.eigh(covariance)
+    try:
+        variances, rotation = torch.linalg.eigh(covariance)
+    except torch.linalg.LinAlgError:  # it may not converge for collapsed features
+        if not covariance.isfinite().all():
+            raise
+        return unrotated
     return variances.clamp_min(0).float(), rotation.float()
 
 

@@ -12,21 +12,48 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmtjepa.data.sources.base import ImageSource
+from dmtjepa.errors import UserError
+from dmtjepa.evaluation.errors import EvaluationError, EvaluationStopped
 from dmtjepa.evaluation.splits import Subset
 
 T = TypeVar("T")
+
+SURVIVED = (UserError, RuntimeError, OSError, MemoryError)
+"""What images, memory and numbers can cause: `torch.OutOfMemoryError` and `LinAlgError` are RuntimeErrors. Training
+goes on without what failed. Any other error is a mistake in the program, and ends the run."""
+LESS_MEMORY = "a lower evaluation.batch_size or evaluation.max_images needs less"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Stands for a result that a rank could not compute. The reason is a message for the user."""
+
+    reason: str
+
+    @classmethod
+    def from_error(cls, error: BaseException) -> Failure:
+        kind = type(error).__name__.lstrip("_")
+        reason = str(error) if isinstance(error, UserError) else f"{kind}: {error}".rstrip(": ")
+        lacks_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        return cls(f"{reason}; {LESS_MEMORY}" if lacks_memory else reason)
 
 
 @dataclass(frozen=True)
 class Ranks:
     """The processes that share an evaluation. All of them call each method alike, in the same order.
 
+    A rank that left alone, because of an error or a stop signal, would leave the others waiting in an exchange. So
+    everything that can fail or last on one rank is passed to `together` or `run`. They end it early or catch its error,
+    tell all ranks, and all ranks raise alike. Code between these calls must find the same on all ranks.
+
     group: a gloo process group of all ranks that nothing else uses at the same time; None for a process alone.
+    is_stopped: whether this rank was asked to stop. Once true, it stays true.
     """
 
     rank: int = 0
     count: int = 1
     group: dist.ProcessGroup | None = None
+    is_stopped: Callable[[], bool] = lambda: False
 
     def take_part(self, source: ImageSource) -> Subset:
         """The images of this rank. The parts of all ranks, one after another, are the source."""
@@ -72,8 +99,46 @@ class Ranks:
         """The rank that a task belongs to."""
         return task % self.count
 
-    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """The results of all tasks, on all ranks. Each rank runs those that it owns."""
-        mine = [task() for number, task in enumerate(tasks) if self.owner(number) == self.rank]
-        results = self.exchange(mine)
+    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T | Failure]:
+        """The results of all tasks, on all ranks. Each rank runs those that it owns.
+
+        Returns:
+            For a task that raised one of `SURVIVED`, a `Failure`.
+
+        Raises:
+            EvaluationStopped: on all ranks, if one was asked to stop.
+        """
+        mine = [self._attempt(task) for number, task in enumerate(tasks) if self.owner(number) == self.rank]
+        results = self._settle(mine)
         return [results[self.owner(number)][number // self.count] for number in range(len(tasks))]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do work on every rank, and return the result of this one. The work may end early if `is_stopped`.
+
+        Raises:
+            EvaluationError: on all ranks, with the reason of the lowest one on which the work raised one of `SURVIVED`.
+            EvaluationStopped: on all ranks, if one was asked to stop.
+        """
+        result = self._attempt(work)
+        failures = self._settle(result if isinstance(result, Failure) else None)
+        for failure in failures:
+            if failure is not None:
+                raise EvaluationError(failure.reason)
+        assert not isinstance(result, Failure)
+        return result
+
+    def _attempt(self, work: Callable[[], T]) -> T | Failure:
+        """The result of work on this rank. After a stop signal, nothing is begun: `_settle` tells the others."""
+        if self.is_stopped():
+            return Failure("asked to stop")
+        try:
+            return work()
+        except SURVIVED as error:
+            return Failure.from_error(error)
+
+    def _settle(self, value: T) -> list[T]:
+        """The values of all ranks, on all ranks. Raises EvaluationStopped on all if one was asked to stop."""
+        settled = self.exchange((self.is_stopped(), value))
+        if any(is_stopped for is_stopped, _ in settled):
+            raise EvaluationStopped
+        return [value for _, value in settled]

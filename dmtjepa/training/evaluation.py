@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dmtjepa.config import Config
-from dmtjepa.evaluation.errors import EvaluationError
+from dmtjepa.evaluation.errors import EvaluationError, EvaluationStopped
 from dmtjepa.evaluation.evaluator import START_MEASURED, START_NOT_MEASURED, Evaluator, open_asked_splits
 from dmtjepa.evaluation.gains import DIGEST, same_images
-from dmtjepa.evaluation.ranks import Ranks
+from dmtjepa.evaluation.ranks import SURVIVED, Failure, Ranks
 from dmtjepa.evaluation.verdict import find_over_training
 from dmtjepa.interop import WeightsError, read_checkpoint, write_official
 from dmtjepa.metrics_file import read_metrics
@@ -27,6 +27,7 @@ from dmtjepa.training.distributed import DistributedError, World, new_gloo_group
 from dmtjepa.training.metrics import Metrics
 from dmtjepa.training.phase import Phase
 from dmtjepa.training.schedules import Schedules
+from dmtjepa.training.signals import StopSignals
 from dmtjepa.training.state import TrainingState
 from dmtjepa.training.watchdog import Watchdog
 
@@ -46,9 +47,15 @@ class PeriodicEvaluation:
     its images allow it. Training waits meanwhile. Its random numbers are not touched: the losses are those of a run
     without evaluation.
 
+    A stop signal ends an evaluation, because a cluster does not wait for it. The run then stops at this step, and the
+    next start evaluates there. What cannot be measured is left out with a warning, see `Ranks`.
+
     Args:
-        config, world, folder, schedules, state, metrics, watchdog: of the run.
+        config, world, folder, schedules, state, metrics, watchdog, signals: of the run.
     """
+
+    abandoned: bool = False
+    """Whether the last evaluation was ended by a stop signal: the same on all ranks."""
 
     def __init__(
         self,
@@ -59,12 +66,14 @@ class PeriodicEvaluation:
         state: TrainingState,
         metrics: Metrics,
         watchdog: Watchdog,
+        signals: StopSignals,
     ) -> None:
         self._config, self._world, self._folder = config, world, folder
         self._schedules, self._state, self._metrics, self._watchdog = schedules, state, metrics, watchdog
         self._every_epochs = config.evaluation.every_epochs
         self._evaluator: Evaluator | None = None
         self._has_drawn = False
+        self._ranks = Ranks()
         faults: list[str] = []
         splits = open_asked_splits(config, faults.append)
         fault = first_fault(faults[0] if faults else None, world)
@@ -72,10 +81,11 @@ class PeriodicEvaluation:
             self._log_fault(fault)
         elif splits is not None:
             group = new_gloo_group(world) if world.world_size > 1 else None
+            self._ranks = Ranks(world.rank, world.world_size, group, lambda: bool(signals.received))
             self._evaluator = Evaluator(
                 config,
                 splits,
-                Ranks(world.rank, world.world_size, group),
+                self._ranks,
                 device=world.device,
                 num_workers=config.data.num_workers,
                 on_progress=lambda: watchdog.on_phase(Phase.EVALUATION),
@@ -114,23 +124,33 @@ class PeriodicEvaluation:
             self.run()
 
     def run(self) -> None:
-        """Measure the current weights. All ranks call this alike."""
+        """Measure the current weights, unless a stop signal ends that. All ranks call this alike."""
         assert self._evaluator is not None
         self._watchdog.on_phase(Phase.EVALUATION, self._state.step)
         start = time.perf_counter()
         model = self._state.model
         device = self._world.device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what training has cached and probes cannot use
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             weights = {
                 name: whole_tensors(encoder.state_dict())
                 for name, encoder in (("teacher", model.teacher_encoder), ("student", model.encoder))
             }
-            encoders = {name: build_frozen_encoder(self._config, w, device.type) for name, w in weights.items()}
             try:
+                encoders = self._ranks.together(
+                    lambda: {name: build_frozen_encoder(self._config, w, device.type) for name, w in weights.items()}
+                )
                 numbers = self._evaluator.measure(encoders)
-            except EvaluationError as error:
+            except EvaluationError as error:  # raised alike on all ranks, as EvaluationStopped is
                 if self._world.rank == 0:
                     logger.warning("not evaluated %s: %s", self._describe_moment(), error)
+                return
+            except EvaluationStopped:
+                self.abandoned = True
+                if self._world.rank == 0:
+                    moment = self._describe_moment()
+                    logger.info("the evaluation %s is ended by a stop signal; the next start makes up for it", moment)
                 return
             pictures = self._draw(encoders["teacher"]) if self._world.rank == 0 else {}
         if self._world.rank == 0:
@@ -162,18 +182,21 @@ class PeriodicEvaluation:
 
     def _keep_if_best(self, values: Mapping[str, Any], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write `{tag}-best.pth.tar`, before the row of metrics: if a kill comes between, both are made again."""
-        name = next((name for name in SCORES if name in values), None)
-        if name is None:
-            return
         path, kept = self._folder.best_export, self._read_kept_evaluation()
-        if kept.get(name) is not None and same_images(kept, values) and values[name] <= kept[name]:
+        if not same_images(kept, values):
+            kept = {}
+        name = next((name for name in SCORES if name in values or kept.get(name) is not None), None)
+        if name is None or name not in values:  # not measured, or not this time
+            return
+        if kept.get(name) is not None and values[name] <= kept[name]:
             return
         parts = {"encoder": weights["student"], "target_encoder": weights["teacher"]}
-        on_host = {part: {key: value.cpu() for key, value in tensors.items()} for part, tensors in parts.items()}
         try:
+            on_host = {part: {key: value.cpu() for key, value in tensors.items()} for part, tensors in parts.items()}
             write_official(path, on_host, self._state.meta(keep=True) | {"evaluation": dict(values)})
-        except OSError as error:
-            logger.warning("%s cannot be written, and the best encoder is not kept: %s", path, error)
+        except SURVIVED as error:
+            reason = Failure.from_error(error).reason
+            logger.warning("%s cannot be written, and the best encoder is not kept: %s", path, reason)
 
     def _read_kept_evaluation(self) -> Mapping[str, Any]:
         """The evaluation of the weights in `{tag}-best.pth.tar`. Empty if there is none: then any other is better.
@@ -199,9 +222,10 @@ class PeriodicEvaluation:
     def _describe(self, values: Mapping[str, Any]) -> str:
         parts = []
         for name, title in SUMMARY.items():
-            if PREFIX + name in values:
-                teacher, student = (100 * values[f"{PREFIX}{part}{name}"] for part in ("", "student/"))
-                parts.append(f"{title} {teacher:.1f} (student {student:.1f})")
+            found = {part: values.get(f"{PREFIX}{part}{name}") for part in ("", "student/")}
+            teacher, student = ("not measured" if value is None else f"{100 * value:.1f}" for value in found.values())
+            if any(value is not None for value in found.values()):
+                parts.append(f"{title} {teacher} (student {student})")
         epoch, seconds = self._state.step / self._schedules.steps_per_epoch, values["eval/seconds"]
         when = f"after epoch {epoch:g}" if epoch else "before the first step"
         return f"evaluation {when} ({seconds:.1f} s): {', '.join(parts) or 'nothing could be measured'}"

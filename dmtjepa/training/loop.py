@@ -21,24 +21,26 @@ from dmtjepa.training.watchdog import Watchdog
 class Outcome:
     """How a run ended: after `step` of `num_steps`. `signals` are those that any rank received.
 
-    With `rolled_back`, it collapsed and has to be started again, from an earlier checkpoint.
+    With `rolled_back`, it collapsed and has to be started again, from an earlier checkpoint. Unless `evaluated`, a
+    signal ended the evaluation that is due after this step, and the next start makes up for it.
     """
 
     step: int
     num_steps: int
     signals: tuple[int, ...]
     rolled_back: bool = False
+    evaluated: bool = True
 
     @property
     def complete(self) -> bool:
-        return self.step == self.num_steps
+        return self.step == self.num_steps and self.evaluated
 
 
 def train(config: Config, world: World) -> Outcome:
     """Train, or continue to train, in `config.logging.folder`.
 
-    All ranks of the process group call this alike. A stop signal on any of them makes all finish the step, save and
-    return.
+    All ranks of the process group call this alike. A stop signal on any of them makes all finish the step, or end the
+    evaluation, save and return.
 
     Raises:
         RunFolderError: the folder holds another run.
@@ -51,12 +53,14 @@ def train(config: Config, world: World) -> Outcome:
         watchdog = stack.enter_context(Watchdog(world, config.runtime.hang_timeout))
         folder = open_folder(config, world, stack)
         signals = stack.enter_context(StopSignals())
-        run = build_run(config, world, folder, source, watchdog, stack)
+        run = build_run(config, world, folder, source, watchdog, signals, stack)
         state, metrics, num_steps = run.state, run.metrics, run.schedules.num_steps
 
         run.evaluation.run_missing()
         metrics.restart_clock()
-        for batch in run.batches.steps(state.step, num_steps):
+        for batch in run.batches.steps(state.step, state.step if run.evaluation.abandoned else num_steps):
+            if batch.step_in_epoch == 0:
+                state.epoch_loss = (0.0, 0)
             loss, norm = run.train_step(batch.micro_batches, batch.step)
             metrics.record(batch, loss, norm, run.instruments.take())
             state.step += 1
@@ -82,26 +86,33 @@ def train(config: Config, world: World) -> Outcome:
                 watchdog.on_phase(Phase.SAVING, state.step)
                 run.saver.save()
             if evaluating:
-                run.evaluation.run()
+                stopping = _evaluate(run, saved=saving)
             if saving or evaluating:
                 metrics.restart_clock()
-            if epoch_done:
-                state.epoch_loss = (0.0, 0)
             if stopping:
                 break
             watchdog.on_phase(Phase.DATA, state.step)
 
         watchdog.on_phase(Phase.SAVING, state.step)
-        _finish(run)
-        return Outcome(state.step, num_steps, _gather_signals(signals, world))
+        return _finish(run, signals, world)
 
 
-def _finish(run: Run) -> None:
+def _evaluate(run: Run, *, saved: bool) -> bool:
+    """Evaluate. Returns whether a stop signal has ended that: the next start then begins here, and makes up for it."""
+    run.evaluation.run()
+    if run.evaluation.abandoned and not saved:
+        run.saver.save()
+    return run.evaluation.abandoned
+
+
+def _finish(run: Run, signals: StopSignals, world: World) -> Outcome:
     """Wait until everything is written and exported. Raises CollapsedRun if that is why the run ends."""
     run.vote.finish()
     run.saver.export_missing()
     run.saver.wait()
     run.watch.finish()
+    step, num_steps, evaluated = run.state.step, run.schedules.num_steps, not run.evaluation.abandoned
+    return Outcome(step, num_steps, _gather_signals(signals, world), evaluated=evaluated)
 
 
 def _gather_signals(signals: StopSignals, world: World) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.checkpoint_writer import CheckpointWriter
 from dmtjepa.training.distributed import DistributedError, World, new_gloo_group
 from dmtjepa.training.schedules import Schedules
+from dmtjepa.training.signals import StopSignals
 from dmtjepa.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -29,12 +30,20 @@ class Saver:
         config, world, schedules: of the run.
         folder: of the run.
         state: what is saved.
+        signals: of the run. Before a job is requeued, nothing is exported: the next start makes up for it.
     """
 
     def __init__(
-        self, config: Config, world: World, folder: RunFolder, schedules: Schedules, state: TrainingState
+        self,
+        config: Config,
+        world: World,
+        folder: RunFolder,
+        schedules: Schedules,
+        state: TrainingState,
+        signals: StopSignals,
     ) -> None:
         self._config, self._world, self._folder, self._schedules, self._state = config, world, folder, schedules, state
+        self._signals = signals
         self._writer = CheckpointWriter(
             folder.checkpoints, new_gloo_group(world), config.runtime.keep_last, world.device
         )
@@ -58,8 +67,16 @@ class Saver:
         last = self._state.step == self._schedules.num_steps
         keep = epoch_done and (epoch % self._config.runtime.keep_every_epochs == 0 or last)
         paths = [self._folder.latest_export] * epoch_done + [self._folder.epoch_export(epoch)] * keep
-        then = (lambda checkpoint: _export(checkpoint, paths)) if paths else None
-        self._writer.save(self._state.tensors(), self._state.meta(keep=keep), then)
+
+        def export(checkpoint: Path) -> None:
+            if paths and not self._leaves_exports():
+                _export(checkpoint, paths)
+
+        self._writer.save(self._state.tensors(), self._state.meta(keep=keep), export)
+
+    def _leaves_exports(self) -> bool:
+        """Whether the next start makes the exports. After the last step, there may be none."""
+        return self._signals.in_haste and self._state.step < self._schedules.num_steps
 
     def export_missing(self) -> None:
         """Export in the background what whole checkpoints should have and lack, because a start was killed.
@@ -67,7 +84,7 @@ class Saver:
         Raises:
             CheckpointError: the last checkpoint could not be written.
         """
-        self._writer.run_after(lambda: export_missing(self._folder))
+        self._writer.run_after(lambda: None if self._leaves_exports() else export_missing(self._folder))
 
     def save_not_finite(self, steps: list[dict[str, Any]]) -> Path:
         """Write the current state and a description of the steps into `not_finite/`, and wait. Returns that folder."""

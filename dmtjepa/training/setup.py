@@ -38,6 +38,7 @@ from dmtjepa.training.metrics import Metrics, StepValues
 from dmtjepa.training.parallelize import build_mesh, parallelize
 from dmtjepa.training.saving import Saver
 from dmtjepa.training.schedules import Schedules, build_schedules
+from dmtjepa.training.signals import StopSignals
 from dmtjepa.training.state import TrainingState
 from dmtjepa.training.step import TrainStep
 from dmtjepa.training.trackers import open_trackers
@@ -92,6 +93,7 @@ def build_run(
     folder: RunFolder,
     source: StoredSource,
     watchdog: Watchdog,
+    signals: StopSignals,
     stack: contextlib.ExitStack,
 ) -> Run:
     """Build the parts of a run and restore its newest checkpoint, if there is one. Then write the settings.
@@ -131,7 +133,7 @@ def build_run(
     step = GraphedStep(train_step) if uses_graphs(config, world.world_size, world.device.type) else train_step
     state = TrainingState(config, world, model, train_step.optimizer, schedules, images)
     vote = RankVote(new_gloo_group(world))
-    saver = Saver(config, world, folder, schedules, state)
+    saver = Saver(config, world, folder, schedules, state, signals)
     stack.push(saver.wait_after_failure)
     if resume_from is not None:
         state.restore(resume_from)
@@ -141,7 +143,7 @@ def build_run(
     stack.callback(metrics.close)
     batches = _build_batches(config, world, loader, schedules, metrics, stack)
     watch = CollapseWatch(config, world, folder, saver, first_step=state.step)
-    evaluation = PeriodicEvaluation(config, world, folder, schedules, state, metrics, watchdog)
+    evaluation = PeriodicEvaluation(config, world, folder, schedules, state, metrics, watchdog, signals)
     finite_check = FiniteCheck(config, world, state, saver)
     return Run(schedules, step, instruments, state, vote, saver, finite_check, watch, metrics, evaluation, batches)
 

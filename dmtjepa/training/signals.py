@@ -13,6 +13,8 @@ from dmtjepa.processes import STOP_SIGNALS
 # A Ctrl-C that follows another one sooner is the same one. It reaches a process of torchrun twice: from the terminal
 # and from torchrun.
 SAME_SECONDS = 1.0
+REQUEUE_SIGNALS = frozenset({signal.SIGUSR1, signal.SIGUSR2})
+"""What a cluster sends before it ends a job that is requeued. They leave little time."""
 
 
 class StopSignals:
@@ -25,6 +27,11 @@ class StopSignals:
         self.received: list[int] = []
         self._interrupted: float | None = None  # when the first Ctrl-C came
         self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def in_haste(self) -> bool:
+        """Whether a cluster is about to end the job, which the next start continues."""
+        return not REQUEUE_SIGNALS.isdisjoint(self.received)
 
     def __enter__(self) -> StopSignals:
         for number in STOP_SIGNALS:

@@ -15,15 +15,15 @@ from dmtjepa.config import Config
 from dmtjepa.errors import UserError
 from dmtjepa.training.distributed import DistributedError, LostPeer
 from dmtjepa.training.launch import run_process
+from dmtjepa.training.signals import REQUEUE_SIGNALS
 
 logger = logging.getLogger(__name__)
 
 # A task needs seconds to import what it runs. A signal that comes before submitit's handlers would end it by default,
 # and nobody would requeue the job. So tasks start with these signals blocked, which keeps them for `receive_signals`.
-HELD_SIGNALS = frozenset({signal.SIGUSR1, signal.SIGUSR2})
 _HOLD = (
     "import os, signal, sys; "
-    f"signal.pthread_sigmask(signal.SIG_BLOCK, {sorted(map(int, HELD_SIGNALS))}); "
+    f"signal.pthread_sigmask(signal.SIG_BLOCK, {sorted(map(int, REQUEUE_SIGNALS))}); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 # How long a process waits for SLURM to end it: after being told to stop, or after losing a node, which SLURM finds out
@@ -42,7 +42,7 @@ def task_python() -> str:
 
 def receive_signals() -> None:
     """Let the handlers of user signals have those that were held, and those to come."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUEUE_SIGNALS)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Job:
             return
         # Saved. submitit's own handler of SIGUSR2 is in place again: on rank 0 it requeues the job and exits. After
         # SIGTERM alone, either the user cancelled the job or SLURM itself will requeue it.
-        if HELD_SIGNALS & set(outcome.signals):
+        if REQUEUE_SIGNALS & set(outcome.signals):
             signal.raise_signal(signal.SIGUSR2)
         time.sleep(PATIENCE_SECONDS)
         raise DistributedError("stopped by SIGTERM and saved; nobody requeued or ended the job since: submit it again")

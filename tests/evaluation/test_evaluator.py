@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from PIL import Image
 
 from dmtjepa.config import parse_config
 from dmtjepa.evaluation.context import EvaluationContext
+from dmtjepa.evaluation.errors import EvaluationError, EvaluationStopped
 from dmtjepa.evaluation.evaluator import Evaluator, open_splits
 from dmtjepa.evaluation.figure_data import load_shown
-from dmtjepa.evaluation.ranks import Ranks
+from dmtjepa.evaluation.ranks import Failure, Ranks
 from dmtjepa.evaluation.splits import find_splits
 from dmtjepa.models import ARCHITECTURES, VisionTransformer
 from dmtjepa.objective import build_model
@@ -102,6 +104,43 @@ def test_tasks_and_rows_of_one_rank_need_no_group():
     assert ranks.run([lambda: 1, lambda: 2]) == [1, 2]
     assert ranks.gather_on(0, [torch.ones(2, 3), torch.zeros(1, 3)]).shape == (3, 3)
     assert len(ranks.gather_on(0, [])) == len(ranks.gather([])) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (EvaluationError("masks hold void"), "masks hold void"),
+        (torch.linalg.LinAlgError("not converged"), "LinAlgError: not converged"),
+        (OSError(5, "Input/output error"), "OSError: [Errno 5] Input/output error"),
+        (MemoryError(), "MemoryError; a lower evaluation.batch_size or evaluation.max_images needs less"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_task_that_fails_leaves_the_others_alone(error, reason):
+    def fail():
+        raise error
+
+    assert Ranks().run([lambda: 1, fail, lambda: 3]) == [1, Failure(reason), 3]
+    with pytest.raises(EvaluationError, match=re.escape(reason)):
+        Ranks().together(fail)
+
+
+@pytest.mark.parametrize("error", [KeyError("missing"), ValueError("x"), TypeError("no"), AttributeError("none")])
+def test_mistakes_of_the_program_are_raised(error):
+    def fail():
+        raise error
+
+    for work in (Ranks().together, lambda task: Ranks().run([task])):
+        with pytest.raises(type(error)) as raised:
+            work(fail)
+        assert raised.value is error
+
+
+def test_nothing_is_begun_after_a_stop_signal():
+    ranks = Ranks(is_stopped=lambda: True)
+    for work in (ranks.together, lambda task: ranks.run([task])):
+        with pytest.raises(EvaluationStopped):
+            work(lambda: pytest.fail("begun"))
 
 
 @pytest.mark.parametrize("settings", [{"max_megapixels": 0.001}, {"max_value": 1000}, {"channels": 1}])

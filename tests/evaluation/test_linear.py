@@ -79,6 +79,21 @@ def test_constant_feature_is_ignored():
     assert torch.equal(probe.predict(features), probe.predict(noisy))
 
 
+def test_components_that_cannot_be_found_are_not_needed(monkeypatch):
+    """For collapsed features, `eigh` may not converge. Features that are not finite remain an error."""
+    (features, labels), (test_features, test_labels) = (make_blobs(n, seed=n) for n in (300, 400))
+    expected = fit_linear(features, labels).accuracy(test_features, test_labels)
+
+    def fail(matrix):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    assert fit_linear(features, labels).accuracy(test_features, test_labels) == pytest.approx(expected, abs=0.01)
+    features[0, 0] = torch.nan
+    with pytest.raises(torch.linalg.LinAlgError):
+        fit_linear(features, labels)
+
+
 def test_is_reproducible():
     features, labels = make_blobs(100, seed=0)
     assert torch.equal(fit_linear(features, labels).weight, fit_linear(features, labels).weight)

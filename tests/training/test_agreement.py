@@ -60,7 +60,7 @@ def compare(config, paths, others, folders):
         for name in ("same", "other", "fewer"):
             evaluation = config.evaluation.model_copy(update={"every_epochs": 1, "data": name})
             own = config.model_copy(update={"evaluation": evaluation})
-            arguments = own, world, *(None,) * 5  # the others are not used yet
+            arguments = own, world, *(None,) * 6  # the others are not used yet
             if name == "same":
                 PeriodicEvaluation(*arguments)
             else:
@@ -69,7 +69,7 @@ def compare(config, paths, others, folders):
         for name in ("same", "other", "absent"):  # nobody has asked: a run goes on without
             start = {"meta.load_checkpoint": True, "meta.read_checkpoint": "same.pth.tar", "evaluation.data": name}
             own = change_settings(config, start)
-            evaluation = PeriodicEvaluation(own, world, None, None, SimpleNamespace(step=0), None, None)
+            evaluation = PeriodicEvaluation(own, world, None, None, SimpleNamespace(step=0), None, None, None)
             assert evaluation.is_due() == (name == "same")
         writer = CheckpointWriter(Path("run", "checkpoints"), new_gloo_group(world), 2, world.device)
         writer.save({f"rank{world.rank}": torch.ones(4)}, {"step": 1})

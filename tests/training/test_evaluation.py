@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -30,6 +31,7 @@ from dmtjepa.run_folder import RunFolder
 from dmtjepa.training.check import check_dry_run, check_start
 from dmtjepa.training.evaluation import PeriodicEvaluation
 from dmtjepa.training.launch import launch
+from dmtjepa.training.signals import StopSignals
 from dmtjepa.training.step import TrainStep
 
 
@@ -280,7 +282,10 @@ def test_the_file_of_the_best_tells_how_good_it_is(tmp_path, kept, rows, replace
     evaluation = PeriodicEvaluation.__new__(PeriodicEvaluation)
     evaluation._folder, evaluation._state = folder, SimpleNamespace(meta=lambda keep: {"step": 16, "epoch": 2})
     weights = {"weight": torch.zeros(2)}
-    evaluation._keep_if_best({"eval/linear": 0.5}, {"student": weights, "teacher": weights})
+    encoders = {"student": weights, "teacher": weights}
+    evaluation._keep_if_best({"eval/miou": 0.9}, encoders)  # the linear probe failed
+    assert read_checkpoint(folder.best_export)["step"] == 8
+    evaluation._keep_if_best({"eval/linear": 0.5}, encoders)
     assert read_checkpoint(folder.best_export)["step"] == (16 if replaced else 8)
 
 
@@ -319,13 +324,17 @@ def test_what_could_not_be_evaluated_says_when(settings, monkeypatch, caplog, st
 
     for name in ("build_frozen_encoder", "first_fault"):
         monkeypatch.setattr(f"dmtjepa.training.evaluation.{name}", lambda *arguments: None)
-    world = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("cache"))
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    world = SimpleNamespace(rank=0, world_size=1, device=torch.device("cuda"))
     network = torch.nn.Identity()
     state = SimpleNamespace(step=step, model=SimpleNamespace(encoder=network, teacher_encoder=network))
     watchdog = SimpleNamespace(on_phase=lambda *arguments: None)
-    evaluation = PeriodicEvaluation(settings(), world, None, None, state, None, watchdog)
+    evaluation = PeriodicEvaluation(settings(), world, None, None, state, None, watchdog, StopSignals())
     evaluation._evaluator = SimpleNamespace(measure=refuse)
     evaluation.run()
+    assert emptied == ["cache"]
     evaluation._evaluator = SimpleNamespace(draw=refuse)
     assert evaluation._draw(network) == {}
     assert [record.message for record in caplog.records] == [

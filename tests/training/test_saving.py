@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from dmtjepa import checkpoint_format
 from dmtjepa.checkpoint_format import CheckpointError
 from dmtjepa.files import WRITING
 from dmtjepa.interop import WeightsError, read_checkpoint
-from dmtjepa.run_folder import open_run
+from dmtjepa.run_folder import RunFolder, open_run
 from dmtjepa.training import checkpoint_writer, saving
 from dmtjepa.training.launch import launch
+from dmtjepa.training.signals import StopSignals
 from dmtjepa.training.step import TrainStep
 
 
@@ -125,6 +128,32 @@ def test_full_disk_while_exporting_is_one_message_and_the_next_start_exports(set
     assert not list(folder.glob(f"{WRITING}*"))
     assert launch(config, ["cpu"]) == 0
     assert exported_steps(folder) == {"jepa-latest.pth.tar": 8, "jepa-ep1.pth.tar": 8}
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "exports"),
+    [(signal.SIGUSR2, 8, 0), (signal.SIGTERM, 8, 2), (signal.SIGUSR2, 24, 2)],
+    ids=["requeued", "stopped", "complete"],
+)
+def test_exports_are_left_to_the_next_start_of_a_job_that_is_requeued(monkeypatch, number, step, exports):
+    """But not by a run that ends: it may have no next start."""
+    made = []
+    monkeypatch.setattr(saving, "_export", lambda checkpoint, paths: made.append(paths))
+    monkeypatch.setattr(saving, "export_missing", made.append)
+    signals = StopSignals()
+    signals.received.append(number)
+    saver = saving.Saver.__new__(saving.Saver)
+    saver._folder = RunFolder(Path("run"), "jepa")
+    saver._config = SimpleNamespace(runtime=SimpleNamespace(keep_every_epochs=1))
+    saver._schedules = SimpleNamespace(steps_per_epoch=8, num_steps=24)
+    saver._state = SimpleNamespace(step=step, tensors=dict, meta=lambda keep: {})
+    saver._signals = signals
+    saver._writer = SimpleNamespace(
+        save=lambda tensors, meta, then: then(Path("checkpoint")), run_after=lambda work: work()
+    )
+    saver.save()
+    saver.export_missing()
+    assert len(made) == exports
 
 
 def test_weights_that_are_not_finite_are_not_exported_and_do_not_end_the_run(folder, monkeypatch, caplog):
