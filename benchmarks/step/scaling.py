@@ -82,6 +82,8 @@ def waiting_share(run: Run, step: int) -> float:
         run(step)
     kind = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
     events = [event for event in profile.events() if event.device_type == kind]
+    if not events:  # on a stand-in for a GPU no kernel runs
+        return 0.0
     spans = [(event.time_range.start, event.time_range.end) for event in events]
     names = [event.name for event in events]
     collective = [span for span, name in zip(spans, names, strict=True) if name.startswith(COLLECTIVES)]
