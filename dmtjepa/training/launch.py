@@ -63,14 +63,20 @@ def run_process(config: Config, device_name: str) -> Outcome:
             except torch.OutOfMemoryError as error:
                 raise OutOfMemory(explain_oom(config, world.world_size, device, error)) from error
         if world.rank == 0:
-            how = "finished" if outcome.complete else "stopped by a signal and saved"
-            place = f"step {outcome.step} of {outcome.num_steps}"
-            remedy = "" if outcome.complete else "; start it again with the same settings to continue"
-            print(f"{how} at {place}; the run is in {config.logging.path}{remedy}", file=sys.stderr, flush=True)
+            print(describe_outcome(outcome, config.logging.path), file=sys.stderr, flush=True)
             rows = RunFolder.from_config(config).read_metrics() if outcome.complete else []
             for sentence in describe_end(rows, config.patch):
                 print(sentence, file=sys.stderr, flush=True)
         return outcome
+
+
+def describe_outcome(outcome: Outcome, folder: Path) -> str:
+    """How a run ended, in a sentence for its user."""
+    place = f"step {outcome.step} of {outcome.num_steps}; the run is in {folder}"
+    if outcome.complete:
+        return f"finished at {place}"
+    how = "stopped by a signal and saved at" if outcome.step else "stopped by a signal before the first step, at"
+    return f"{how} {place}; start it again with the same settings to continue"
 
 
 def hand_over(outcome: Outcome) -> None:

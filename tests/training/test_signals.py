@@ -13,6 +13,8 @@ import pytest
 
 from dmtjepa import checkpoint_format
 from dmtjepa.training import signals as signals_module
+from dmtjepa.training.launch import describe_outcome
+from dmtjepa.training.loop import Outcome
 from dmtjepa.training.signals import StopSignals
 from tests.helpers.program_server import ForkedProgram
 
@@ -171,3 +173,17 @@ def children(pid: int) -> list[int]:
         with contextlib.suppress(FileNotFoundError):  # the thread has ended
             found += map(int, (task / "children").read_text().split())
     return found
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (Outcome(8, 8, ()), "finished at step 8 of 8; the run is in runs/a"),
+        (Outcome(3, 8, (15,)), "stopped by a signal and saved at step 3 of 8; the run is in runs/a; start it again"),
+        (Outcome(8, 8, (12,), evaluated=False), "stopped by a signal and saved at step 8 of 8; "),
+        (Outcome(0, 8, (15,), evaluated=False), "stopped by a signal before the first step, at step 0 of 8; "),
+    ],
+    ids=str,
+)
+def test_the_user_is_told_what_was_saved(outcome, said):
+    assert describe_outcome(outcome, Path("runs/a")).startswith(said)
