@@ -98,7 +98,8 @@ class TrainStep:
         loss = torch.zeros((), device=self.device)
         all_covered = covered or [masks for _, masks in micro_batches]
         for number, ((images, masks), seen) in enumerate(zip(micro_batches, all_covered, strict=True), 1):
-            if self.num_copies > 1:  # the copies exchange the sum over the micro-batches, not each gradient
+            if self.num_copies > 1 and len(micro_batches) > 1:
+                # The copies exchange the sum over the micro-batches, and not the gradient of each.
                 cast("FSDPModule", self.model).set_requires_all_reduce(number == len(micro_batches))
             on_phase(Phase.TARGETS)
             targets = self.model.compute_targets(images, masks)
